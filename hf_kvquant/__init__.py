@@ -1,0 +1,39 @@
+"""FP8 and INT8 paged KV cache for transformers.
+
+    import hf_kvquant
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="kvquant")
+    model.generate(**inputs)
+
+Importing registers names with transformers and does nothing else.
+"""
+
+from . import attention, generation
+from ._version import __version__
+from .cache import QuantizedPagedCache
+from .checkpoints import CheckpointScales, read_scales
+from .config import KVQuantConfig
+from .pages import OutOfPagesError
+from .report import CacheReport, LayerReport
+from .scales import LayerScales
+
+__all__ = [
+    "CacheReport",
+    "CheckpointScales",
+    "KVQuantConfig",
+    "LayerReport",
+    "LayerScales",
+    "OutOfPagesError",
+    "QuantizedPagedCache",
+    "__version__",
+    "read_scales",
+    "register",
+]
+
+
+def register() -> None:
+    """Register the attention names and the cache implementation with transformers (done on import; idempotent)."""
+    attention.register()
+    generation.register()
+
+
+register()

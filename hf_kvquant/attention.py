@@ -1,0 +1,143 @@
+"""The attention function and the mask function behind `attn_implementation="kvquant..."`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from .handle import PagedKV
+from .hosts import uses_attention_interface
+from .ops import reference
+
+NAMES = ("kvquant", "kvquant_fp8", "kvquant_fp8_e5m2", "kvquant_int8")
+
+
+def register() -> None:
+    """Make the names known to transformers; its own entries stay as they are. Calling it again does nothing."""
+    for name in NAMES:
+        AttentionInterface.register(name, kvquant_attention)
+        AttentionMaskInterface.register(name, kvquant_mask)
+
+
+def kvquant_mask(*args: Any, config: PreTrainedConfig | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """The host's mask for this attention: boolean, or None where causality says it all.
+
+    A model that computes its attention itself, whatever the configuration says, adds its mask to the logits and needs it
+    always: it gets the mask of `eager`.
+    """
+    if config is None or uses_attention_interface(config):
+        return sdpa_mask(*args, config=config, **kwargs)
+    return eager_mask(*args, config=config, **kwargs)
+
+
+def kvquant_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over pages if `key` and `value` are handles of this package's cache, else over dense tensors like `sdpa`.
+
+    Args:
+        query: `[B, Hq, T, D]`.
+        key, value: handles, or `[B, H, L, D]`.
+        attention_mask: `[B, 1 | Hq, T, L]`, bool (True attends) or float (added), or None.
+        scaling: softmax scale, by default D ** -0.5.
+        is_causal: by default the module's.
+        softcap, s_aux, position_bias: as the host's models pass them; sinks may also come as `sinks`.
+
+    Returns `[B, T, Hq, D]` and None for the weights, which are never formed.
+    """
+    sinks = s_aux if s_aux is not None else kwargs.pop("sinks", None)
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if isinstance(key, PagedKV) and isinstance(value, PagedKV):
+        layer = key.layer
+        layer.settle(_valid_tokens(attention_mask, key))
+        differentiable = query.requires_grad or (dropout and module.training)
+        if key.raw is None and not differentiable:
+            output = layer.attend(
+                query,
+                key.num_new,
+                softmax_scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                attn_mask=_with_bias(attention_mask, position_bias),
+                sinks=sinks,
+                softcap=softcap,
+                causal=is_causal and attention_mask is None and key.num_new > 0,
+            )
+            return output.transpose(1, 2).contiguous(), None
+        if key.raw is not None:
+            key, value = key.raw, value.raw
+        elif attention_mask is None and is_causal and query.shape[2] > 1:
+            attention_mask = _causal_mask(query, key.shape[2])
+    if isinstance(key, PagedKV):
+        key = key.dense("gradients or dropout are asked for")
+    if isinstance(value, PagedKV):
+        value = value.dense("gradients or dropout are asked for")
+    if attention_mask is not None and attention_mask.shape[-1] > key.shape[-2]:
+        attention_mask = attention_mask[..., : key.shape[-2]]  # a mask for reserved pages over a fresh prompt
+    return _dense_attention(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap, sinks, position_bias, **kwargs
+    ), None
+
+
+def _dense_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """What `sdpa` computes; softcap and sinks, which it lacks, in plain torch."""
+    if softcap is None and sinks is None:
+        return sdpa_attention_forward(
+            module, query, key, value, mask,
+            dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias, **kwargs,
+        )[0]  # fmt: skip
+    if mask is None and is_causal and query.shape[2] > 1:
+        mask = _causal_mask(query, key.shape[2])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = reference.attend(
+        query, key, value, scale, softcap, None, _with_bias(mask, position_bias), sinks,
+        dropout=dropout if module.training else 0.0,
+    )  # fmt: skip
+    return output.transpose(1, 2).contiguous()
+
+
+def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Mask and learned position bias as one additive mask."""
+    if bias is None:
+        return mask
+    return bias if mask is None else create_position_bias_mask(bias, mask, False, bias, bias)
+
+
+def _causal_mask(query: torch.Tensor, length: int) -> torch.Tensor:
+    """`[1, 1, T, L]` for queries that are the last T of L tokens."""
+    num_tokens = query.shape[2]
+    return torch.ones(num_tokens, length, dtype=torch.bool, device=query.device).tril(length - num_tokens)[None, None]
+
+
+def _valid_tokens(mask: torch.Tensor | None, key: PagedKV) -> torch.Tensor | None:
+    """`[B, T]`, False for tokens of a fresh prompt that no query may see, which is what padding is."""
+    if mask is None or key.raw is None or mask.shape[-1] != key.raw.shape[-2]:
+        return None
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen.any(dim=2).any(dim=1).expand(key.raw.shape[0], -1)

@@ -1,0 +1,279 @@
+"""`QuantizedPagedCache`: a host cache whose attention layers store 8-bit pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    StaticCache,
+)
+
+from .checkpoints import CheckpointScales, read_scales
+from .config import KVQuantConfig
+from .hosts import attention_paths, checkpoint_of, disable_fake_quantization, layer_type_names
+from .layers import HybridPagedLayer, HybridSlidingPagedLayer, PagedLayer, SharedState, tokens_to_take_back
+from .pages import PageTable
+from .policy import asks_for_files, plan_layers
+from .report import CacheReport, LayerReport
+
+# The host's layer class -> ours. Whatever is not here (linear attention, convolutions, dummies, sparse-attention indexers)
+# stays the host's own.
+_PAGED: dict[type, type[PagedLayer]] = {
+    DynamicLayer: PagedLayer,
+    DynamicSlidingWindowLayer: PagedLayer,
+    LinearAttentionAndFullAttentionLayer: HybridPagedLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: HybridSlidingPagedLayer,
+}
+
+
+class QuantizedPagedCache(DynamicCache):
+    """A cache in 8-bit pages, for `past_key_values`; it can be reused over calls.
+
+    Usually made by `from_model`, or by `generate(cache_implementation="kvquant")`.
+
+    Args:
+        config: the model's configuration; tells which layers there are.
+        kvquant: options, see `KVQuantConfig`; None for the defaults.
+        checkpoint: scales to use, from `read_scales`; None for none.
+        notes: lines for the report.
+        expected_length: tokens a sequence will reach at most, if known; memory is then not allocated beyond it.
+
+    Raises ValueError for options that do not fit the model.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        kvquant: KVQuantConfig | None = None,
+        *,
+        checkpoint: CheckpointScales | None = None,
+        notes: Iterable[str] = (),
+        expected_length: int | None = None,
+    ) -> None:
+        self.kvquant = kvquant = kvquant or KVQuantConfig()
+        text_config = config.get_text_config(decoder=True)
+        template = list(DynamicCache(config=text_config).layers)
+        names = layer_type_names(text_config, template)
+        plans, plan_notes = plan_layers(kvquant, names, checkpoint)
+        self.notes = [*notes, *(checkpoint.notes if checkpoint is not None else ()), *plan_notes]
+        self._layer_types = names
+        self._expected_length = expected_length
+        self.shared = SharedState(text_config, kvquant.page_size, kvquant.max_cache_len)
+        static = kvquant.max_cache_len is not None
+        if static:
+            compiled_template = StaticCache(config=text_config, max_cache_len=kvquant.max_cache_len).layers
+        tables: dict[int | None, PageTable] = {}
+        layers: list[Any] = []
+        for index, (host_layer, plan, name) in enumerate(zip(template, plans, names, strict=True)):
+            cls = _PAGED.get(type(host_layer))
+            if cls is None:
+                layers.append(compiled_template[index] if static else host_layer)
+                continue
+            window = getattr(host_layer, "sliding_window", None)
+            extra = {"number_of_states": host_layer.number_of_states} if issubclass(cls, HybridPagedLayer) else {}
+            table = None if static else tables.setdefault(window, self._new_table(window))
+            layers.append(cls(index, name, plan, self.shared, table, window, **extra))
+        Cache.__init__(self, layers=layers)
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, **options: Any) -> QuantizedPagedCache:
+        """A cache for `model`, with scales from its checkpoint where it has any.
+
+        Args:
+            model: a loaded transformers model.
+            options: the fields of `KVQuantConfig`. Without a `kv_cache_dtype` the model's attention implementation
+                decides (`kvquant_fp8`, ...), then its checkpoint.
+
+        Raises ValueError or TypeError for options that are unknown or do not fit the model.
+        """
+        return cls.for_generation(model, options)
+
+    @classmethod
+    def for_generation(
+        cls, model: PreTrainedModel, options: Any, expected_length: int | None = None, max_cache_len: int | None = None
+    ) -> QuantizedPagedCache:
+        """`from_model` with what `generate` knows beside the user's `options`."""
+        defaults: dict[str, Any] = {}
+        text_config = model.config.get_text_config(decoder=True)
+        implementation = text_config._attn_implementation or ""
+        if implementation.startswith("kvquant_"):
+            defaults["kv_cache_dtype"] = implementation.removeprefix("kvquant_")
+        if max_cache_len is not None:
+            defaults["max_cache_len"] = max_cache_len
+        kvquant = KVQuantConfig.parse(options, **defaults)
+        checkpoint = _find_checkpoint(model, kvquant) if asks_for_files(kvquant) else None
+        cache = cls(model.config, kvquant, checkpoint=checkpoint, expected_length=expected_length)
+        cache.notes += disable_fake_quantization(model)
+        return cache
+
+    def _new_table(self, window: int | None) -> PageTable:
+        length = self._expected_length
+        if window is not None:
+            length = None if length is None else min(length, window + self.kvquant.page_size)
+        return PageTable(self.kvquant.page_size, window, self.kvquant.num_pages, length)
+
+    # -- the host's operations, each table once ------------------------------------------------------------------------
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Write the new keys and values of a layer; returns what its attention reads (see `PagedLayer.update`).
+
+        Raises ValueError if the cache was made for another model, OutOfPagesError if there is no room.
+        """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"layer {layer_idx} does not exist in this cache of {len(self.layers)} layers; it was made for another "
+                "model, make a new one with from_model()"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def _paged_layers(self) -> list[PagedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    @property
+    def _tables(self) -> list[PageTable]:
+        """The growing page tables, each once."""
+        tables = [layer.table for layer in self._paged_layers if isinstance(layer.table, PageTable)]
+        return list({id(table): table for table in tables}.values())
+
+    def reset(self) -> None:
+        """Forget all tokens and give the memory back; frozen scales stay."""
+        for table in self._tables:
+            table.clear()
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer):
+                if layer.is_compileable and layer.table is not None:
+                    layer.table.clear()
+                layer.follow_reset()
+            else:
+                layer.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens of every layer. Raises RuntimeError where a window has moved on."""
+        num_tokens = tokens_to_take_back(tokens_to_remove, self.get_seq_length)
+        for table in self._tables:
+            table.check_crop(num_tokens)
+        for table in self._tables:
+            table.crop(num_tokens)
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.crop(-num_tokens)
+            elif layer.is_compileable:
+                layer.crop(-num_tokens)
+            else:
+                layer.follow_crop(num_tokens)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Sequence i becomes a copy of sequence `beam_idx[i]`: page tables change, pages are shared."""
+        self._select(beam_idx.tolist(), lambda layer: layer.reorder_cache(beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence becomes `repeats` that share its pages."""
+        indices = [index for index in range(max(self.batch_size, 0)) for _ in range(repeats)]
+        self._select(indices, lambda layer: layer.batch_repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only these sequences."""
+        kept = torch.arange(max(self.batch_size, 0))[indices.cpu()].tolist()
+        self._select(kept, lambda layer: layer.batch_select_indices(indices))
+
+    def _select(self, indices: Sequence[int], change_host_layer: Any) -> None:
+        for table in self._tables:
+            table.select(indices)
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                change_host_layer(layer)
+            elif not layer.is_empty:
+                layer.follow_select(indices)
+
+    def __iter__(self) -> Iterator[Any]:
+        for layer in self.layers:
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if isinstance(layer, PagedLayer) and not layer.is_empty:
+                keys, values = (layer.read(side, 0, None) for side in ("key", "value"))
+            yield keys, values, getattr(layer, "_sliding_window_tensor", None)
+
+    # -- what it holds ----------------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use: distinct pages, scales and page tables (and what layers of the host store)."""
+        return sum(self._stored_nbytes(layer) for layer in self.layers) + self._table_nbytes
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes held, used or not."""
+        return sum(self._allocated_nbytes(layer) for layer in self.layers) + self._table_nbytes
+
+    @property
+    def _table_nbytes(self) -> int:
+        tables = {id(layer.table): layer.table for layer in self._paged_layers if layer.table is not None}
+        return sum(table.nbytes for table in tables.values())
+
+    @staticmethod
+    def _stored_nbytes(layer: Any) -> int:
+        return layer.stored_nbytes if isinstance(layer, PagedLayer) else _host_nbytes(layer)
+
+    @staticmethod
+    def _allocated_nbytes(layer: Any) -> int:
+        return layer.allocated_nbytes if isinstance(layer, PagedLayer) else _host_nbytes(layer)
+
+    def report(self) -> CacheReport:
+        """What is stored how; `print` it for a table. Reads a few numbers back from the device."""
+        rows = []
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, PagedLayer):
+                rows.append(_paged_report(layer))
+            elif nbytes := _host_nbytes(layer):
+                dtype = str(layer.dtype).removeprefix("torch.")
+                sources = ("kept by transformers",) * 2
+                rows.append(LayerReport(index, self._layer_types[index], (dtype, dtype), sources, nbytes, nbytes, (0, 0)))
+        total = sum(row.model_dtype_bytes for row in rows)
+        return CacheReport(rows, list(self.notes), self.nbytes, self.nbytes_allocated, total)
+
+
+def _find_checkpoint(model: PreTrainedModel, kvquant: KVQuantConfig) -> CheckpointScales | None:
+    """The checkpoint whose scales are asked for. Raises ValueError if one is asked for by name and has none."""
+    num_layers = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
+    paths = attention_paths(model, num_layers)
+    own = isinstance(kvquant.scales, str) and kvquant.scales in ("auto", "checkpoint")
+    source, revision = checkpoint_of(model) if own else (kvquant.scales, None)
+    found = read_scales(source, paths, revision=revision) if source is not None else None
+    if found is None and kvquant.scales != "auto":
+        raise ValueError(
+            f"scales={kvquant.scales!r}, but {source or 'a model that was not loaded from files'} has no KV scales; "
+            "use scales='dynamic' (no calibration needed), or name a checkpoint that has some"
+        )
+    return found
+
+
+def _paged_report(layer: PagedLayer) -> LayerReport:
+    if layer.is_initialized:
+        formats = (layer.k.plan.format, layer.v.plan.format)
+        sources = (layer.k.source, layer.v.source)
+        numbers = layer.clipped.tolist()
+    else:
+        formats = (layer.plan.k.format, layer.plan.v.format)
+        sources, numbers = (layer.plan.k.source, layer.plan.v.source), [0, 0]
+    return LayerReport(
+        layer.index, layer.layer_type, formats, sources, layer.stored_nbytes, layer.model_dtype_nbytes,
+        (numbers[0], numbers[1]), tuple(layer.dense_reasons),
+    )  # fmt: skip
+
+
+def _host_nbytes(layer: Any) -> int:
+    """Bytes of the tensors that a layer of the host holds."""
+    total = 0
+    for value in vars(layer).values():
+        tensors = value.values() if isinstance(value, dict) else (value,)
+        total += sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+    return total

@@ -1,0 +1,132 @@
+"""`KVQuantConfig`: what a user may ask of the cache, parsed and checked in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .formats import FORMATS, get_format
+from .scales import GRANULARITIES, LayerScales
+
+SCALE_SOURCES = ("auto", "checkpoint", "dynamic", "first_batch", "unit")
+
+
+@dataclass(frozen=True)
+class KVQuantConfig:
+    """Options of the cache: the keys of `cache_config` and the keywords of `QuantizedPagedCache.from_model`.
+
+    Attributes:
+        kv_cache_dtype: `fp8` (= `fp8_e4m3`), `fp8_e5m2`, `int8`, `model` (pages in the model's dtype), a pair of them
+            for (K, V), or `auto`: what the checkpoint declares, else int8.
+        scales: where scales come from. `auto`: the checkpoint's if it has any, else `dynamic`. `checkpoint`: the model's
+            own, an error if there are none. `dynamic`: one per token and head. `first_batch`: from the first real
+            tokens, then frozen. `unit`: 1.0. A path or hub id: the scales of that checkpoint. In memory:
+            `LayerScales` for all layers, or one per layer as a sequence or `{layer_idx: LayerScales}`.
+        granularity: `tensor`, `head` or `channel`, for scales taken from the first batch.
+        equalize: divide K and V by a per-channel vector before dynamic scales are taken, so that an outlier channel does
+            not eat the 8 bits of its neighbours. `auto`: for int8 only. True, False, or names of formats.
+        margin: factor between the largest value of the first batch and the largest storable one (`first_batch`).
+        page_size: tokens per page.
+        num_pages: upper bound of the pages of a layer, for all sequences together; None for no bound.
+        max_cache_len: reserve this many tokens a sequence at the first update, at fixed addresses. Such a cache can be
+            compiled, and cannot grow.
+        skip_layers: layers kept in the model's dtype, by index (negative counts from the end) or by layer type
+            (`sliding_attention`, ...).
+
+    Raises ValueError or TypeError that list what is accepted.
+    """
+
+    kv_cache_dtype: str | tuple[str, str] = "auto"
+    scales: Any = "auto"
+    granularity: str = "tensor"
+    equalize: bool | str | tuple[str, ...] = "auto"
+    margin: float = 1.5
+    page_size: int = 16
+    num_pages: int | None = None
+    max_cache_len: int | None = None
+    skip_layers: tuple[int | str, ...] = ()
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        if self.kv_cache_dtype != "auto":
+            set_(self, "kv_cache_dtype", _parse_dtype(self.kv_cache_dtype))
+        set_(self, "equalize", _parse_equalize(self.equalize))
+        set_(self, "skip_layers", _parse_skip_layers(self.skip_layers))
+        _check_scales(self.scales)
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity={self.granularity!r}; choose one of {', '.join(GRANULARITIES)}")
+        if not isinstance(self.margin, (int, float)) or not 1.0 <= self.margin < float("inf"):
+            raise ValueError(f"margin={self.margin!r}; it is a factor of at least 1.0 on the largest value seen")
+        for name in ("page_size", "num_pages", "max_cache_len"):
+            value = getattr(self, name)
+            if value is None and name != "page_size":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}; it must be a positive integer" + (" or None" if name != "page_size" else ""))
+
+    @classmethod
+    def parse(cls, options: KVQuantConfig | Mapping[str, Any] | None, **defaults: Any) -> KVQuantConfig:
+        """A config from what a user gave (never changed), over `defaults`. Raises ValueError for unknown keys."""
+        if isinstance(options, cls):
+            return options
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(f"cache_config must be a dict or a KVQuantConfig, not {type(options).__name__}")
+        given = {**defaults, **(options or {})}
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(str(key) for key in given if key not in known):
+            raise ValueError(f"unknown cache_config key(s) {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**given)
+
+    def equalizes(self, format_name: str) -> bool:
+        """Whether dynamic scales of this format lie over equalized channels."""
+        if self.equalize == "auto":
+            return format_name == "int8"
+        if isinstance(self.equalize, bool):
+            return self.equalize
+        return format_name in self.equalize
+
+
+def _parse_dtype(value: Any) -> str | tuple[str, str]:
+    if isinstance(value, str):
+        return get_format(value).name
+    if isinstance(value, Sequence) and len(value) == 2:
+        return (get_format(value[0]).name, get_format(value[1]).name)
+    raise ValueError(
+        f"kv_cache_dtype={value!r}; choose auto, fp8, {', '.join(FORMATS)}, or a pair of these for (K, V)"
+    )
+
+
+def _parse_equalize(value: Any) -> bool | str | tuple[str, ...]:
+    if isinstance(value, bool) or value == "auto":
+        return value
+    if isinstance(value, str):
+        return (get_format(value).name,)
+    if isinstance(value, Sequence):
+        return tuple(get_format(name).name for name in value)
+    raise ValueError(f"equalize={value!r}; choose True, False, 'auto', or names of formats ({', '.join(FORMATS)})")
+
+
+def _parse_skip_layers(value: Any) -> tuple[int | str, ...]:
+    items = (value,) if isinstance(value, (int, str)) else tuple(value or ())
+    if bad := [item for item in items if isinstance(item, bool) or not isinstance(item, (int, str))]:
+        raise ValueError(f"skip_layers holds {bad[0]!r}; give layer indices or layer types such as 'sliding_attention'")
+    return items
+
+
+def _check_scales(value: Any) -> None:
+    if isinstance(value, str | LayerScales):
+        return
+    if isinstance(value, Mapping):
+        entries, keys_right = list(value.values()), all(isinstance(key, int) for key in value)
+    elif isinstance(value, Sequence):
+        entries, keys_right = list(value), True
+    elif hasattr(value, "__fspath__"):
+        return
+    else:
+        entries, keys_right = [], False
+    if not keys_right or not entries or not all(entry is None or isinstance(entry, LayerScales) for entry in entries):
+        raise TypeError(
+            f"scales={value!r}; choose one of {', '.join(SCALE_SOURCES)}, a path or hub id, LayerScales, "
+            "a sequence of LayerScales (one a layer), or a dict {layer index: LayerScales}"
+        )

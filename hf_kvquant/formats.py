@@ -1,0 +1,93 @@
+"""Storage formats: how a scaled number becomes the bits that lie in a page. A format is one row.
+
+`encode` takes numbers in code units (already divided by their scale) and returns what is stored; `decode` is its
+inverse. Both are plain torch and define the bytes: every kernel must produce exactly these.
+
+* fp8 pages hold the bits of float8_e4m3fn or float8_e5m2 (OCP 8-bit floating point specification).
+* int8 pages hold `q + 128` (offset binary), q in [-127, 127]. Byte 0 is never written for a number; it stands for NaN
+  under a static scale, and for slots that were never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class StorageFormat:
+    """One way to store K or V.
+
+    Attributes:
+        name: canonical name, the value of `kv_cache_dtype`.
+        qmax: largest number the codes hold; inf for unquantized pages.
+        clip_limit: numbers beyond it lose more than rounding does (they are counted as clipped).
+        storage_dtype: dtype of the pages, None for the dtype of the model.
+        encode: fp32 numbers in code units -> stored elements.
+        decode: stored elements -> fp32 numbers in code units.
+    """
+
+    name: str
+    qmax: float
+    clip_limit: float
+    storage_dtype: torch.dtype | None
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    decode: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.storage_dtype is not None
+
+
+def _encode_fp8(dtype: torch.dtype, qmax: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        # Clamp first: what an overflowing cast gives differs between torch versions and devices.
+        bits = x.clamp(-qmax, qmax).to(dtype).view(torch.uint8)
+        return torch.where(x.isnan(), 0x7F, bits)
+
+    return encode
+
+
+def _decode_fp8(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda stored: stored.view(dtype).to(torch.float32)
+
+
+def _encode_int8(x: torch.Tensor) -> torch.Tensor:
+    codes = (x.clamp(-127, 127).round() + 128).to(torch.uint8)
+    return torch.where(x.isnan(), 0, codes)
+
+
+def _decode_int8(stored: torch.Tensor) -> torch.Tensor:
+    return stored.to(torch.float32) - 128
+
+
+FORMATS: dict[str, StorageFormat] = {
+    row.name: row
+    for row in (
+        StorageFormat(
+            "fp8_e4m3", 448.0, 464.0, torch.uint8,
+            _encode_fp8(torch.float8_e4m3fn, 448.0), _decode_fp8(torch.float8_e4m3fn),
+        ),
+        StorageFormat(
+            "fp8_e5m2", 57344.0, 61440.0, torch.uint8,
+            _encode_fp8(torch.float8_e5m2, 57344.0), _decode_fp8(torch.float8_e5m2),
+        ),
+        StorageFormat("int8", 127.0, 127.5, torch.uint8, _encode_int8, _decode_int8),
+        StorageFormat("model", float("inf"), float("inf"), None, lambda x: x, lambda stored: stored),
+    )
+}  # fmt: skip
+
+ALIASES = {"fp8": "fp8_e4m3", "fp8_e4m3fn": "fp8_e4m3"}
+
+
+def get_format(name: str) -> StorageFormat:
+    """The format called `name` (an alias counts). Raises ValueError with the list of known names."""
+    row = FORMATS.get(ALIASES.get(name, name)) if isinstance(name, str) else None
+    if row is None:
+        raise ValueError(
+            f"unknown storage format {name!r}; known: {', '.join(FORMATS)}, and "
+            + ", ".join(f"{alias} (= {target})" for alias, target in ALIASES.items())
+        )
+    return row

@@ -1,0 +1,129 @@
+"""`cache_implementation="kvquant"`: the two places where `generate` has to know the name.
+
+The host has no registry for cache implementations. Both hooks are made once, check what they change, and leave every other
+cache implementation to the host.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import transformers
+from transformers import GenerationMixin
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import configuration_utils
+from transformers.utils import logging
+
+from .cache import QuantizedPagedCache
+from .config import KVQuantConfig
+from .hosts import is_fused
+
+CACHE_IMPLEMENTATION = "kvquant"
+_NAMES = "ALL_CACHE_IMPLEMENTATIONS"
+_METHOD = "_prepare_cache_for_generation"
+_PARAMETERS = ["self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"]
+
+logger = logging.get_logger(__name__)
+
+
+def register() -> None:
+    """Teach `generate` the name. Calling it again does nothing.
+
+    Raises RuntimeError if the installed transformers has other hooks than those this package knows.
+    """
+    names = getattr(configuration_utils, _NAMES, None)
+    method = getattr(GenerationMixin, _METHOD, None)
+    if hasattr(method, "__wrapped__") and getattr(method, "_is_kvquant", False):
+        return
+    parameters = list(inspect.signature(method).parameters) if method is not None else None
+    if not isinstance(names, tuple) or parameters != _PARAMETERS:
+        raise RuntimeError(
+            f"transformers {transformers.__version__} is not a version that hf_kvquant knows: generation.configuration_utils."
+            f"{_NAMES} is {type(names).__name__}, GenerationMixin.{_METHOD} takes {parameters}; install a version >= 5.17 "
+            "that hf_kvquant was tested with, or a newer hf_kvquant"
+        )
+    setattr(configuration_utils, _NAMES, (*names, CACHE_IMPLEMENTATION))
+    setattr(GenerationMixin, _METHOD, _extended(method))
+
+
+def _extended(prepare_cache: Any) -> Any:
+    @functools.wraps(prepare_cache)
+    def prepare(
+        self: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        arguments = (model_kwargs, generation_mode, batch_size, max_cache_length)
+        chosen = generation_config.cache_implementation
+        asked = chosen == CACHE_IMPLEMENTATION
+        fused = is_fused(self.config.get_text_config(decoder=True))
+        given = next((model_kwargs[name] for name in ("past_key_values", "cache_params") if model_kwargs.get(name) is not None), None)
+        if given is not None and isinstance(given, QuantizedPagedCache):
+            given.shared.padding_mask = _padding_mask(model_kwargs)
+        if given is not None or not (asked or (fused and chosen is None)):
+            return prepare_cache(self, generation_config, *arguments)
+        options = generation_config.cache_config
+        KVQuantConfig.parse(options)  # before anything is made
+        if asked and not fused:
+            logger.info(
+                "The cache is stored in 8 bits and dequantized for attention %r; with attn_implementation='kvquant' "
+                "attention reads the 8-bit pages themselves, which is faster.",
+                self.config._attn_implementation,
+            )
+        # The host makes a DynamicCache, with all it knows about models; ours takes its place.
+        generation_config.cache_implementation = None
+        try:
+            result = prepare_cache(self, generation_config, *arguments)
+        finally:
+            generation_config.cache_implementation = chosen
+        for name in ("past_key_values", "cache_params"):
+            if name in model_kwargs:
+                model_kwargs[name] = _replace(self, model_kwargs, model_kwargs[name], generation_config, max_cache_length)
+        return result
+
+    prepare._is_kvquant = True  # type: ignore[attr-defined]
+    return prepare
+
+
+def _replace(model: Any, model_kwargs: dict[str, Any], made: Any, generation_config: Any, max_cache_length: int) -> Any:
+    """Ours for the host's `made`; anything but a plain dynamic cache is left alone."""
+    if isinstance(made, EncoderDecoderCache):
+        encoder_outputs = model_kwargs.get("encoder_outputs")
+        encoder_length = encoder_outputs[0].shape[1] if encoder_outputs is not None else None
+        made.self_attention_cache = _replace(
+            model, model_kwargs, made.self_attention_cache, generation_config, max_cache_length
+        )
+        if type(made.cross_attention_cache) is DynamicCache and encoder_length is not None:
+            made.cross_attention_cache = QuantizedPagedCache.for_generation(
+                model, generation_config.cache_config, expected_length=encoder_length
+            )
+        return made
+    if type(made) is not DynamicCache:
+        return made
+    static = max_cache_length if _will_compile(model, generation_config) else None
+    cache = QuantizedPagedCache.for_generation(model, generation_config.cache_config, max_cache_length, static)
+    cache.shared.padding_mask = _padding_mask(model_kwargs)
+    if generation_config.is_assistant:
+        cache.activate_past_recording()
+    return cache
+
+
+def _will_compile(model: Any, generation_config: Any) -> bool:
+    """Whether `generate` would compile decoding with a cache that allows it (the host's criteria, without its warnings)."""
+    if generation_config.disable_compile:
+        return False
+    compile_config = generation_config.compile_config
+    if compile_config is not None and compile_config._compile_all_devices:
+        return True
+    fused = is_fused(model.config.get_text_config(decoder=True))
+    return fused and model.device.type in ("cuda", "xpu")
+
+
+def _padding_mask(model_kwargs: dict[str, Any]) -> Any:
+    mask = model_kwargs.get("attention_mask")
+    return mask.bool() if mask is not None and mask.ndim == 2 else None

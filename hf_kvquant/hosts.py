@@ -1,0 +1,81 @@
+"""What has to be known of a loaded transformers model: its layers' names, its files, and who else quantizes its cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+
+
+def layer_type_names(config: PreTrainedConfig, layers: Sequence[Any]) -> list[str]:
+    """The host's name of each cache layer's type, from the configuration or, without one, from the layer's class."""
+    names = list(getattr(config, "layer_types", None) or ())[: len(layers)]
+    if len(names) == len(layers):
+        return [str(name) for name in names]
+    return ["sliding_attention" if getattr(layer, "is_sliding", False) else "full_attention" for layer in layers]
+
+
+def attention_paths(model: PreTrainedModel, num_layers: int) -> list[list[str]]:
+    """For each cache layer the paths of the attention modules that carry its index."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and "attention" in type(module).__name__.lower():
+            paths.setdefault(index, []).append(path)
+    return [paths.get(index, []) for index in range(num_layers)]
+
+
+def checkpoint_of(model: PreTrainedModel) -> tuple[str | None, str | None]:
+    """Where the model was loaded from (directory or hub id) and which revision; (None, None) if from nowhere."""
+    path = getattr(model.config, "_name_or_path", None) or getattr(model, "name_or_path", None)
+    if not path:
+        return None, None
+    revision = getattr(model.config, "_commit_hash", None)
+    return path, (None if os.path.isdir(path) else revision)
+
+
+def disable_fake_quantization(model: PreTrainedModel) -> list[str]:
+    """Stop compressed-tensors from rounding K and V on their way to the cache; returns a line for the report.
+
+    Its integration quantizes and dequantizes keys and values inside the model and stores the result in the model's dtype.
+    With 8-bit pages that would round twice.
+    """
+    modules = [
+        module
+        for module in model.modules()
+        if hasattr(module, "quantization_scheme")
+        and hasattr(module, "kv_cache")
+        and getattr(module, "quantization_enabled", True)
+    ]
+    for module in modules:
+        module.quantization_enabled = False
+    if not modules:
+        return []
+    return [
+        f"compressed-tensors rounded K and V of {len(modules)} layers to 8 bits but stored them in the model's dtype; "
+        "that rounding is off now, and storage is really 8-bit"
+    ]
+
+
+def is_fused(config: PreTrainedConfig) -> bool:
+    """Whether the model's attention is this package's, so that it reads pages itself."""
+    return (config._attn_implementation or "").startswith("kvquant")
+
+
+_uses_interface: dict[type, bool] = {}
+
+
+def uses_attention_interface(config: PreTrainedConfig) -> bool:
+    """Whether models of this configuration call the attention function they are configured with.
+
+    Some older ones compute their attention themselves and take no notice. It is the host's own test, which looks at the
+    source of the model; a model that the host cannot find (remote code) is taken to follow the configuration.
+    """
+    kind = type(config)
+    if kind not in _uses_interface:
+        classes = [mapping[kind] for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING) if kind in mapping]
+        classes = [c for entry in classes for c in (entry if isinstance(entry, (tuple, list)) else (entry,))]
+        _uses_interface[kind] = all(cls._can_set_attn_implementation() for cls in classes)
+    return _uses_interface[kind]

@@ -1,0 +1,213 @@
+"""The two operations of the cache, as torch operators: every backend implements these signatures, torch picks one.
+
+Shapes: B sequences, Hq query heads, H key/value heads, T new tokens, D head_dim (K and V may differ), P pages,
+S page_size, N columns of the page table.
+
+A sequence has seen `seq_lens[b]` tokens. Token p lies in page `page_table[b, (p // S) % N]`, at slot `p % S`: the table is
+a ring, so a layer with a sliding window holds only the pages of its window, and for any other layer N is large enough
+that nothing wraps. (There is no separate slot_mapping: it is what these two tensors say.)
+
+    x ≈ code * scale * token_scale + zero
+
+`scale` and `zero` are fp32 `[1 | H, 1 | D]`; `token_scale` is bf16 `[P, H, S]`, one number a token and head. Any may be
+missing. Inside attention: q·k · softmax_scale -> softcap -> mask -> softmax with sinks -> ·v.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats import get_format
+from . import reference
+
+
+@dataclass
+class PagedTensor:
+    """K or V of one layer in pages.
+
+    Attributes:
+        pages: `[P, H, S, D]`, uint8 for the 8-bit formats, the model's dtype for `model`.
+        format: name of the storage format.
+        scale, zero: fp32 `[1 | H, 1 | D]` or None.
+        token_scale: bf16 `[P, H, S]` for dynamic quantization, else None.
+    """
+
+    pages: torch.Tensor
+    format: str
+    scale: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+    token_scale: torch.Tensor | None = None
+
+
+_LIBRARY = torch.library.Library("hf_kvquant", "DEF")
+_LIBRARY.define(
+    "write_kv(Tensor key, Tensor value, Tensor page_table, Tensor seq_lens,"
+    " Tensor(a!) k_pages, str k_format, Tensor? k_scale, Tensor? k_zero, Tensor(b!)? k_token_scale,"
+    " Tensor(c!) v_pages, str v_format, Tensor? v_scale, Tensor? v_zero, Tensor(d!)? v_token_scale,"
+    " Tensor(e!)? clipped) -> ()"
+)
+_LIBRARY.define(
+    "paged_attention(Tensor query, Tensor page_table, Tensor seq_lens,"
+    " Tensor k_pages, str k_format, Tensor? k_scale, Tensor? k_zero, Tensor? k_token_scale,"
+    " Tensor v_pages, str v_format, Tensor? v_scale, Tensor? v_zero, Tensor? v_token_scale,"
+    " Tensor? attn_mask, int mask_start, Tensor? sinks, float softmax_scale, float? softcap, int? window, bool causal)"
+    " -> Tensor"
+)
+_LIBRARY.impl("write_kv", reference.write_kv, "CompositeExplicitAutograd")
+_LIBRARY.impl("paged_attention", reference.paged_attention, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("hf_kvquant::write_kv")
+def _(*args: object) -> None:
+    return None
+
+
+@torch.library.register_fake("hf_kvquant::paged_attention")
+def _(query: torch.Tensor, page_table: object, seq_lens: object, *args: object) -> torch.Tensor:
+    v_pages = args[5]
+    assert isinstance(v_pages, torch.Tensor)  # noqa: S101 - position in the schema above
+    return query.new_empty(*query.shape[:3], v_pages.shape[-1])
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k: PagedTensor,
+    v: PagedTensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    clipped: torch.Tensor | None = None,
+) -> None:
+    """Quantize the newest T tokens of every sequence and scatter them into their pages, in place.
+
+    Args:
+        key, value: `[B, H, T, D]`, any strides; they are tokens `seq_lens[b] - T ... seq_lens[b] - 1`.
+        k, v: where they go; pages, and dynamic token scales, are written.
+        page_table: int32 `[B, N]`.
+        seq_lens: int32 `[B]`, lengths that already count the new tokens.
+        clipped: int64 `[2]`, incremented by the numbers of K and V that did not fit under static scales; or None.
+
+    Raises ValueError naming the argument for shapes and dtypes that do not go together.
+    """
+    _check_write(key, value, k, v, page_table, seq_lens)
+    torch.ops.hf_kvquant.write_kv(
+        key, value, page_table, seq_lens,
+        k.pages, k.format, k.scale, k.zero, k.token_scale,
+        v.pages, v.format, v.scale, v.zero, v.token_scale,
+        clipped,
+    )  # fmt: skip
+
+
+def paged_attention(
+    query: torch.Tensor,
+    k: PagedTensor,
+    v: PagedTensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    softmax_scale: float,
+    attn_mask: torch.Tensor | None = None,
+    mask_start: int = 0,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    causal: bool = True,
+) -> torch.Tensor:
+    """Attention of the newest T tokens of every sequence over all its pages; returns `[B, Hq, T, Dv]` in query's dtype.
+
+    Args:
+        query: `[B, Hq, T, Dk]`, Hq a multiple of H; tokens `seq_lens[b] - T ... seq_lens[b] - 1`.
+        k, v, page_table, seq_lens: as written by `write_kv`.
+        softmax_scale: factor on q·k.
+        attn_mask: bool (True attends) or float (added), `[1 | B, 1 | Hq, T, M]`; column j is token `mask_start + j`;
+            tokens outside its columns are not attended to.
+        sinks: `[Hq]`, a logit per head that takes part in the softmax and has no value.
+        softcap: logits become `softcap * tanh(logits / softcap)` before the mask.
+        window: a token attends to itself and the `window - 1` before it; earlier pages are not read.
+        causal: whether later tokens are hidden; applies on top of the mask.
+
+    Raises ValueError naming the argument for shapes and dtypes that do not go together.
+    """
+    _check_attention(query, k, v, page_table, seq_lens, attn_mask, sinks)
+    return torch.ops.hf_kvquant.paged_attention(
+        query, page_table, seq_lens,
+        k.pages, k.format, k.scale, k.zero, k.token_scale,
+        v.pages, v.format, v.scale, v.zero, v.token_scale,
+        attn_mask, mask_start, sinks, softmax_scale, softcap, window, causal,
+    )  # fmt: skip
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_paged(name: str, side: PagedTensor, num_heads: int, head_dim: int) -> None:
+    row = get_format(side.format)
+    pages = side.pages
+    _require(
+        pages.ndim == 4 and pages.shape[1] == num_heads and pages.shape[3] == head_dim,
+        f"{name}.pages is {list(pages.shape)}; expected [P, {num_heads}, S, {head_dim}]",
+    )
+    if row.storage_dtype is not None:
+        _require(pages.dtype == row.storage_dtype, f"{name}.pages is {pages.dtype}; {row.name} is stored as {row.storage_dtype}")
+    for field in ("scale", "zero"):
+        tensor = getattr(side, field)
+        if tensor is not None:
+            fits = tensor.ndim == 2 and tensor.shape[0] in (1, num_heads) and tensor.shape[1] in (1, head_dim)
+            _require(fits, f"{name}.{field} is {list(tensor.shape)}; expected [1 or {num_heads}, 1 or {head_dim}]")
+    if side.token_scale is not None:
+        _require(
+            side.token_scale.shape == pages.shape[:3],
+            f"{name}.token_scale is {list(side.token_scale.shape)}; expected {list(pages.shape[:3])}",
+        )
+
+
+def _check_table(batch_size: int, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    _require(
+        page_table.ndim == 2 and page_table.shape[0] == batch_size,
+        f"page_table is {list(page_table.shape)}; expected [{batch_size}, N]",
+    )
+    _require(seq_lens.shape == (batch_size,), f"seq_lens is {list(seq_lens.shape)}; expected [{batch_size}]")
+
+
+def _check_write(
+    key: torch.Tensor, value: torch.Tensor, k: PagedTensor, v: PagedTensor, page_table: torch.Tensor, seq_lens: torch.Tensor
+) -> None:
+    _require(
+        key.ndim == 4 and key.shape[:3] == value.shape[:3],
+        f"key is {list(key.shape)} and value {list(value.shape)}; both must be [B, H, T, D]",
+    )
+    _check_paged("k", k, key.shape[1], key.shape[3])
+    _check_paged("v", v, value.shape[1], value.shape[3])
+    _check_table(key.shape[0], page_table, seq_lens)
+
+
+def _check_attention(
+    query: torch.Tensor,
+    k: PagedTensor,
+    v: PagedTensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    _require(query.ndim == 4, f"query is {list(query.shape)}; expected [B, Hq, T, D]")
+    batch_size, num_q_heads, num_tokens, head_dim = query.shape
+    num_kv_heads = k.pages.shape[1]
+    _require(num_q_heads % num_kv_heads == 0, f"{num_q_heads} query heads do not divide over {num_kv_heads} key/value heads")
+    _check_paged("k", k, num_kv_heads, head_dim)
+    _check_paged("v", v, num_kv_heads, v.pages.shape[3])
+    _check_table(batch_size, page_table, seq_lens)
+    if attn_mask is not None:
+        fits = (
+            attn_mask.ndim == 4
+            and attn_mask.shape[0] in (1, batch_size)
+            and attn_mask.shape[1] in (1, num_q_heads)
+            and attn_mask.shape[2] == num_tokens
+        )
+        _require(fits, f"attn_mask is {list(attn_mask.shape)}; expected [1 or {batch_size}, 1 or {num_q_heads}, {num_tokens}, M]")
+    if sinks is not None:
+        _require(sinks.shape == (num_q_heads,), f"sinks is {list(sinks.shape)}; expected [{num_q_heads}]")

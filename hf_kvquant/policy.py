@@ -1,0 +1,182 @@
+"""What is done with K and with V of every layer, decided before the first token: format, kind of scales, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from .checkpoints import CheckpointScales
+from .config import SCALE_SOURCES, KVQuantConfig
+from .formats import get_format
+from .scales import LayerScales
+
+
+@dataclass(frozen=True)
+class SidePlan:
+    """How K or V of one layer is stored.
+
+    Attributes:
+        format: name of the storage format.
+        kind: `none` (unquantized), `dynamic`, `first_batch`, or `static`.
+        source: where the scales come from, in words, for the report.
+        scale, zero: static ones as given (`[1]`, `[H]`, `[H, D]`), else None.
+        equalize, granularity, margin: as in `KVQuantConfig`.
+    """
+
+    format: str
+    kind: Literal["none", "dynamic", "first_batch", "static"]
+    source: str
+    scale: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+    equalize: bool = False
+    granularity: str = "tensor"
+    margin: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The plans of K and V of one layer."""
+
+    k: SidePlan
+    v: SidePlan
+
+
+UNQUANTIZED = SidePlan("model", "none", "not quantized")
+SKIPPED = LayerPlan(*[replace(UNQUANTIZED, source="not quantized (skip_layers)")] * 2)
+
+
+def plan_layers(
+    config: KVQuantConfig, layer_types: Sequence[str], checkpoint: CheckpointScales | None
+) -> tuple[list[LayerPlan], list[str]]:
+    """One plan a layer, and notes for the report.
+
+    Args:
+        config: what the user asked.
+        layer_types: the host's name of each cache layer's type.
+        checkpoint: scales that were found in the files asked for, or None.
+
+    Raises ValueError if `config` asks for scales that are not there, or for layers that do not exist.
+    """
+    formats = _choose_formats(config, checkpoint)
+    skipped = _skipped_layers(config, layer_types)
+    notes: list[str] = []
+    given = _given_scales(config, checkpoint, formats, len(layer_types), notes)
+    plans = []
+    for index in range(len(layer_types)):
+        if index in skipped:
+            plans.append(SKIPPED)
+            continue
+        scales, source = given[index]
+        sides = []
+        for side, name in zip("kv", formats, strict=True):
+            declared = checkpoint.kv_cache_dtype if checkpoint is not None else name
+            if scales is not None and (declared is None or declared == name):
+                sides.append(_static_plan(name, side, scales, source.get(side, source[""])))
+            else:
+                sides.append(_plan_without_scales(config, name))
+        plans.append(LayerPlan(*sides))
+    return plans, notes
+
+
+def _choose_formats(config: KVQuantConfig, checkpoint: CheckpointScales | None) -> tuple[str, str]:
+    choice = config.kv_cache_dtype
+    if choice == "auto":
+        choice = (checkpoint.kv_cache_dtype if checkpoint is not None else None) or "int8"
+    return (choice, choice) if isinstance(choice, str) else choice
+
+
+def _skipped_layers(config: KVQuantConfig, layer_types: Sequence[str]) -> set[int]:
+    skipped = set()
+    for item in config.skip_layers:
+        if isinstance(item, str):
+            matches = {index for index, name in enumerate(layer_types) if name == item}
+            if not matches:
+                raise ValueError(f"skip_layers names {item!r}; this model's layer types: {', '.join(sorted(set(layer_types)))}")
+            skipped |= matches
+        else:
+            if not -len(layer_types) <= item < len(layer_types):
+                raise ValueError(f"skip_layers names layer {item}, but this model has {len(layer_types)} cache layers")
+            skipped.add(item % len(layer_types))
+    return skipped
+
+
+def _given_scales(
+    config: KVQuantConfig,
+    checkpoint: CheckpointScales | None,
+    formats: tuple[str, str],
+    num_layers: int,
+    notes: list[str],
+) -> list[tuple[LayerScales | None, dict[str, str]]]:
+    """Static scales of each layer and, by side, where they come from."""
+    scales = config.scales
+    if checkpoint is not None:
+        return _checkpoint_scales(config, checkpoint, formats, num_layers, notes)
+    if isinstance(scales, str) and scales == "unit":
+        ones = LayerScales(torch.ones(1), torch.ones(1))
+        return [(ones, {"": "unit (1.0)"})] * num_layers
+    if isinstance(scales, str) or hasattr(scales, "__fspath__"):
+        return [(None, {"": ""})] * num_layers
+    if isinstance(scales, LayerScales):
+        per_layer: list[LayerScales | None] = [scales] * num_layers
+    elif isinstance(scales, Mapping):
+        if wrong := [index for index in scales if not 0 <= index < num_layers]:
+            raise ValueError(f"scales are given for layer {wrong[0]}, but this model has {num_layers} cache layers")
+        per_layer = [scales.get(index) for index in range(num_layers)]
+    else:
+        if len(scales) != num_layers:
+            raise ValueError(f"scales are given for {len(scales)} layers, but this model has {num_layers} cache layers")
+        per_layer = list(scales)
+    return [(entry, {"": "given"}) for entry in per_layer]
+
+
+def _checkpoint_scales(
+    config: KVQuantConfig,
+    checkpoint: CheckpointScales,
+    formats: tuple[str, str],
+    num_layers: int,
+    notes: list[str],
+) -> list[tuple[LayerScales | None, dict[str, str]]]:
+    if len(checkpoint.layers) != num_layers:
+        raise ValueError(
+            f"{checkpoint.path} holds scales for {len(checkpoint.layers)} layers, but this model has {num_layers} cache layers"
+        )
+    declared = checkpoint.kv_cache_dtype
+    if declared is not None and (unused := sorted({name for name in formats if name != declared and name != "model"})):
+        message = f"the scales of {checkpoint.path} are for {declared}; they are not used for {', '.join(unused)}"
+        if config.scales == "checkpoint" and declared not in formats:
+            raise ValueError(f"scales='checkpoint', but {message}; use kv_cache_dtype={declared!r} or other scales")
+        notes.append(message)
+    return [
+        (scales, {side: f"checkpoint: {key}" for side, key in zip("kv", keys, strict=True)} if scales is not None else {"": ""})
+        for scales, keys in zip(checkpoint.layers, checkpoint.keys, strict=True)
+    ]
+
+
+def _static_plan(name: str, side: str, scales: LayerScales, source: str) -> SidePlan:
+    if not get_format(name).is_quantized:
+        return UNQUANTIZED
+    return SidePlan(name, "static", source, getattr(scales, f"{side}_scale"), getattr(scales, f"{side}_zero"))
+
+
+def _plan_without_scales(config: KVQuantConfig, name: str) -> SidePlan:
+    if not get_format(name).is_quantized:
+        return UNQUANTIZED
+    if config.scales == "first_batch":
+        return SidePlan(
+            name, "first_batch", "first batch (none seen yet)", granularity=config.granularity, margin=config.margin
+        )
+    equalize = config.equalizes(name)
+    return SidePlan(name, "dynamic", "dynamic, equalized channels" if equalize else "dynamic", equalize=equalize)
+
+
+def asks_for_files(config: KVQuantConfig) -> bool:
+    """Whether the config names files or the model's own checkpoint as a source of scales."""
+    if hasattr(config.scales, "__fspath__"):
+        return True
+    return isinstance(config.scales, str) and config.scales not in ("dynamic", "first_batch", "unit")
+
+
+__all__ = ["LayerPlan", "SidePlan", "asks_for_files", "plan_layers", "SCALE_SOURCES"]

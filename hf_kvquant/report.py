@@ -1,0 +1,80 @@
+"""`cache.report()`: what is stored how, per layer, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of the report; bytes are those of pages in use and scales.
+
+    Attributes:
+        layer: index in the cache.
+        layer_type: the host's name for it.
+        kv_cache_dtype: formats of K and V, or what the host stores for a layer that is not paged.
+        scales: where K's and V's scales come from.
+        stored_bytes: bytes in use.
+        model_dtype_bytes: what the same tokens take in the model's dtype.
+        clipped: numbers of K and V that did not fit under static scales.
+        dense: why the layer was read as dense tensors; empty if it never was.
+    """
+
+    layer: int
+    layer_type: str
+    kv_cache_dtype: tuple[str, str]
+    scales: tuple[str, str]
+    stored_bytes: int
+    model_dtype_bytes: int
+    clipped: tuple[int, int]
+    dense: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """The state of a cache. `str(report)` is a table.
+
+    Attributes:
+        layers: one entry a layer that stores something.
+        notes: decisions the user should know of.
+        nbytes: bytes in use: distinct pages, scales, tables.
+        nbytes_allocated: bytes held.
+        model_dtype_bytes: what the tokens take in the model's dtype.
+    """
+
+    layers: list[LayerReport]
+    notes: list[str] = field(default_factory=list)
+    nbytes: int = 0
+    nbytes_allocated: int = 0
+    model_dtype_bytes: int = 0
+
+    def __str__(self) -> str:
+        header = ("layer", "type", "format", "scales", "stored", "model dtype", "clipped", "dense")
+        rows = [header] + [_row(layer) for layer in self.layers]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        share = f" ({self.nbytes / self.model_dtype_bytes:.3f} of it)" if self.model_dtype_bytes else ""
+        lines.append(
+            f"total: {_size(self.nbytes)} in use, {_size(self.nbytes_allocated)} allocated; "
+            f"{_size(self.model_dtype_bytes)} in the model's dtype{share}"
+        )
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    def pair(values: tuple[object, object]) -> str:
+        return str(values[0]) if values[0] == values[1] else f"{values[0]} / {values[1]}"
+
+    return (
+        str(layer.layer), layer.layer_type, pair(layer.kv_cache_dtype), pair(layer.scales), _size(layer.stored_bytes),
+        _size(layer.model_dtype_bytes), pair(layer.clipped), "; ".join(layer.dense) or "-",
+    )  # fmt: skip
+
+
+def _size(nbytes: int) -> str:
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"

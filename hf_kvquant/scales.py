@@ -1,0 +1,95 @@
+"""Static scales of one layer: `x ≈ q * scale + zero`, zero in the units of x.
+
+Every checkpoint format is converted to this on reading. Three granularities, told apart by shape:
+per tensor `[1]`, per head `[num_kv_heads]`, per channel `[num_kv_heads, head_dim]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+GRANULARITIES = ("tensor", "head", "channel")
+
+
+@dataclass(frozen=True)
+class LayerScales:
+    """Scales and zeros of K and V of one layer, fp32.
+
+    Attributes:
+        k_scale, v_scale: `[1]`, `[H]` or `[H, D]`, finite and positive; a 0-d tensor or a number counts as `[1]`.
+        q_scale: the same for the query (only fp8 arithmetic uses it), or None.
+        k_zero, v_zero: finite, same shapes, or None for symmetric quantization.
+
+    Raises ValueError naming the field for values that are NaN, infinite, zero or negative, or of another rank.
+    """
+
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
+    q_scale: torch.Tensor | None = None
+    k_zero: torch.Tensor | None = None
+    v_zero: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self._given():
+            tensor = torch.as_tensor(value).detach().to(torch.float32)
+            tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
+            _check_values(name, tensor, positive=name.endswith("scale"))
+            object.__setattr__(self, name, tensor)
+        if self.k_scale is None or self.v_scale is None:
+            raise ValueError("LayerScales needs both k_scale and v_scale")
+
+    def _given(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None)
+
+    @property
+    def granularity(self) -> str:
+        """The finer of the granularities of K and V."""
+        return max((granularity_of(self.k_scale), granularity_of(self.v_scale)), key=GRANULARITIES.index)
+
+    def shard(self, rank: int, world_size: int) -> LayerScales:
+        """The part of tensor-parallel rank `rank`: per-head and per-channel scales are cut along the heads."""
+
+        def cut(scale: torch.Tensor) -> torch.Tensor:
+            if granularity_of(scale) == "tensor":
+                return scale
+            if scale.shape[0] % world_size:
+                raise ValueError(f"{scale.shape[0]} heads of scales do not divide over {world_size} ranks")
+            return scale.chunk(world_size)[rank]
+
+        return replace(self, **{name: cut(value) for name, value in self._given()})
+
+
+def granularity_of(scale: torch.Tensor) -> str:
+    """`tensor`, `head` or `channel`, by the shape of `scale` (a single head's scale is a tensor's)."""
+    if scale.ndim == 2:
+        return "channel"
+    return "tensor" if scale.shape[0] == 1 else "head"
+
+
+def as_head_channel(scale: torch.Tensor, num_heads: int, head_dim: int, where: str) -> torch.Tensor:
+    """`scale` as `[1 | H, 1 | D]`, ready to broadcast over `[H, D]`.
+
+    Raises ValueError naming `where` (layer and field) if the shape fits neither of the three granularities.
+    """
+    expected = {"tensor": (1,), "head": (num_heads,), "channel": (num_heads, head_dim)}
+    if tuple(scale.shape) not in expected.values():
+        raise ValueError(
+            f"{where} has shape {list(scale.shape)}, but this model needs [1] (per tensor), [{num_heads}] (per head) "
+            f"or [{num_heads}, {head_dim}] (per channel); were the scales made for another model?"
+        )
+    return scale if scale.ndim == 2 else scale[:, None]
+
+
+def _check_values(name: str, tensor: torch.Tensor, positive: bool) -> None:
+    if tensor.ndim > 2 or tensor.numel() == 0:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [1], [num_kv_heads] or [num_kv_heads, head_dim]")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinite values; recalibrate, or leave this layer's scales out")
+    if positive and not (tensor > 0).all():
+        raise ValueError(
+            f"{name} holds a value of {tensor.min().item():g}; a scale must be positive "
+            "(zero or negative usually means that the calibration never reached this layer)"
+        )

@@ -1,0 +1,142 @@
+"""The bytes: K or V of one layer, its pages and its scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .formats import get_format
+from .ops import PagedTensor, reference
+from .policy import SidePlan
+from .scales import as_head_channel
+
+# A channel is taken to be at least this share of its head's largest one, so that a short first prompt, in which some
+# channels happen to be quiet, does no harm later.
+_CHANNEL_FLOOR = 1 / 16
+
+
+class PageStore:
+    """Pages and scales of K or of V.
+
+    Args:
+        plan: format and kind of scales.
+        num_heads, head_dim, page_size: H, D and S.
+        dtype: the model's, for unquantized pages and for what `read` returns.
+        where: layer and side, for errors.
+
+    Raises ValueError if the plan's static scales do not fit the shape.
+    """
+
+    def __init__(
+        self, plan: SidePlan, num_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, device: torch.device, where: str
+    ) -> None:
+        self.plan = plan
+        self.source = plan.source
+        self.dtype = dtype
+        row = get_format(plan.format)
+
+        def place(tensor: torch.Tensor | None, field: str) -> torch.Tensor | None:
+            return None if tensor is None else as_head_channel(tensor, num_heads, head_dim, f"{where}_{field}").to(device)
+
+        storage_dtype = row.storage_dtype or dtype
+        self.paged = PagedTensor(
+            pages=torch.zeros(0, num_heads, page_size, head_dim, dtype=storage_dtype, device=device),
+            format=plan.format,
+            scale=place(plan.scale, "scale"),
+            zero=place(plan.zero, "zero"),
+        )
+        if plan.kind == "dynamic":
+            self.paged.token_scale = torch.zeros(0, num_heads, page_size, dtype=torch.bfloat16, device=device)
+        self.needs_tokens = plan.kind == "first_batch" or plan.equalize
+
+    # -- pages --------------------------------------------------------------------------------------------------
+
+    def resize(self, num_pages: int) -> None:
+        def resized(store: torch.Tensor) -> torch.Tensor:
+            larger = store.new_zeros(num_pages, *store.shape[1:])
+            kept = min(num_pages, store.shape[0])
+            larger[:kept] = store[:kept]
+            return larger
+
+        self._each(resized)
+
+    def clear(self, pages: Sequence[int]) -> None:
+        self._each(lambda store: store.index_fill_(0, _index(pages, store.device), 0))
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        self._each(lambda store: store.index_copy_(0, _index(targets, store.device), store[_index(sources, store.device)]))
+
+    def keep(self, pages: Sequence[int], num_pages: int) -> None:
+        def kept(store: torch.Tensor) -> torch.Tensor:
+            smaller = store.new_zeros(num_pages, *store.shape[1:])
+            smaller[: len(pages)] = store[_index(pages, store.device)]
+            return smaller
+
+        self._each(kept)
+
+    def select_rows(self, indices: torch.Tensor, batch_size: int) -> None:
+        """Reorder whole sequences, for tables in which every sequence has its own run of pages."""
+        self._each(lambda store: store.copy_(store.unflatten(0, (batch_size, -1))[indices.to(store.device)].flatten(0, 1)))
+
+    def _each(self, change) -> None:  # type: ignore[no-untyped-def]
+        self.paged.pages = change(self.paged.pages)
+        if self.paged.token_scale is not None:
+            self.paged.token_scale = change(self.paged.token_scale)
+
+    # -- scales -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def observe(self, x: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Take what the plan needs from the first real tokens `[B, H, T, D]`; `valid` `[B, T]` is False for padding."""
+        largest = torch.where(x.isfinite(), x, 0).to(torch.float32).abs()
+        if valid is not None:
+            largest = largest * valid[:, None, :, None]
+        largest = largest.amax(dim=(0, 2))  # [H, D]
+        if self.plan.kind == "first_batch":
+            self._freeze(largest, x.shape[0] * x.shape[2] if valid is None else int(valid.sum()))
+        else:
+            per_head = largest.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            self.paged.scale = (largest / per_head).clamp(min=_CHANNEL_FLOOR)
+            self.needs_tokens = False
+
+    def _freeze(self, largest: torch.Tensor, num_tokens: int) -> None:
+        granularity, margin = self.plan.granularity, self.plan.margin
+        whole = largest.amax()
+        if whole == 0:  # a warm-up batch; the real tokens are still to come
+            return
+        if granularity == "tensor":
+            largest = whole.reshape(1, 1)
+        else:
+            per_head = largest.amax(dim=1, keepdim=True).clamp(min=whole * _CHANNEL_FLOOR)
+            largest = per_head if granularity == "head" else largest.clamp(min=per_head * _CHANNEL_FLOOR)
+        self.paged.scale = largest * (margin / get_format(self.plan.format).qmax)
+        self.source = f"first batch ({num_tokens} tokens, per {granularity}, margin {margin:g})"
+        self.needs_tokens = False
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def read(self, page_table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """`[B, H, N * S, D]` in the model's dtype, in the order of `positions`."""
+        paged = self.paged
+        codes = reference.gather(paged.pages, page_table, positions)
+        token_scale = None if paged.token_scale is None else reference.gather(paged.token_scale, page_table, positions)
+        return reference.dequantize(codes, paged.format, paged.scale, paged.zero, token_scale).to(self.dtype)
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page with its token scales."""
+        tensors = (self.paged.pages, self.paged.token_scale)
+        return sum(t.element_size() * t.shape[1:].numel() for t in tensors if t is not None)
+
+    @property
+    def nbytes_allocated(self) -> int:
+        return sum(t.nbytes for t in (self.paged.pages, self.paged.token_scale) if t is not None)
+
+    @property
+    def scale_nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.paged.scale, self.paged.zero) if t is not None)
+
+
+def _index(pages: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(pages, dtype=torch.int64).to(device, non_blocking=True)
