@@ -26,8 +26,8 @@ def register() -> None:
 def kvquant_mask(*args: Any, config: PreTrainedConfig | None = None, **kwargs: Any) -> torch.Tensor | None:
     """The host's mask for this attention: boolean, or None where causality says it all.
 
-    A model that computes its attention itself, whatever the configuration says, adds its mask to the logits and needs it
-    always: it gets the mask of `eager`.
+    A model that computes its attention itself, whatever the configuration says, adds its mask to the logits and
+    needs it always: it gets the mask of `eager`.
     """
     if config is None or uses_attention_interface(config):
         return sdpa_mask(*args, config=config, **kwargs)
@@ -48,7 +48,7 @@ def kvquant_attention(
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over pages if `key` and `value` are handles of this package's cache, else over dense tensors like `sdpa`.
+    """Attention over pages if `key` and `value` are handles of our cache, else over dense tensors like `sdpa`.
 
     Args:
         query: `[B, Hq, T, D]`.

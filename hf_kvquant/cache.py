@@ -25,8 +25,8 @@ from .pages import PageTable
 from .policy import asks_for_files, plan_layers
 from .report import CacheReport, LayerReport
 
-# The host's layer class -> ours. Whatever is not here (linear attention, convolutions, dummies, sparse-attention indexers)
-# stays the host's own.
+# The host's layer class -> ours. Whatever is not here (linear attention, convolutions, dummies, indexers of
+# sparse attention) stays the host's own.
 _PAGED: dict[type, type[PagedLayer]] = {
     DynamicLayer: PagedLayer,
     DynamicSlidingWindowLayer: PagedLayer,
@@ -121,9 +121,11 @@ class QuantizedPagedCache(DynamicCache):
             length = None if length is None else min(length, window + self.kvquant.page_size)
         return PageTable(self.kvquant.page_size, window, self.kvquant.num_pages, length)
 
-    # -- the host's operations, each table once ------------------------------------------------------------------------
+    # -- the host's operations, each table once --------------------------------------------------------------------
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         """Write the new keys and values of a layer; returns what its attention reads (see `PagedLayer.update`).
 
         Raises ValueError if the cache was made for another model, OutOfPagesError if there is no room.
@@ -158,19 +160,17 @@ class QuantizedPagedCache(DynamicCache):
                 layer.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens of every layer. Raises RuntimeError where a window has moved on."""
+        """Take back the last `-tokens_to_remove` tokens. Raises RuntimeError where a window has moved on."""
         num_tokens = tokens_to_take_back(tokens_to_remove, self.get_seq_length)
         for table in self._tables:
             table.check_crop(num_tokens)
         for table in self._tables:
             table.crop(num_tokens)
         for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.crop(-num_tokens)
-            elif layer.is_compileable:
-                layer.crop(-num_tokens)
-            else:
+            if isinstance(layer, PagedLayer) and isinstance(layer.table, PageTable):
                 layer.follow_crop(num_tokens)
+            else:
+                layer.crop(-num_tokens)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Sequence i becomes a copy of sequence `beam_idx[i]`: page tables change, pages are shared."""
@@ -202,7 +202,7 @@ class QuantizedPagedCache(DynamicCache):
                 keys, values = (layer.read(side, 0, None) for side in ("key", "value"))
             yield keys, values, getattr(layer, "_sliding_window_tensor", None)
 
-    # -- what it holds ----------------------------------------------------------------------------------------------------
+    # -- what it holds ---------------------------------------------------------------------------------------------
 
     @property
     def nbytes(self) -> int:
@@ -236,7 +236,9 @@ class QuantizedPagedCache(DynamicCache):
             elif nbytes := _host_nbytes(layer):
                 dtype = str(layer.dtype).removeprefix("torch.")
                 sources = ("kept by transformers",) * 2
-                rows.append(LayerReport(index, self._layer_types[index], (dtype, dtype), sources, nbytes, nbytes, (0, 0)))
+                rows.append(
+                    LayerReport(index, self._layer_types[index], (dtype, dtype), sources, nbytes, nbytes, (0, 0))
+                )
         total = sum(row.model_dtype_bytes for row in rows)
         return CacheReport(rows, list(self.notes), self.nbytes, self.nbytes_allocated, total)
 

@@ -19,13 +19,13 @@ class KVQuantConfig:
     Attributes:
         kv_cache_dtype: `fp8` (= `fp8_e4m3`), `fp8_e5m2`, `int8`, `model` (pages in the model's dtype), a pair of them
             for (K, V), or `auto`: what the checkpoint declares, else int8.
-        scales: where scales come from. `auto`: the checkpoint's if it has any, else `dynamic`. `checkpoint`: the model's
-            own, an error if there are none. `dynamic`: one per token and head. `first_batch`: from the first real
+        scales: where scales come from. `auto`: the checkpoint's if it has any, else `dynamic`. `checkpoint`: the
+            model's own, an error if there are none. `dynamic`: one per token and head. `first_batch`: from the first real
             tokens, then frozen. `unit`: 1.0. A path or hub id: the scales of that checkpoint. In memory:
             `LayerScales` for all layers, or one per layer as a sequence or `{layer_idx: LayerScales}`.
         granularity: `tensor`, `head` or `channel`, for scales taken from the first batch.
-        equalize: divide K and V by a per-channel vector before dynamic scales are taken, so that an outlier channel does
-            not eat the 8 bits of its neighbours. `auto`: for int8 only. True, False, or names of formats.
+        equalize: divide K and V by a per-channel vector before dynamic scales are taken, so that an outlier channel
+            does not eat the 8 bits of its neighbours. `auto`: for int8 only. True, False, or names of formats.
         margin: factor between the largest value of the first batch and the largest storable one (`first_batch`).
         page_size: tokens per page.
         num_pages: upper bound of the pages of a layer, for all sequences together; None for no bound.
@@ -63,7 +63,7 @@ class KVQuantConfig:
             if value is None and name != "page_size":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}; it must be a positive integer" + (" or None" if name != "page_size" else ""))
+                raise ValueError(f"{name}={value!r}; it must be a positive integer")
 
     @classmethod
     def parse(cls, options: KVQuantConfig | Mapping[str, Any] | None, **defaults: Any) -> KVQuantConfig:
@@ -92,9 +92,7 @@ def _parse_dtype(value: Any) -> str | tuple[str, str]:
         return get_format(value).name
     if isinstance(value, Sequence) and len(value) == 2:
         return (get_format(value[0]).name, get_format(value[1]).name)
-    raise ValueError(
-        f"kv_cache_dtype={value!r}; choose auto, fp8, {', '.join(FORMATS)}, or a pair of these for (K, V)"
-    )
+    raise ValueError(f"kv_cache_dtype={value!r}; choose auto, fp8, {', '.join(FORMATS)}, or a pair of these for (K, V)")
 
 
 def _parse_equalize(value: Any) -> bool | str | tuple[str, ...]:

@@ -1,7 +1,7 @@
 """`cache_implementation="kvquant"`: the two places where `generate` has to know the name.
 
-The host has no registry for cache implementations. Both hooks are made once, check what they change, and leave every other
-cache implementation to the host.
+The host has no registry for cache implementations. Both hooks are made once, check what they change, and leave every
+other cache implementation to the host.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .config import KVQuantConfig
 from .hosts import is_fused
 
 CACHE_IMPLEMENTATION = "kvquant"
+_CACHE_NAMES = ("past_key_values", "cache_params")
 _NAMES = "ALL_CACHE_IMPLEMENTATIONS"
 _METHOD = "_prepare_cache_for_generation"
 _PARAMETERS = ["self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"]
@@ -40,9 +41,9 @@ def register() -> None:
     parameters = list(inspect.signature(method).parameters) if method is not None else None
     if not isinstance(names, tuple) or parameters != _PARAMETERS:
         raise RuntimeError(
-            f"transformers {transformers.__version__} is not a version that hf_kvquant knows: generation.configuration_utils."
-            f"{_NAMES} is {type(names).__name__}, GenerationMixin.{_METHOD} takes {parameters}; install a version >= 5.17 "
-            "that hf_kvquant was tested with, or a newer hf_kvquant"
+            f"transformers {transformers.__version__} is not a version that hf_kvquant knows: "
+            f"generation.configuration_utils.{_NAMES} is {type(names).__name__}, GenerationMixin.{_METHOD} takes "
+            f"{parameters}; install a version >= 5.17 that hf_kvquant was tested with, or a newer hf_kvquant"
         )
     setattr(configuration_utils, _NAMES, (*names, CACHE_IMPLEMENTATION))
     setattr(GenerationMixin, _METHOD, _extended(method))
@@ -62,10 +63,11 @@ def _extended(prepare_cache: Any) -> Any:
         chosen = generation_config.cache_implementation
         asked = chosen == CACHE_IMPLEMENTATION
         fused = is_fused(self.config.get_text_config(decoder=True))
-        given = next((model_kwargs[name] for name in ("past_key_values", "cache_params") if model_kwargs.get(name) is not None), None)
-        if given is not None and isinstance(given, QuantizedPagedCache):
-            given.shared.padding_mask = _padding_mask(model_kwargs)
-        if given is not None or not (asked or (fused and chosen is None)):
+        given = [model_kwargs[name] for name in _CACHE_NAMES if model_kwargs.get(name) is not None]
+        for cache in given:
+            if isinstance(cache, QuantizedPagedCache):
+                cache.shared.padding_mask = _padding_mask(model_kwargs)
+        if given or not (asked or (fused and chosen is None)):
             return prepare_cache(self, generation_config, *arguments)
         options = generation_config.cache_config
         KVQuantConfig.parse(options)  # before anything is made
@@ -81,9 +83,11 @@ def _extended(prepare_cache: Any) -> Any:
             result = prepare_cache(self, generation_config, *arguments)
         finally:
             generation_config.cache_implementation = chosen
-        for name in ("past_key_values", "cache_params"):
+        for name in _CACHE_NAMES:
             if name in model_kwargs:
-                model_kwargs[name] = _replace(self, model_kwargs, model_kwargs[name], generation_config, max_cache_length)
+                model_kwargs[name] = _replace(
+                    self, model_kwargs, model_kwargs[name], generation_config, max_cache_length
+                )
         return result
 
     prepare._is_kvquant = True  # type: ignore[attr-defined]
@@ -114,7 +118,7 @@ def _replace(model: Any, model_kwargs: dict[str, Any], made: Any, generation_con
 
 
 def _will_compile(model: Any, generation_config: Any) -> bool:
-    """Whether `generate` would compile decoding with a cache that allows it (the host's criteria, without its warnings)."""
+    """Whether `generate` would compile decoding with a cache that allows it (the host's criteria)."""
     if generation_config.disable_compile:
         return False
     compile_config = generation_config.compile_config

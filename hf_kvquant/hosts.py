@@ -1,4 +1,4 @@
-"""What has to be known of a loaded transformers model: its layers' names, its files, and who else quantizes its cache."""
+"""What has to be known of a loaded transformers model: its layers, its files, and who else quantizes its cache."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def checkpoint_of(model: PreTrainedModel) -> tuple[str | None, str | None]:
 def disable_fake_quantization(model: PreTrainedModel) -> list[str]:
     """Stop compressed-tensors from rounding K and V on their way to the cache; returns a line for the report.
 
-    Its integration quantizes and dequantizes keys and values inside the model and stores the result in the model's dtype.
-    With 8-bit pages that would round twice.
+    Its integration quantizes and dequantizes keys and values inside the model and stores the result in the model's
+    dtype. With 8-bit pages that would round twice.
     """
     modules = [
         module

@@ -128,12 +128,12 @@ class PagedLayer(CacheLayerMixin):
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)
 
-    # -- the two hops ------------------------------------------------------------------------------------------------
+    # -- the two hops ----------------------------------------------------------------------------------------------
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Write new tokens `[B, H, T, D]` and return what attention reads: handles, or dense tensors for another attention.
+        """Write new tokens `[B, H, T, D]` and return what attention reads: handles, or dense tensors.
 
-        Raises ValueError for shapes that are not this layer's and OutOfPagesError if there is no room; nothing is written.
+        Raises ValueError for shapes of another model and OutOfPagesError if there is no room; nothing is written.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -253,8 +253,8 @@ class PagedLayer(CacheLayerMixin):
         got = ((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
         if got != expected:
             raise ValueError(
-                f"layer {self.index}: keys and values of {got[0]} and {got[1]} (heads, head_dim) do not fit this cache, which "
-                f"holds {expected[0]} and {expected[1]}; it was made for another model, make a new one with from_model()"
+                f"layer {self.index}: keys and values of {got[0]} and {got[1]} (heads, head_dim) do not fit this cache, "
+                f"which holds {expected[0]} and {expected[1]}; it was made for another model, make a new one with from_model()"
             )
         table = self.table
         if isinstance(table, StaticPageTable) and table.batch_size != key.shape[0]:
@@ -267,7 +267,7 @@ class PagedLayer(CacheLayerMixin):
         assert self.table is not None  # noqa: S101 - set by lazy_initialization
         return self.table
 
-    # -- reading as dense tensors --------------------------------------------------------------------------------------
+    # -- reading as dense tensors ----------------------------------------------------------------------------------
 
     def read(self, side: str, num_new: int, raw: torch.Tensor | None) -> torch.Tensor:
         """The dense keys or values `[B, H, L, D]` that the host's mask is made for."""
@@ -324,7 +324,7 @@ class PagedLayer(CacheLayerMixin):
         handle = PagedKV(self, side, 0, None)
         return handle if self.shared.is_fused else handle.dense(f"layer.{side}s is read")
 
-    # -- what the host asks ---------------------------------------------------------------------------------------------
+    # -- what the host asks ----------------------------------------------------------------------------------------
 
     def get_seq_length(self) -> Any:
         if self.is_empty:
@@ -352,7 +352,7 @@ class PagedLayer(CacheLayerMixin):
         size = self.table.batch_size if self.table is not None else None
         return -1 if size is None else size
 
-    # -- operations -------------------------------------------------------------------------------------------------------
+    # -- operations ------------------------------------------------------------------------------------------------
 
     # An operation on one layer first stops sharing the table. The cache changes each table once and then has its layers
     # follow.
@@ -372,7 +372,7 @@ class PagedLayer(CacheLayerMixin):
             self.clipped.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens (before transformers 5.18 a positive number is the final length)."""
+        """Take back the last `-tokens_to_remove` tokens (a positive number is the final length before 5.18)."""
         num_tokens = tokens_to_take_back(tokens_to_remove, self.get_seq_length)
         self._own_table()
         if self.table is not None and num_tokens:
@@ -434,7 +434,7 @@ class PagedLayer(CacheLayerMixin):
 
     prefetch = offload
 
-    # -- what the page table asks (pages.PageUser) ------------------------------------------------------------------------
+    # -- what the page table asks (pages.PageUser) -----------------------------------------------------------------
 
     def resize_pages(self, num_pages: int) -> None:
         for store in (self.k, self.v) if hasattr(self, "k") else ():
@@ -464,7 +464,7 @@ class PagedLayer(CacheLayerMixin):
         if isinstance(self.table, PageTable) and self.is_initialized and len(self.table.users) > 1:
             self.leave_table()
 
-    # -- sizes -----------------------------------------------------------------------------------------------------------
+    # -- sizes -----------------------------------------------------------------------------------------------------
 
     @property
     def stored_nbytes(self) -> int:

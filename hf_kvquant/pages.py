@@ -60,7 +60,11 @@ class PageTable:
     """
 
     def __init__(
-        self, page_size: int, window: int | None = None, num_pages: int | None = None, expected_length: int | None = None
+        self,
+        page_size: int,
+        window: int | None = None,
+        num_pages: int | None = None,
+        expected_length: int | None = None,
     ) -> None:
         self.page_size = page_size
         self.window = window
@@ -81,7 +85,7 @@ class PageTable:
         self._free: list[int] = []  # a heap: low ids first, so that pools stay dense
         self._forget_tensors()
 
-    # -- what operators read ------------------------------------------------------------------------------------
+    # -- what operators read ---------------------------------------------------------------------------------------
 
     def page_table(self, device: torch.device) -> torch.Tensor:
         """int32 `[B, N]` on `device`."""
@@ -102,7 +106,7 @@ class PageTable:
         self._tables: dict[torch.device, torch.Tensor] = {}
         self._seq_lens: dict[torch.device, torch.Tensor] = {}
 
-    # -- sizes ----------------------------------------------------------------------------------------------------
+    # -- sizes -----------------------------------------------------------------------------------------------------
 
     @property
     def batch_size(self) -> int | None:
@@ -128,7 +132,7 @@ class PageTable:
         """The oldest token that is still held."""
         return self.first_page * self.page_size
 
-    # -- changing ------------------------------------------------------------------------------------------------
+    # -- changing --------------------------------------------------------------------------------------------------
 
     def append(self, num_tokens: int, batch_size: int) -> None:
         """Make room for `num_tokens` more tokens of every sequence.
@@ -138,8 +142,8 @@ class PageTable:
         """
         if self.rows and len(self.rows) != batch_size:
             raise ValueError(
-                f"the cache holds {len(self.rows)} sequence(s) but got keys and values of {batch_size}; use a new cache, "
-                "reset() this one, or batch_repeat_interleave / batch_select_indices to change its batch size"
+                f"the cache holds {len(self.rows)} sequence(s) but got keys and values of {batch_size}; use a new "
+                "cache, reset() this one, or batch_repeat_interleave / batch_select_indices to change its batch size"
             )
         for user in [user for user in self.users if user.length != self.length]:
             user.leave_table()
@@ -168,7 +172,7 @@ class PageTable:
         self._seq_lens.clear()
 
     def crop(self, num_tokens: int) -> None:
-        """Take the last `num_tokens` tokens back. Raises RuntimeError if a window has already moved past what remains."""
+        """Take the last `num_tokens` tokens back. Raises RuntimeError if a window has moved past what remains."""
         self.check_crop(num_tokens)
         new_length = max(self.length - num_tokens, 0)
         kept = max(-(-new_length // self.page_size) - self.first_page, 0)

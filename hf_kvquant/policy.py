@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from .checkpoints import CheckpointScales
-from .config import SCALE_SOURCES, KVQuantConfig
+from .config import KVQuantConfig
 from .formats import get_format
 from .scales import LayerScales
 
@@ -69,12 +69,12 @@ def plan_layers(
         if index in skipped:
             plans.append(SKIPPED)
             continue
-        scales, source = given[index]
+        scales, *sources = given[index]
         sides = []
-        for side, name in zip("kv", formats, strict=True):
-            declared = checkpoint.kv_cache_dtype if checkpoint is not None else name
-            if scales is not None and (declared is None or declared == name):
-                sides.append(_static_plan(name, side, scales, source.get(side, source[""])))
+        for side, name, source in zip("kv", formats, sources, strict=True):
+            declared = checkpoint.kv_cache_dtype if checkpoint is not None else None
+            if scales is not None and declared in (None, name):
+                sides.append(_static_plan(name, side, scales, source))
             else:
                 sides.append(_plan_without_scales(config, name))
         plans.append(LayerPlan(*sides))
@@ -94,7 +94,8 @@ def _skipped_layers(config: KVQuantConfig, layer_types: Sequence[str]) -> set[in
         if isinstance(item, str):
             matches = {index for index, name in enumerate(layer_types) if name == item}
             if not matches:
-                raise ValueError(f"skip_layers names {item!r}; this model's layer types: {', '.join(sorted(set(layer_types)))}")
+                types = ", ".join(sorted(set(layer_types)))
+                raise ValueError(f"skip_layers names {item!r}; this model's layer types: {types}")
             skipped |= matches
         else:
             if not -len(layer_types) <= item < len(layer_types):
@@ -103,22 +104,26 @@ def _skipped_layers(config: KVQuantConfig, layer_types: Sequence[str]) -> set[in
     return skipped
 
 
+# Static scales of a layer, and where K's and V's come from.
+_Given = tuple[LayerScales | None, str, str]
+_NOT_GIVEN: _Given = (None, "", "")
+
+
 def _given_scales(
     config: KVQuantConfig,
     checkpoint: CheckpointScales | None,
     formats: tuple[str, str],
     num_layers: int,
     notes: list[str],
-) -> list[tuple[LayerScales | None, dict[str, str]]]:
-    """Static scales of each layer and, by side, where they come from."""
+) -> list[_Given]:
     scales = config.scales
     if checkpoint is not None:
         return _checkpoint_scales(config, checkpoint, formats, num_layers, notes)
     if isinstance(scales, str) and scales == "unit":
         ones = LayerScales(torch.ones(1), torch.ones(1))
-        return [(ones, {"": "unit (1.0)"})] * num_layers
+        return [(ones, "unit (1.0)", "unit (1.0)")] * num_layers
     if isinstance(scales, str) or hasattr(scales, "__fspath__"):
-        return [(None, {"": ""})] * num_layers
+        return [_NOT_GIVEN] * num_layers
     if isinstance(scales, LayerScales):
         per_layer: list[LayerScales | None] = [scales] * num_layers
     elif isinstance(scales, Mapping):
@@ -129,7 +134,7 @@ def _given_scales(
         if len(scales) != num_layers:
             raise ValueError(f"scales are given for {len(scales)} layers, but this model has {num_layers} cache layers")
         per_layer = list(scales)
-    return [(entry, {"": "given"}) for entry in per_layer]
+    return [(entry, "given", "given") for entry in per_layer]
 
 
 def _checkpoint_scales(
@@ -138,10 +143,11 @@ def _checkpoint_scales(
     formats: tuple[str, str],
     num_layers: int,
     notes: list[str],
-) -> list[tuple[LayerScales | None, dict[str, str]]]:
+) -> list[_Given]:
     if len(checkpoint.layers) != num_layers:
         raise ValueError(
-            f"{checkpoint.path} holds scales for {len(checkpoint.layers)} layers, but this model has {num_layers} cache layers"
+            f"{checkpoint.path} holds scales for {len(checkpoint.layers)} layers, but this model has {num_layers} cache "
+            "layers"
         )
     declared = checkpoint.kv_cache_dtype
     if declared is not None and (unused := sorted({name for name in formats if name != declared and name != "model"})):
@@ -150,8 +156,8 @@ def _checkpoint_scales(
             raise ValueError(f"scales='checkpoint', but {message}; use kv_cache_dtype={declared!r} or other scales")
         notes.append(message)
     return [
-        (scales, {side: f"checkpoint: {key}" for side, key in zip("kv", keys, strict=True)} if scales is not None else {"": ""})
-        for scales, keys in zip(checkpoint.layers, checkpoint.keys, strict=True)
+        (scales, f"checkpoint: {k_key}", f"checkpoint: {v_key}")
+        for scales, (k_key, v_key) in zip(checkpoint.layers, checkpoint.keys, strict=True)
     ]
 
 
@@ -177,6 +183,3 @@ def asks_for_files(config: KVQuantConfig) -> bool:
     if hasattr(config.scales, "__fspath__"):
         return True
     return isinstance(config.scales, str) and config.scales not in ("dynamic", "first_batch", "unit")
-
-
-__all__ = ["LayerPlan", "SidePlan", "asks_for_files", "plan_layers", "SCALE_SOURCES"]

@@ -85,7 +85,9 @@ def as_head_channel(scale: torch.Tensor, num_heads: int, head_dim: int, where: s
 
 def _check_values(name: str, tensor: torch.Tensor, positive: bool) -> None:
     if tensor.ndim > 2 or tensor.numel() == 0:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [1], [num_kv_heads] or [num_kv_heads, head_dim]")
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}; expected [1], [num_kv_heads] or [num_kv_heads, head_dim]"
+        )
     if not tensor.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinite values; recalibrate, or leave this layer's scales out")
     if positive and not (tensor > 0).all():

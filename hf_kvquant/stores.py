@@ -29,7 +29,14 @@ class PageStore:
     """
 
     def __init__(
-        self, plan: SidePlan, num_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, device: torch.device, where: str
+        self,
+        plan: SidePlan,
+        num_heads: int,
+        head_dim: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        where: str,
     ) -> None:
         self.plan = plan
         self.source = plan.source
@@ -37,7 +44,9 @@ class PageStore:
         row = get_format(plan.format)
 
         def place(tensor: torch.Tensor | None, field: str) -> torch.Tensor | None:
-            return None if tensor is None else as_head_channel(tensor, num_heads, head_dim, f"{where}_{field}").to(device)
+            return (
+                None if tensor is None else as_head_channel(tensor, num_heads, head_dim, f"{where}_{field}").to(device)
+            )
 
         storage_dtype = row.storage_dtype or dtype
         self.paged = PagedTensor(
@@ -50,7 +59,7 @@ class PageStore:
             self.paged.token_scale = torch.zeros(0, num_heads, page_size, dtype=torch.bfloat16, device=device)
         self.needs_tokens = plan.kind == "first_batch" or plan.equalize
 
-    # -- pages --------------------------------------------------------------------------------------------------
+    # -- pages -----------------------------------------------------------------------------------------------------
 
     def resize(self, num_pages: int) -> None:
         def resized(store: torch.Tensor) -> torch.Tensor:
@@ -65,7 +74,9 @@ class PageStore:
         self._each(lambda store: store.index_fill_(0, _index(pages, store.device), 0))
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        self._each(lambda store: store.index_copy_(0, _index(targets, store.device), store[_index(sources, store.device)]))
+        self._each(
+            lambda store: store.index_copy_(0, _index(targets, store.device), store[_index(sources, store.device)])
+        )
 
     def keep(self, pages: Sequence[int], num_pages: int) -> None:
         def kept(store: torch.Tensor) -> torch.Tensor:
@@ -77,14 +88,16 @@ class PageStore:
 
     def select_rows(self, indices: torch.Tensor, batch_size: int) -> None:
         """Reorder whole sequences, for tables in which every sequence has its own run of pages."""
-        self._each(lambda store: store.copy_(store.unflatten(0, (batch_size, -1))[indices.to(store.device)].flatten(0, 1)))
+        self._each(
+            lambda store: store.copy_(store.unflatten(0, (batch_size, -1))[indices.to(store.device)].flatten(0, 1))
+        )
 
     def _each(self, change) -> None:  # type: ignore[no-untyped-def]
         self.paged.pages = change(self.paged.pages)
         if self.paged.token_scale is not None:
             self.paged.token_scale = change(self.paged.token_scale)
 
-    # -- scales -------------------------------------------------------------------------------------------------
+    # -- scales ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor, valid: torch.Tensor | None) -> None:
@@ -114,7 +127,7 @@ class PageStore:
         self.source = f"first batch ({num_tokens} tokens, per {granularity}, margin {margin:g})"
         self.needs_tokens = False
 
-    # -- reading ------------------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------------------------
 
     def read(self, page_table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """`[B, H, N * S, D]` in the model's dtype, in the order of `positions`."""

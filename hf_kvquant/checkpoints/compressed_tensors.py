@@ -23,7 +23,10 @@ def read(files: CheckpointFiles) -> FoundScales | None:
     """The scales of `files`, or None if they neither declare nor hold any of this family."""
     scheme = _scheme(files.config)
     prefixes = sorted(
-        name.removesuffix(f".{side}_scale") for side in "kv" for name in files.tensors if name.endswith(f".{side}_scale")
+        name.removesuffix(f".{side}_scale")
+        for side in "kv"
+        for name in files.tensors
+        if name.endswith(f".{side}_scale")
     )
     prefixes = [prefix for prefix in dict.fromkeys(prefixes) if not prefix.endswith(("k_proj", "v_proj"))]
     if scheme is None and not prefixes:
@@ -62,10 +65,14 @@ def _read_scheme(scheme: dict[str, Any], path: str) -> tuple[str, bool]:
     """Format and whether it is dynamic; the defaults are those of compressed-tensors' QuantizationArgs."""
     bits, kind, strategy = scheme.get("num_bits", 8), scheme.get("type", "int"), scheme.get("strategy")
     dynamic = bool(scheme.get("dynamic", False))
-    if bits != 8 or kind not in ("float", "int") or strategy not in (_DYNAMIC_STRATEGIES if dynamic else _STATIC_STRATEGIES):
+    if (
+        bits != 8
+        or kind not in ("float", "int")
+        or strategy not in (_DYNAMIC_STRATEGIES if dynamic else _STATIC_STRATEGIES)
+    ):
         raise ValueError(
-            f"{path}: kv_cache_scheme with num_bits={bits}, type={kind!r}, strategy={strategy!r} is not supported; supported "
-            "are 8 bits, float or int, static per tensor or attn_head, or dynamic per token; "
+            f"{path}: kv_cache_scheme with num_bits={bits}, type={kind!r}, strategy={strategy!r} is not supported; "
+            "supported are 8 bits, float or int, static per tensor or attn_head, or dynamic per token; "
             "scales='dynamic' with kv_cache_dtype='fp8' or 'int8' works with any model"
         )
     return ("fp8_e4m3" if kind == "float" else "int8"), dynamic

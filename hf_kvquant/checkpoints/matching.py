@@ -21,7 +21,9 @@ def match_layers(
     known = {_bare(prefix): prefix for prefix in prefixes}
     if len(known) != len(prefixes):
         doubled = [prefix for prefix in prefixes if known[_bare(prefix)] != prefix]
-        raise ValueError(f"{where} holds two sets of scales for one module: {doubled[0]} and {known[_bare(doubled[0])]}")
+        raise ValueError(
+            f"{where} holds two sets of scales for one module: {doubled[0]} and {known[_bare(doubled[0])]}"
+        )
     matched: list[str | None] = []
     for paths in attention_paths:
         hits = [known[_bare(path)] for path in paths if _bare(path) in known]

@@ -3,8 +3,8 @@
 Shapes: B sequences, Hq query heads, H key/value heads, T new tokens, D head_dim (K and V may differ), P pages,
 S page_size, N columns of the page table.
 
-A sequence has seen `seq_lens[b]` tokens. Token p lies in page `page_table[b, (p // S) % N]`, at slot `p % S`: the table is
-a ring, so a layer with a sliding window holds only the pages of its window, and for any other layer N is large enough
+A sequence has seen `seq_lens[b]` tokens. Token p lies in page `page_table[b, (p // S) % N]`, at slot `p % S`: the table
+is a ring, so a layer with a sliding window holds only the pages of its window, and for any other layer N is large enough
 that nothing wraps. (There is no separate slot_mapping: it is what these two tensors say.)
 
     x ≈ code * scale * token_scale + zero
@@ -152,7 +152,8 @@ def _check_paged(name: str, side: PagedTensor, num_heads: int, head_dim: int) ->
         f"{name}.pages is {list(pages.shape)}; expected [P, {num_heads}, S, {head_dim}]",
     )
     if row.storage_dtype is not None:
-        _require(pages.dtype == row.storage_dtype, f"{name}.pages is {pages.dtype}; {row.name} is stored as {row.storage_dtype}")
+        wanted = row.storage_dtype
+        _require(pages.dtype == wanted, f"{name}.pages is {pages.dtype}; {row.name} is stored as {wanted}")
     for field in ("scale", "zero"):
         tensor = getattr(side, field)
         if tensor is not None:
@@ -174,7 +175,12 @@ def _check_table(batch_size: int, page_table: torch.Tensor, seq_lens: torch.Tens
 
 
 def _check_write(
-    key: torch.Tensor, value: torch.Tensor, k: PagedTensor, v: PagedTensor, page_table: torch.Tensor, seq_lens: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k: PagedTensor,
+    v: PagedTensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
 ) -> None:
     _require(
         key.ndim == 4 and key.shape[:3] == value.shape[:3],
@@ -197,7 +203,8 @@ def _check_attention(
     _require(query.ndim == 4, f"query is {list(query.shape)}; expected [B, Hq, T, D]")
     batch_size, num_q_heads, num_tokens, head_dim = query.shape
     num_kv_heads = k.pages.shape[1]
-    _require(num_q_heads % num_kv_heads == 0, f"{num_q_heads} query heads do not divide over {num_kv_heads} key/value heads")
+    divides = num_q_heads % num_kv_heads == 0
+    _require(divides, f"{num_q_heads} query heads do not divide over {num_kv_heads} key/value heads")
     _check_paged("k", k, num_kv_heads, head_dim)
     _check_paged("v", v, num_kv_heads, v.pages.shape[3])
     _check_table(batch_size, page_table, seq_lens)
@@ -208,6 +215,7 @@ def _check_attention(
             and attn_mask.shape[1] in (1, num_q_heads)
             and attn_mask.shape[2] == num_tokens
         )
-        _require(fits, f"attn_mask is {list(attn_mask.shape)}; expected [1 or {batch_size}, 1 or {num_q_heads}, {num_tokens}, M]")
+        expected = f"[1 or {batch_size}, 1 or {num_q_heads}, {num_tokens}, M]"
+        _require(fits, f"attn_mask is {list(attn_mask.shape)}; expected {expected}")
     if sinks is not None:
         _require(sinks.shape == (num_q_heads,), f"sinks is {list(sinks.shape)}; expected [{num_q_heads}]")
