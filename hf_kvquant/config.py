@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .formats import FORMATS, get_format
@@ -69,7 +69,9 @@ class KVQuantConfig:
     def parse(cls, options: KVQuantConfig | Mapping[str, Any] | None, **defaults: Any) -> KVQuantConfig:
         """A config from what a user gave (never changed), over `defaults`. Raises ValueError for unknown keys."""
         if isinstance(options, cls):
-            return options
+            # A field with its default says as little as a key that is missing.
+            silent = [f.name for f in fields(cls) if f.name in defaults and getattr(options, f.name) == f.default]
+            return replace(options, **{name: defaults[name] for name in silent}) if silent else options
         if options is not None and not isinstance(options, Mapping):
             raise TypeError(f"cache_config must be a dict or a KVQuantConfig, not {type(options).__name__}")
         given = {**defaults, **(options or {})}
@@ -106,7 +108,8 @@ def _parse_equalize(value: Any) -> bool | str | tuple[str, ...]:
 
 
 def _parse_skip_layers(value: Any) -> tuple[int | str, ...]:
-    items = (value,) if isinstance(value, (int, str)) else tuple(value or ())
+    items = tuple(value) if isinstance(value, Collection) and not isinstance(value, str) else (value,)
+    items = () if value is None else items
     if bad := [item for item in items if isinstance(item, bool) or not isinstance(item, (int, str))]:
         raise ValueError(f"skip_layers holds {bad[0]!r}; give layer indices or layer types such as 'sliding_attention'")
     return items

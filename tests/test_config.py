@@ -1,0 +1,211 @@
+"""`KVQuantConfig`: aliases, defaults and every refusal."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import llama_config
+
+from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache
+from hf_kvquant.formats import FORMATS
+
+SCALES = LayerScales(torch.ones(1), torch.ones(1))
+KEYS = [field.name for field in dataclasses.fields(KVQuantConfig)]
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ("auto", "auto"),
+        ("fp8", "fp8_e4m3"),
+        ("fp8_e4m3fn", "fp8_e4m3"),
+        ("fp8_e5m2", "fp8_e5m2"),
+        ("int8", "int8"),
+        ("model", "model"),
+        (("fp8", "int8"), ("fp8_e4m3", "int8")),
+        (["model", "fp8_e5m2"], ("model", "fp8_e5m2")),
+    ],
+)
+def test_dtype_names(given: Any, stored: Any) -> None:
+    assert KVQuantConfig(kv_cache_dtype=given).kv_cache_dtype == stored
+
+
+@pytest.mark.parametrize(
+    "given", ["fp4", "FP8", "", None, 8, torch.float8_e4m3fn, ("fp8",), ("fp8", "int8", "int8"), ("auto", "fp8"), {}]
+)
+def test_bad_dtype_lists_the_formats(given: Any) -> None:
+    with pytest.raises(ValueError, match="fp8_e4m3") as error:
+        KVQuantConfig(kv_cache_dtype=given)
+    assert all(name in str(error.value) for name in FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("given", "equalized"),
+    [
+        ("auto", {"int8"}),
+        (True, set(FORMATS)),
+        (False, set()),
+        ("fp8", {"fp8_e4m3"}),
+        (("int8", "fp8_e5m2"), {"int8", "fp8_e5m2"}),
+        (["fp8"], {"fp8_e4m3"}),
+        ((), set()),
+    ],
+)
+def test_equalize(given: Any, equalized: set[str]) -> None:
+    config = KVQuantConfig(equalize=given)
+    assert {name for name in FORMATS if config.equalizes(name)} == equalized
+
+
+@pytest.mark.parametrize("given", ["fp4", ("int8", "fp4"), None, 1, 0.5, {"int8": True}])
+def test_bad_equalize_lists_the_formats(given: Any) -> None:
+    with pytest.raises(ValueError, match="int8"):
+        KVQuantConfig(equalize=given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "auto",
+        "checkpoint",
+        "dynamic",
+        "first_batch",
+        "unit",
+        "org/model",
+        Path("/x"),
+        SCALES,
+        [SCALES],
+        (SCALES, None),
+        {1: SCALES},
+    ],
+    ids=str,
+)
+def test_scales(given: Any) -> None:
+    assert KVQuantConfig(scales=given).scales is given
+
+
+@pytest.mark.parametrize(
+    "given", [None, 1.0, torch.ones(1), [], {}, [torch.ones(1)], ["dynamic"], {"0": SCALES}, {0: 1.0}, b"x"], ids=repr
+)
+def test_bad_scales_list_the_choices(given: Any) -> None:
+    with pytest.raises(TypeError, match="choose one of auto, checkpoint, dynamic, first_batch, unit, a path"):
+        KVQuantConfig(scales=given)
+
+
+@pytest.mark.parametrize("given", ["token", "", None, 1, ["head"]])
+def test_bad_granularity(given: Any) -> None:
+    with pytest.raises(ValueError, match="choose one of tensor, head, channel"):
+        KVQuantConfig(granularity=given)
+
+
+@pytest.mark.parametrize("given", [0, 0.99, -1, math.nan, math.inf, -math.inf, "1.5", None, [1.5]])
+def test_bad_margin(given: Any) -> None:
+    with pytest.raises(ValueError, match="margin=.*at least 1.0"):
+        KVQuantConfig(margin=given)
+
+
+@pytest.mark.parametrize("name", ["page_size", "num_pages", "max_cache_len"])
+@pytest.mark.parametrize("given", [0, -1, 16.0, "16", True, math.inf])
+def test_bad_sizes(name: str, given: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}=.*positive integer"):
+        KVQuantConfig(**{name: given})
+
+
+def test_page_size_may_not_be_none() -> None:
+    with pytest.raises(ValueError, match="page_size=None"):
+        KVQuantConfig(page_size=None)  # type: ignore[arg-type]
+    assert KVQuantConfig(num_pages=None, max_cache_len=None).num_pages is None
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ((), ()),
+        (None, ()),
+        (0, (0,)),
+        (-1, (-1,)),
+        ([0, -1], (0, -1)),
+        ("full_attention", ("full_attention",)),
+        ({2}, (2,)),
+    ],
+)
+def test_skip_layers(given: Any, stored: tuple[int | str, ...]) -> None:
+    assert KVQuantConfig(skip_layers=given).skip_layers == stored
+
+
+@pytest.mark.parametrize("given", [True, [False], [0.5], 0.5, [None], [[0]]])
+def test_bad_skip_layers(given: Any) -> None:
+    with pytest.raises(ValueError, match="give layer indices or layer types"):
+        KVQuantConfig(skip_layers=given)
+
+
+@pytest.mark.parametrize("given", [2, -3, [0, 7]])
+def test_skip_layers_beyond_the_model(given: Any) -> None:
+    with pytest.raises(ValueError, match="skip_layers names layer .* has 2 cache layers"):
+        QuantizedPagedCache(llama_config(), KVQuantConfig(skip_layers=given))
+
+
+def test_skip_layers_of_an_unknown_type_lists_the_types() -> None:
+    with pytest.raises(ValueError, match="'conv'; this model's layer types: full_attention"):
+        QuantizedPagedCache(llama_config(), KVQuantConfig(skip_layers="conv"))
+
+
+@pytest.mark.parametrize(
+    "scales", [[SCALES], [SCALES] * 3, {2: SCALES}, {-1: SCALES}], ids=["short", "long", "high", "negative"]
+)
+def test_scales_for_another_number_of_layers(scales: Any) -> None:
+    with pytest.raises(ValueError, match="scales are given for .* this model has 2 cache layers"):
+        QuantizedPagedCache(llama_config(), KVQuantConfig(scales=scales))
+
+
+def test_unknown_keys_are_listed_with_the_right_ones() -> None:
+    with pytest.raises(ValueError, match="unknown cache_config") as error:
+        KVQuantConfig.parse({"dtype": "fp8", "page_size": 8, "backend": "quanto"})
+    unknown, known = str(error.value).split("known: ")
+    assert "backend, dtype;" in unknown
+    assert "page_size" not in unknown
+    assert known.split(", ") == KEYS
+
+
+@pytest.mark.parametrize("key", [1, None, ("kv_cache_dtype",)], ids=repr)
+def test_keys_that_are_not_strings(key: Any) -> None:
+    with pytest.raises(ValueError, match="unknown cache_config"):
+        KVQuantConfig.parse({key: "fp8"})
+
+
+@pytest.mark.parametrize("options", ["int8", ["int8"], 8, SCALES], ids=["str", "list", "int", "scales"])
+def test_options_of_another_type(options: Any) -> None:
+    with pytest.raises(TypeError, match="must be a dict or a KVQuantConfig"):
+        KVQuantConfig.parse(options)
+
+
+def test_what_the_user_gives_wins_over_defaults() -> None:
+    defaults = {"kv_cache_dtype": "fp8", "max_cache_len": 64}
+    assert KVQuantConfig.parse(None, **defaults) == KVQuantConfig("fp8", max_cache_len=64)
+    assert KVQuantConfig.parse({"kv_cache_dtype": "int8"}, **defaults) == KVQuantConfig("int8", max_cache_len=64)
+
+
+def test_defaults_reach_a_config_object_where_it_says_nothing() -> None:
+    config = KVQuantConfig(page_size=8, num_pages=3)
+    merged = KVQuantConfig.parse(config, kv_cache_dtype="fp8", num_pages=9)
+    assert merged == KVQuantConfig("fp8", page_size=8, num_pages=3)
+    assert KVQuantConfig.parse(config) is config
+
+
+def test_never_changes_what_the_user_gave() -> None:
+    options = {"kv_cache_dtype": ["fp8", "int8"], "skip_layers": [0, -1], "equalize": ["fp8"], "page_size": 8}
+    before = copy.deepcopy(options)
+    config = KVQuantConfig.parse(options, max_cache_len=5)
+    assert options == before
+    options["skip_layers"].append(1)  # type: ignore[attr-defined]
+    assert config.skip_layers == (0, -1)
+
+
+def test_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        KVQuantConfig().page_size = 3  # type: ignore[misc]

@@ -1,0 +1,140 @@
+"""`LayerScales`: what it accepts, what it refuses, and how it is cut for tensor parallelism."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hf_kvquant import LayerScales, QuantizedPagedCache
+from hf_kvquant.scales import as_head_channel, granularity_of
+
+FIELDS = ("k_scale", "v_scale", "q_scale", "k_zero", "v_zero")
+SHAPES = {"tensor": (1,), "head": (4,), "channel": (4, 8)}
+
+
+def _with(**values: object) -> LayerScales:
+    return LayerScales(**{"k_scale": torch.ones(1), "v_scale": torch.ones(1), **values})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_not_finite(field: str, bad: float, shape: tuple[int, ...]) -> None:
+    value = torch.ones(shape)
+    value.view(-1)[-1] = bad
+    with pytest.raises(ValueError, match=f"{field} holds NaN or infinite values"):
+        _with(**{field: value})
+
+
+@pytest.mark.parametrize("field", FIELDS[:3])
+@pytest.mark.parametrize("bad", [0.0, -0.0, -1.5])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_not_positive(field: str, bad: float, shape: tuple[int, ...]) -> None:
+    value = torch.ones(shape)
+    value.view(-1)[0] = bad
+    with pytest.raises(ValueError, match=f"{field} holds a value of .*must be positive"):
+        _with(**{field: value})
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0])
+def test_a_zero_point_may_be_any_finite_number(value: float) -> None:
+    assert _with(k_zero=torch.tensor([value])).k_zero.item() == value  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("shape", [(4, 1, 8), (1, 1, 1, 1), (0,), (4, 0)])
+def test_wrong_rank(field: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=field) as error:
+        _with(**{field: torch.ones(shape)})
+    assert str(list(shape)) in str(error.value)
+    assert "[num_kv_heads, head_dim]" in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["k_scale", "v_scale"])
+def test_needs_both_sides(missing: str) -> None:
+    with pytest.raises(ValueError, match="needs both k_scale and v_scale"):
+        _with(**{missing: None})
+
+
+def test_numbers_and_other_dtypes_become_fp32() -> None:
+    scales = LayerScales(0.5, torch.tensor(2.0, dtype=torch.bfloat16), k_zero=torch.ones(4, dtype=torch.float64))  # type: ignore[arg-type]
+    assert scales.k_scale.tolist() == [0.5]
+    assert scales.v_scale.tolist() == [2.0]
+    assert {t.dtype for t in (scales.k_scale, scales.v_scale, scales.k_zero)} == {torch.float32}  # type: ignore[union-attr]
+
+
+def test_a_number_that_fp32_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="k_scale"):
+        _with(k_scale=torch.tensor([1e60], dtype=torch.float64))
+    with pytest.raises(ValueError, match="k_scale"):
+        _with(k_scale=torch.tensor([1e-60], dtype=torch.float64))
+
+
+def test_holds_no_graph() -> None:
+    parameter = torch.ones(4, requires_grad=True)
+    assert not _with(k_scale=parameter * 2).k_scale.requires_grad
+
+
+@pytest.mark.parametrize("k_shape", SHAPES)
+@pytest.mark.parametrize("v_shape", SHAPES)
+def test_granularity_is_the_finer_one(k_shape: str, v_shape: str) -> None:
+    scales = LayerScales(torch.ones(SHAPES[k_shape]), torch.ones(SHAPES[v_shape]))
+    order = list(SHAPES)
+    assert scales.granularity == max(k_shape, v_shape, key=order.index)
+    assert granularity_of(scales.k_scale) == k_shape
+
+
+def test_shard_cuts_heads_and_keeps_tensors() -> None:
+    channel = torch.arange(1, 33, dtype=torch.float32).view(4, 8)
+    scales = LayerScales(torch.arange(1.0, 5.0), channel, torch.tensor([3.0]), torch.arange(4.0), torch.zeros(1))
+    parts = [scales.shard(rank, 2) for rank in range(2)]
+    assert [p.k_scale.tolist() for p in parts] == [[1, 2], [3, 4]]
+    assert torch.equal(torch.cat([p.v_scale for p in parts]), channel)
+    assert [p.k_zero.tolist() for p in parts] == [[0, 1], [2, 3]]  # type: ignore[union-attr]
+    for part in parts:
+        assert part.q_scale.tolist() == [3.0]  # type: ignore[union-attr]
+        assert part.v_zero.tolist() == [0.0]  # type: ignore[union-attr]
+    assert scales.shard(0, 1).k_scale.tolist() == [1, 2, 3, 4]
+    assert [scales.shard(rank, 4).v_scale.shape for rank in range(4)] == [(1, 8)] * 4
+
+
+def test_a_shard_with_one_head_fits_a_model_with_one_head() -> None:
+    """Of four heads on four ranks each rank has one; its scale `[1]` is then a tensor's, which means the same."""
+    part = LayerScales(torch.arange(1.0, 5.0), torch.ones(4)).shard(2, 4)
+    assert as_head_channel(part.k_scale, 1, 8, "k").tolist() == [[3.0]]
+
+
+def test_shard_refuses_heads_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="4 heads of scales do not divide over 3 ranks"):
+        LayerScales(torch.ones(4), torch.ones(4)).shard(0, 3)
+
+
+def test_as_head_channel() -> None:
+    assert as_head_channel(torch.ones(1), 4, 8, "k").shape == (1, 1)
+    assert as_head_channel(torch.ones(4), 4, 8, "k").shape == (4, 1)
+    assert as_head_channel(torch.ones(4, 8), 4, 8, "k").shape == (4, 8)
+
+
+@pytest.mark.parametrize("shape", [(2,), (8,), (2, 8), (4, 4), (8, 4), (4, 1), (1, 8), (1, 1)])
+def test_scales_of_another_shape_name_layer_and_field(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"layer 3: v_scale has shape .* made for another model") as error:
+        as_head_channel(torch.ones(shape), 4, 8, "layer 3: v_scale")
+    assert str(list(shape)) in str(error.value)
+    assert "[4, 8]" in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["k_scale", "v_scale", "k_zero", "v_zero"])
+def test_the_cache_refuses_scales_of_another_model_and_stays_usable(field: str) -> None:
+    from helpers import llama_config
+
+    from hf_kvquant import KVQuantConfig
+
+    good, bad = _with(), _with(**{field: torch.ones(3)})
+    cache = QuantizedPagedCache(llama_config(), KVQuantConfig("int8", scales=[good, bad]))
+    key = torch.randn(1, 2, 5, 16)
+    cache.update(key, key, 0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"layer 1: {field} has shape"):
+            cache.update(key, key, 1)
