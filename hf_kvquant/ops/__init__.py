@@ -91,7 +91,7 @@ def write_kv(
 
     Raises ValueError naming the argument for shapes and dtypes that do not go together.
     """
-    _check_write(key, value, k, v, page_table, seq_lens)
+    _check_write(key, value, k, v, page_table, seq_lens, clipped)
     torch.ops.hf_kvquant.write_kv(
         key, value, page_table, seq_lens,
         k.pages, k.format, k.scale, k.zero, k.token_scale,
@@ -144,6 +144,10 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    _require(tensor.dtype == dtype, f"{name} is {tensor.dtype}; expected {dtype}")
+
+
 def _check_paged(name: str, side: PagedTensor, num_heads: int, head_dim: int) -> None:
     row = get_format(side.format)
     pages = side.pages
@@ -159,11 +163,20 @@ def _check_paged(name: str, side: PagedTensor, num_heads: int, head_dim: int) ->
         if tensor is not None:
             fits = tensor.ndim == 2 and tensor.shape[0] in (1, num_heads) and tensor.shape[1] in (1, head_dim)
             _require(fits, f"{name}.{field} is {list(tensor.shape)}; expected [1 or {num_heads}, 1 or {head_dim}]")
+            _require_dtype(f"{name}.{field}", tensor, torch.float32)
     if side.token_scale is not None:
         _require(
             side.token_scale.shape == pages.shape[:3],
             f"{name}.token_scale is {list(side.token_scale.shape)}; expected {list(pages.shape[:3])}",
         )
+        _require_dtype(f"{name}.token_scale", side.token_scale, torch.bfloat16)
+
+
+def _check_pair(k: PagedTensor, v: PagedTensor) -> None:
+    _require(
+        k.pages.shape[:3] == v.pages.shape[:3],
+        f"k.pages is {list(k.pages.shape)} and v.pages is {list(v.pages.shape)}; both must be [P, H, S, D]",
+    )
 
 
 def _check_table(batch_size: int, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
@@ -172,6 +185,8 @@ def _check_table(batch_size: int, page_table: torch.Tensor, seq_lens: torch.Tens
         f"page_table is {list(page_table.shape)}; expected [{batch_size}, N]",
     )
     _require(seq_lens.shape == (batch_size,), f"seq_lens is {list(seq_lens.shape)}; expected [{batch_size}]")
+    _require_dtype("page_table", page_table, torch.int32)
+    _require_dtype("seq_lens", seq_lens, torch.int32)
 
 
 def _check_write(
@@ -181,14 +196,19 @@ def _check_write(
     v: PagedTensor,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
+    clipped: torch.Tensor | None,
 ) -> None:
     _require(
-        key.ndim == 4 and key.shape[:3] == value.shape[:3],
-        f"key is {list(key.shape)} and value {list(value.shape)}; both must be [B, H, T, D]",
+        key.ndim == value.ndim == 4 and key.shape[:3] == value.shape[:3],
+        f"key is {list(key.shape)} and value is {list(value.shape)}; both must be [B, H, T, D]",
     )
     _check_paged("k", k, key.shape[1], key.shape[3])
     _check_paged("v", v, value.shape[1], value.shape[3])
+    _check_pair(k, v)
     _check_table(key.shape[0], page_table, seq_lens)
+    if clipped is not None:
+        _require(clipped.shape == (2,), f"clipped is {list(clipped.shape)}; expected [2]")
+        _require_dtype("clipped", clipped, torch.int64)
 
 
 def _check_attention(
@@ -200,13 +220,15 @@ def _check_attention(
     attn_mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
 ) -> None:
-    _require(query.ndim == 4, f"query is {list(query.shape)}; expected [B, Hq, T, D]")
+    for name, tensor in (("query", query), ("k.pages", k.pages), ("v.pages", v.pages)):
+        _require(tensor.ndim == 4, f"{name} is {list(tensor.shape)}; expected four dimensions")
     batch_size, num_q_heads, num_tokens, head_dim = query.shape
     num_kv_heads = k.pages.shape[1]
     divides = num_q_heads % num_kv_heads == 0
-    _require(divides, f"{num_q_heads} query heads do not divide over {num_kv_heads} key/value heads")
+    _require(divides, f"query is {list(query.shape)}; its heads do not divide over {num_kv_heads} of keys and values")
     _check_paged("k", k, num_kv_heads, head_dim)
     _check_paged("v", v, num_kv_heads, v.pages.shape[3])
+    _check_pair(k, v)
     _check_table(batch_size, page_table, seq_lens)
     if attn_mask is not None:
         fits = (
@@ -217,5 +239,7 @@ def _check_attention(
         )
         expected = f"[1 or {batch_size}, 1 or {num_q_heads}, {num_tokens}, M]"
         _require(fits, f"attn_mask is {list(attn_mask.shape)}; expected {expected}")
+        boolean_or_float = attn_mask.dtype == torch.bool or attn_mask.is_floating_point()
+        _require(boolean_or_float, f"attn_mask is {attn_mask.dtype}; expected bool (True attends) or float (added)")
     if sinks is not None:
         _require(sinks.shape == (num_q_heads,), f"sinks is {list(sinks.shape)}; expected [{num_q_heads}]")

@@ -66,14 +66,15 @@ def quantize(
         y = y * (1.0 / scale)[:, None, :]
     token_scales = None
     if dynamic:
-        token_scales = round_up_to_bf16((y.abs().amax(dim=-1) / row.qmax).clamp(min=_TINY_SCALE))
+        token_scales = round_up_to_bf16((y.abs().amax(dim=-1) * (1.0 / row.qmax)).clamp(min=_TINY_SCALE))
         y = y * (1.0 / token_scales.to(torch.float32))[..., None]
     return row.encode(y), token_scales, (y.abs() > row.clip_limit).sum()
 
 
 def round_up_to_bf16(x: torch.Tensor) -> torch.Tensor:
     """The smallest bfloat16 that is not below x (positive fp32; NaN and infinity stay)."""
-    bits = x.view(torch.int32)
+    # The bits of some NaN would overflow into those of zero.
+    bits = torch.where(x.isnan(), torch.nan, x).view(torch.int32)
     return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
 
@@ -198,8 +199,8 @@ def attend(
 ) -> torch.Tensor:
     """Attention over dense K and V: `[B, Hq, T, Dk]`, `[B, H, L, Dk]`, `[B, H, L, Dv]` -> `[B, Hq, T, Dv]`.
 
-    `visible` is bool and `mask` bool (True attends) or float (added), both broadcastable to `[B, Hq, T, L]`. A row
-    that sees nothing gives zeros.
+    `visible` is bool and `mask` bool (True attends) or float (added), both broadcastable to `[B, Hq, T, L]`;
+    `sinks` are `[Hq]` or `[B, Hq, T, 1]`. A row that sees nothing gives zeros.
     """
     batch_size, num_q_heads, num_tokens, _ = query.shape
     num_kv_heads, length = key.shape[1], key.shape[2]
@@ -216,7 +217,8 @@ def attend(
     if visible is not None:
         logits = logits.masked_fill(~visible, float("-inf"))
     if sinks is not None:
-        sink_logits = sinks.to(logits.dtype).reshape(1, -1, 1, 1).expand(batch_size, -1, num_tokens, 1)
+        sinks = sinks.reshape(1, -1, 1, 1) if sinks.ndim == 1 else sinks
+        sink_logits = sinks.to(logits.dtype).expand(batch_size, -1, num_tokens, 1)
         logits = torch.cat([logits, sink_logits], dim=-1)
     # A row of -inf only would be NaN; its maximum is replaced so that every weight comes out as zero.
     highest = logits.amax(dim=-1, keepdim=True)
