@@ -576,7 +576,7 @@ def test_the_bound_sees_one_token() -> None:
         expected, bound = float64_attention(problem)
         fewer = dataclasses.replace(problem, options={**problem.options, "window": int(problem.seq_lens[0]) - 1})
         difference = np.abs(float64_attention(fewer)[0] - expected)[0, :, -1]
-        assert (difference > bound[0, :, -1]).any(axis=-1).all(), name
+        assert (difference > bound[0, :, -1]).mean() > 0.2, name
 
 
 @pytest.mark.parametrize("kind", ["channel", "zero_tensor", "equalized"])
