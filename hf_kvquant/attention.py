@@ -56,17 +56,25 @@ def kvquant_attention(
         attention_mask: `[B, 1 | Hq, T, L]`, bool (True attends) or float (added), or None.
         scaling: softmax scale, by default D ** -0.5.
         is_causal: by default the module's.
-        softcap, s_aux, position_bias: as the host's models pass them; sinks may also come as `sinks`.
+        softcap, s_aux, position_bias: as the host's models pass them; sinks may also come as `sinks`,
+            one a head or, over dense tensors only, one a head and token `[B, Hq, T, 1]`.
 
     Returns `[B, T, Hq, D]` and None for the weights, which are never formed.
     """
     sinks = s_aux if s_aux is not None else kwargs.pop("sinks", None)
+    if sinks is not None and sinks.numel() == query.shape[1]:
+        sinks = sinks.flatten()
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    reason = "the model passes one of keys and values dense"
     if isinstance(key, PagedKV) and isinstance(value, PagedKV):
         layer = key.layer
         layer.settle(_valid_tokens(attention_mask, key))
-        differentiable = query.requires_grad or (dropout and module.training)
-        if key.raw is None and not differentiable:
+        readable = True
+        if query.requires_grad or (dropout and module.training):
+            readable, reason = False, "gradients or dropout are asked for"
+        elif sinks is not None and sinks.ndim > 1:
+            readable, reason = False, "sinks differ between tokens"
+        if key.raw is None and readable:
             output = layer.attend(
                 query,
                 key.num_new,
@@ -82,9 +90,9 @@ def kvquant_attention(
         elif attention_mask is None and is_causal and query.shape[2] > 1:
             attention_mask = _causal_mask(query, key.shape[2])
     if isinstance(key, PagedKV):
-        key = key.dense("gradients or dropout are asked for")
+        key = key.dense(reason)
     if isinstance(value, PagedKV):
-        value = value.dense("gradients or dropout are asked for")
+        value = value.dense(reason)
     if attention_mask is not None and attention_mask.shape[-1] > key.shape[-2]:
         attention_mask = attention_mask[..., : key.shape[-2]]  # a mask for reserved pages over a fresh prompt
     return _dense_attention(

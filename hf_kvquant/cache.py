@@ -24,6 +24,7 @@ from .layers import HybridPagedLayer, HybridSlidingPagedLayer, PagedLayer, Share
 from .pages import PageTable
 from .policy import asks_for_files, plan_layers
 from .report import CacheReport, LayerReport
+from .rotary import rotary_layout
 
 # The host's layer class -> ours. Whatever is not here (linear attention, convolutions, dummies, indexers of
 # sparse attention) stays the host's own.
@@ -112,6 +113,7 @@ class QuantizedPagedCache(DynamicCache):
         kvquant = KVQuantConfig.parse(options, **defaults)
         checkpoint = _find_checkpoint(model, kvquant) if asks_for_files(kvquant) else None
         cache = cls(model.config, kvquant, checkpoint=checkpoint, expected_length=expected_length)
+        cache.shared.rotary = rotary_layout(model)
         cache.notes += disable_fake_quantization(model)
         return cache
 

@@ -20,8 +20,8 @@ class KVQuantConfig:
         kv_cache_dtype: `fp8` (= `fp8_e4m3`), `fp8_e5m2`, `int8`, `model` (pages in the model's dtype), a pair of them
             for (K, V), or `auto`: what the checkpoint declares, else int8.
         scales: where scales come from. `auto`: the checkpoint's if it has any, else `dynamic`. `checkpoint`: the
-            model's own, an error if there are none. `dynamic`: one per token and head. `first_batch`: from the first real
-            tokens, then frozen. `unit`: 1.0. A path or hub id: the scales of that checkpoint. In memory:
+            model's own, an error if there are none. `dynamic`: one per token and head. `first_batch`: from the first
+            real tokens, then frozen. `unit`: 1.0. A path or hub id: the scales of that checkpoint. In memory:
             `LayerScales` for all layers, or one per layer as a sequence or `{layer_idx: LayerScales}`.
         granularity: `tensor`, `head` or `channel`, for scales taken from the first batch.
         equalize: divide K and V by a per-channel vector before dynamic scales are taken, so that an outlier channel

@@ -67,7 +67,8 @@ def _extended(prepare_cache: Any) -> Any:
         for cache in given:
             if isinstance(cache, QuantizedPagedCache):
                 cache.shared.padding_mask = _padding_mask(model_kwargs)
-        if given or not (asked or (fused and chosen is None)):
+        wanted = asked or (fused and chosen is None)
+        if given or not wanted or not self._supports_default_dynamic_cache():
             return prepare_cache(self, generation_config, *arguments)
         options = generation_config.cache_config
         KVQuantConfig.parse(options)  # before anything is made
@@ -103,9 +104,7 @@ def _replace(model: Any, model_kwargs: dict[str, Any], made: Any, generation_con
             model, model_kwargs, made.self_attention_cache, generation_config, max_cache_length
         )
         if type(made.cross_attention_cache) is DynamicCache and encoder_length is not None:
-            made.cross_attention_cache = QuantizedPagedCache.for_generation(
-                model, generation_config.cache_config, expected_length=encoder_length
-            )
+            made.cross_attention_cache = _cross_attention_cache(model, generation_config.cache_config, encoder_length)
         return made
     if type(made) is not DynamicCache:
         return made
@@ -115,6 +114,19 @@ def _replace(model: Any, model_kwargs: dict[str, Any], made: Any, generation_con
     if generation_config.is_assistant:
         cache.activate_past_recording()
     return cache
+
+
+def _cross_attention_cache(model: Any, options: Any, encoder_length: int) -> QuantizedPagedCache:
+    made = QuantizedPagedCache.for_generation(model, options, expected_length=encoder_length)
+
+    class CrossAttentionCache(QuantizedPagedCache):
+        """A model may make the cache anew from its class, with a configuration of its own; the options must stay."""
+
+        def __init__(self, config: Any, offloading: bool = False) -> None:
+            super().__init__(config, made.kvquant, expected_length=encoder_length)
+
+    made.__class__ = CrossAttentionCache
+    return made
 
 
 def _will_compile(model: Any, generation_config: Any) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,11 +74,22 @@ def uses_attention_interface(config: PreTrainedConfig) -> bool:
     """Whether models of this configuration call the attention function they are configured with.
 
     Some older ones compute their attention themselves and take no notice. It is the host's own test, which looks at the
-    source of the model; a model that the host cannot find (remote code) is taken to follow the configuration.
+    source of the model, and one for modules in which only another part, such as a vision tower, does call it; a model
+    that the host cannot find (remote code) is taken to follow the configuration.
     """
     kind = type(config)
     if kind not in _uses_interface:
         classes = [mapping[kind] for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING) if kind in mapping]
         classes = [c for entry in classes for c in (entry if isinstance(entry, (tuple, list)) else (entry,))]
-        _uses_interface[kind] = all(cls._can_set_attn_implementation() for cls in classes)
+        _uses_interface[kind] = all(cls._can_set_attn_implementation() and not _attends_itself(cls) for cls in classes)
     return _uses_interface[kind]
+
+
+def _attends_itself(model_class: type) -> bool:
+    """Whether some class next to the model's puts keys into a cache but does not ask for the configured attention."""
+    try:
+        source = inspect.getsource(sys.modules[model_class.__module__])
+    except (KeyError, OSError, TypeError):
+        return False
+    classes = re.split(r"^(?=class )", source, flags=re.MULTILINE)
+    return any("past_key_values.update(" in text and ".get_interface(" not in text for text in classes)

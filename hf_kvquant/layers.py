@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .hosts import is_fused
 from .ops import reference
 from .pages import PageTable, StaticPageTable
 from .policy import LayerPlan
+from .rotary import RotaryLayout
 from .stores import PageStore
 
 # With a window and fixed addresses: how many tokens one attention call may add. More are taken in pieces.
@@ -38,12 +39,14 @@ class SharedState:
         model_config: the text model's; its attention implementation may change between calls.
         page_size: tokens per page.
         max_cache_len: capacity of a cache with fixed addresses, None for one that grows.
+        rotary: how the model turns keys.
         padding_mask: `[B, T]` of the first prompt (True is a token), when `generate` knows it.
     """
 
     model_config: PreTrainedConfig
     page_size: int
     max_cache_len: int | None = None
+    rotary: RotaryLayout = field(default_factory=RotaryLayout)
     padding_mask: torch.Tensor | None = None
 
     @property
@@ -102,7 +105,8 @@ class PagedLayer(CacheLayerMixin):
 
         def store(side: str, head_dim: int) -> PageStore:
             where = f"layer {self.index}: {side}"
-            return PageStore(getattr(self.plan, side), num_heads, head_dim, self.shared.page_size, dtype, device, where)
+            plan, rotary = getattr(self.plan, side), self.shared.rotary if side == "k" else None
+            return PageStore(plan, num_heads, head_dim, self.shared.page_size, dtype, device, where, rotary)
 
         k, v = store("k", key_states.shape[-1]), store("v", value_states.shape[-1])
         self.k, self.v = k, v
@@ -253,8 +257,9 @@ class PagedLayer(CacheLayerMixin):
         got = ((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
         if got != expected:
             raise ValueError(
-                f"layer {self.index}: keys and values of {got[0]} and {got[1]} (heads, head_dim) do not fit this cache, "
-                f"which holds {expected[0]} and {expected[1]}; it was made for another model, make a new one with from_model()"
+                f"layer {self.index}: keys and values of {got[0]} and {got[1]} (heads, head_dim) do not fit this "
+                f"cache, which holds {expected[0]} and {expected[1]}; it was made for another model, make a new one "
+                "with from_model()"
             )
         table = self.table
         if isinstance(table, StaticPageTable) and table.batch_size != key.shape[0]:

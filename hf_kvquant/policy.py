@@ -146,8 +146,8 @@ def _checkpoint_scales(
 ) -> list[_Given]:
     if len(checkpoint.layers) != num_layers:
         raise ValueError(
-            f"{checkpoint.path} holds scales for {len(checkpoint.layers)} layers, but this model has {num_layers} cache "
-            "layers"
+            f"{checkpoint.path} holds scales for {len(checkpoint.layers)} layers, but this model has {num_layers} "
+            "cache layers"
         )
     declared = checkpoint.kv_cache_dtype
     if declared is not None and (unused := sorted({name for name in formats if name != declared and name != "model"})):

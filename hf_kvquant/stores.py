@@ -9,11 +9,16 @@ import torch
 from .formats import get_format
 from .ops import PagedTensor, reference
 from .policy import SidePlan
+from .rotary import RotaryLayout
 from .scales import as_head_channel
 
-# A channel is taken to be at least this share of its head's largest one, so that a short first prompt, in which some
-# channels happen to be quiet, does no harm later.
-_CHANNEL_FLOOR = 1 / 16
+# How small a channel may look in a short first prompt, in which some happen to be quiet: not below these shares of its
+# head's largest and of its head's median channel (measured; docs/log.md). Where keys are turned in an unknown way only
+# channels far above the median may stand out.
+_SHARE_OF_LARGEST = 1 / 64
+_SHARE_OF_MEDIAN = {"key": 0.5, "value": 1.0, "unknown": 4.0}
+# The same for static scales, which cannot be widened later by a token's own scale.
+_STATIC_SHARE = 1 / 16
 
 
 class PageStore:
@@ -24,6 +29,7 @@ class PageStore:
         num_heads, head_dim, page_size: H, D and S.
         dtype: the model's, for unquantized pages and for what `read` returns.
         where: layer and side, for errors.
+        rotary: how the model turns keys; None for values.
 
     Raises ValueError if the plan's static scales do not fit the shape.
     """
@@ -37,8 +43,10 @@ class PageStore:
         dtype: torch.dtype,
         device: torch.device,
         where: str,
+        rotary: RotaryLayout | None = None,
     ) -> None:
         self.plan = plan
+        self.rotary = rotary
         self.source = plan.source
         self.dtype = dtype
         row = get_format(plan.format)
@@ -109,9 +117,20 @@ class PageStore:
         if self.plan.kind == "first_batch":
             self._freeze(largest, x.shape[0] * x.shape[2] if valid is None else int(valid.sum()))
         else:
-            per_head = largest.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-            self.paged.scale = (largest / per_head).clamp(min=_CHANNEL_FLOOR)
+            self.paged.scale = self._equalizer(largest)
             self.needs_tokens = False
+
+    def _equalizer(self, largest: torch.Tensor) -> torch.Tensor:
+        """`[H, D]`, 1 for the largest channel of a head."""
+        share_of_median = _SHARE_OF_MEDIAN["value"]
+        if self.rotary is not None:
+            share_of_median = _SHARE_OF_MEDIAN["unknown" if self.rotary.kind == "unknown" else "key"]
+            if partners := self.rotary.partners(largest.shape[1]):
+                largest = torch.maximum(largest, largest[:, partners])
+        highest = largest.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        median = largest.median(dim=1, keepdim=True).values
+        lowest = torch.maximum(median * share_of_median, highest * _SHARE_OF_LARGEST)
+        return torch.maximum(largest, lowest.clamp(max=highest)) / highest
 
     def _freeze(self, largest: torch.Tensor, num_tokens: int) -> None:
         granularity, margin = self.plan.granularity, self.plan.margin
@@ -121,8 +140,8 @@ class PageStore:
         if granularity == "tensor":
             largest = whole.reshape(1, 1)
         else:
-            per_head = largest.amax(dim=1, keepdim=True).clamp(min=whole * _CHANNEL_FLOOR)
-            largest = per_head if granularity == "head" else largest.clamp(min=per_head * _CHANNEL_FLOOR)
+            per_head = largest.amax(dim=1, keepdim=True).clamp(min=whole * _STATIC_SHARE)
+            largest = per_head if granularity == "head" else largest.clamp(min=per_head * _STATIC_SHARE)
         self.paged.scale = largest * (margin / get_format(self.plan.format).qmax)
         self.source = f"first batch ({num_tokens} tokens, per {granularity}, margin {margin:g})"
         self.needs_tokens = False

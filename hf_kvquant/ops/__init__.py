@@ -4,8 +4,8 @@ Shapes: B sequences, Hq query heads, H key/value heads, T new tokens, D head_dim
 S page_size, N columns of the page table.
 
 A sequence has seen `seq_lens[b]` tokens. Token p lies in page `page_table[b, (p // S) % N]`, at slot `p % S`: the table
-is a ring, so a layer with a sliding window holds only the pages of its window, and for any other layer N is large enough
-that nothing wraps. (There is no separate slot_mapping: it is what these two tensors say.)
+is a ring, so a layer with a sliding window holds only the pages of its window, and for any other layer N is large
+enough that nothing wraps. (There is no separate slot_mapping: it is what these two tensors say.)
 
     x ≈ code * scale * token_scale + zero
 
