@@ -461,8 +461,7 @@ class PagedLayer(CacheLayerMixin):
         table = self.table
         assert isinstance(table, PageTable)  # noqa: S101 - only growing tables are shared
         table.users.remove(self)
-        self.table = table.detached(self.length)
-        self.table.users.append(self)
+        self.table = table.detached(self)
 
     def _own_table(self) -> None:
         """Before an operation on this layer alone: stop sharing."""

@@ -201,17 +201,22 @@ class PageTable:
                 self._counts[page] += 1
         self._release([page for row in self.rows for page in row])
         self.rows = rows
+        self._shrink()
         self._forget_tensors()
 
-    def detached(self, length: int) -> PageTable:
-        """A table of its own with the first `length` tokens, for a user that went another way."""
+    def detached(self, user: PageUser) -> PageTable:
+        """A table of its own for a user that went another way, with the tokens that the user has written."""
         other = PageTable(self.page_size, self.window, self.num_pages, self.expected_length)
         other.keeps_past = self.keeps_past
+        other.users.append(user)
+        if not user.length:
+            user.resize_pages(0)
+            return other
         other.length, other.first_page = self.length, self.first_page
         other.rows = [list(row) for row in self.rows]
         other._counts, other._free = list(self._counts), list(self._free)
-        if length < self.length:
-            other.crop(self.length - length)
+        if user.length < self.length:
+            other.crop(self.length - user.length)
         return other
 
     # -- pages -----------------------------------------------------------------------------------------------------
