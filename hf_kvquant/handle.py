@@ -64,6 +64,9 @@ class PagedKV:
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
+    def numel(self) -> int:
+        return self.shape.numel()
+
     def __len__(self) -> int:
         return self.shape[0]
 

@@ -65,8 +65,8 @@ def _kind(rotate: Any) -> Literal["half", "interleaved", "unknown"]:
 
 
 def _share(config: Any, parameters: Any) -> float:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if (rotary_dim := getattr(config, "rotary_dim", None)) is not None:
-        return float(rotary_dim / head_dim)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return float(min(rotary_dim / head_dim, 1.0))
     nested = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
     return float(nested or getattr(config, "partial_rotary_factor", None) or 1.0)

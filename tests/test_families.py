@@ -1,0 +1,180 @@
+"""Over the model types that transformers has: unquantized pages give the tokens that its own cache gives."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import families
+import pytest
+import torch
+from families import EXPECTED_DENSE, FAMILIES, KEPT_BY_HOST, MORE_FAMILIES, NOT_TRIED, available, build
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from hf_kvquant import QuantizedPagedCache
+from hf_kvquant.layers import PagedLayer
+from hf_kvquant.ops import reference
+
+LENGTH, PADDING = 13, (0, 5, 10)  # beyond the windows; rows with 13, 8 and 3 tokens
+PAGE_SIZE = 4
+
+
+TYPES = [
+    *available(FAMILIES),
+    *(pytest.param(model_type, marks=pytest.mark.slow) for model_type in available(MORE_FAMILIES)),
+]
+
+
+def _prompt(num_rows: int, length: int = LENGTH, seed: int = 1) -> torch.Tensor:
+    return torch.randint(4, 99, (num_rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _generate(
+    model: PreTrainedModel, input_ids: torch.Tensor, num_padding: tuple[int, ...] = (), **options: Any
+) -> Any:
+    mask = torch.ones_like(input_ids)
+    for row, number in enumerate(num_padding):
+        mask[row, :number] = 0
+    return model.generate(
+        input_ids=input_ids * mask,
+        attention_mask=mask,
+        do_sample=False,
+        no_repeat_ngram_size=2,  # small random models soon repeat one token, which would hide what they attend to
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+
+
+def _runs(model: PreTrainedModel, **cache: Any) -> dict[str, Any]:
+    """Outputs of `generate` in the ways that a cache has to serve."""
+    first = _generate(model, _prompt(1), max_new_tokens=8, **cache)
+    outputs = {"greedy": first}
+    if not model.config.is_encoder_decoder and model.config.model_type not in KEPT_BY_HOST:
+        # More tokens at once than a window holds, to a cache that has some.
+        longer = torch.cat([first.sequences, _prompt(1, length=9, seed=2)], dim=1)
+        outputs["continued"] = _generate(model, longer, max_new_tokens=4, past_key_values=first.past_key_values)
+    outputs["padded"] = _generate(model, _prompt(3), PADDING, max_new_tokens=20, **cache)
+    options = {"num_beams": 3, "num_return_sequences": 3}
+    outputs["beams"] = _generate(model, _prompt(2), PADDING[:2], max_new_tokens=10, **options, **cache)
+    return outputs
+
+
+@functools.lru_cache(maxsize=2)
+def _expected(model_type: str) -> dict[str, Any]:
+    return _runs(build(model_type), cache_implementation="dynamic")
+
+
+def _fused(model_type: str) -> PreTrainedModel:
+    if model_type not in families.ATTENTION_BY_NAME:
+        return build(model_type, attn_implementation="kvquant")
+    model = build(model_type)
+    model.set_attn_implementation("kvquant")
+    return model
+
+
+def _parts(cache: Any) -> list[Any]:
+    """The caches of self-attention and of cross-attention, if there is such."""
+    if isinstance(cache, EncoderDecoderCache):
+        return [cache.self_attention_cache, cache.cross_attention_cache]
+    return [cache]
+
+
+def _scale(output: Any) -> float:
+    return float(torch.stack(output.logits).std())
+
+
+@pytest.mark.parametrize("attention", ["kvquant", "own-attention"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_unquantized_pages_give_the_same_text(model_type: str, attention: str) -> None:
+    expected = _expected(model_type)
+    tokens = expected["padded"].sequences[:, -20:]
+    assert len(set(tokens.flatten().tolist())) > 10, "this model says too little to see a difference"
+
+    model = _fused(model_type) if attention == "kvquant" else build(model_type)
+    options = {"kv_cache_dtype": "model", "page_size": PAGE_SIZE}
+    outputs = _runs(model, cache_implementation="kvquant", cache_config=options)
+
+    for way, output in outputs.items():
+        assert output.sequences.tolist() == expected[way].sequences.tolist(), way
+        for ours, theirs in zip(output.logits, expected[way].logits, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * _scale(expected[way]), msg=way)
+        caches = _parts(output.past_key_values)
+        assert all(isinstance(cache, QuantizedPagedCache) for cache in caches), way
+        paged = [layer for cache in caches for layer in cache.layers if isinstance(layer, PagedLayer)]
+        assert bool(paged) == (model_type not in KEPT_BY_HOST)
+        assert all(layer.is_initialized and layer.plan.k.format == "model" for layer in paged)
+        dense = {reason for cache in caches for layer in cache.report().layers for reason in layer.dense}
+        if attention == "kvquant" and model_type not in EXPECTED_DENSE:
+            assert not dense, way
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_quantized_pages_lose_what_rounding_loses(
+    model_type: str, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the host's cache and attention with K and V rounded through the format on their way into the cache."""
+
+    def run(model: PreTrainedModel, **cache: Any) -> Any:
+        return _generate(model, _prompt(3), PADDING, max_new_tokens=3, **cache)
+
+    options = {"kv_cache_dtype": kv_cache_dtype, "page_size": PAGE_SIZE}
+    output = run(_fused(model_type), cache_implementation="kvquant", cache_config=options)
+    model = build(model_type)
+    exact = run(model, cache_implementation="dynamic")
+    _round_what_is_stored(monkeypatch, _parts(output.past_key_values))
+    rounded = run(model, cache_implementation="dynamic")
+
+    ours, theirs, unrounded = (torch.stack(each.logits) for each in (output, rounded, exact))
+    assert ours.isfinite().all()
+    # The first token does not see the cache; for the others rounding is to be the only difference.
+    torch.testing.assert_close(ours[0], unrounded[0], rtol=0, atol=1e-4 * _scale(exact))
+    error, of_rounding = (float((a[1] - b[1]).square().mean().sqrt()) for a, b in ((ours, theirs), (unrounded, theirs)))
+    assert error <= 0.05 * of_rounding + 1e-5 * _scale(exact)
+    assert (of_rounding > 1e-4 * _scale(exact)) == (model_type not in KEPT_BY_HOST)
+
+
+def _round_what_is_stored(monkeypatch: pytest.MonkeyPatch, ours: list[QuantizedPagedCache]) -> None:
+    """Have the host's dynamic caches keep K and V as `ours` would, and return them as they came the first time."""
+    update = Cache.update
+    seen: list[Cache] = []  # a layer's own attention comes before that over the encoder
+
+    def rounded(x: torch.Tensor, store: Any) -> torch.Tensor:
+        paged = store.paged
+        dynamic = paged.token_scale is not None
+        codes, token_scale, _ = reference.quantize(x, paged.format, paged.scale, paged.zero, dynamic)
+        return reference.dequantize(codes, paged.format, paged.scale, paged.zero, token_scale).to(x.dtype)
+
+    def update_rounded(
+        self: Cache, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not any(cache is self for cache in seen):
+            seen.append(self)
+        layer = ours[next(index for index, cache in enumerate(seen) if cache is self)].layers[layer_idx]
+        if not isinstance(layer, PagedLayer):
+            return update(self, key, value, layer_idx, *args, **kwargs)
+        is_first = len(self.layers) <= layer_idx or not self.layers[layer_idx].get_seq_length()
+        stored = update(self, rounded(key, layer.k), rounded(value, layer.v), layer_idx, *args, **kwargs)
+        return (key, value) if is_first else stored
+
+    monkeypatch.setattr(DynamicCache, "update", update_rounded)
+
+
+def test_every_model_type_is_tried_or_says_why_not() -> None:
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    tried = FAMILIES.keys() | MORE_FAMILIES.keys()
+    assert not known - tried - NOT_TRIED.keys()
+    assert not tried & NOT_TRIED.keys()
+    assert all(NOT_TRIED.values())
+    assert EXPECTED_DENSE.keys() <= tried
+    assert tried >= KEPT_BY_HOST
+
+
+def test_enough_families_are_tried_by_default() -> None:
+    assert len(available(FAMILIES)) >= 45
