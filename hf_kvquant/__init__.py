@@ -32,8 +32,8 @@ __all__ = [
 
 def register() -> None:
     """Register the attention names and the cache implementation with transformers (done on import; idempotent)."""
+    generation.register()  # first: it refuses hosts that it does not know
     attention.register()
-    generation.register()
 
 
 register()
