@@ -179,13 +179,16 @@ class PagedLayer(CacheLayerMixin):
         """`[B, Hq, T, D]` over everything that is stored; the mask's columns are those of `shape_of`."""
         table = self._live_table()
         seq_lens = table.seq_lens(self.device)
-        mask_start = 0 if isinstance(table, StaticPageTable) else self._view_start(num_new)
+        is_static = isinstance(table, StaticPageTable)
+        mask_start = 0 if is_static else self._view_start(num_new)
+        # A mask says all, the window too; a host mask without it lets new tokens see whatever the host would hold.
+        window = self.window if is_static or attn_mask is None else None
 
         def call(rows: slice, lens: torch.Tensor) -> torch.Tensor:
             return ops.paged_attention(
                 query[:, :, rows], self.k.paged, self.v.paged, table.page_table(self.device), lens,
                 softmax_scale=softmax_scale, attn_mask=None if attn_mask is None else attn_mask[:, :, rows],
-                mask_start=mask_start, sinks=sinks, softcap=softcap, window=self.window, causal=causal,
+                mask_start=mask_start, sinks=sinks, softcap=softcap, window=window, causal=causal,
             )  # fmt: skip
 
         if self._pending is None:
