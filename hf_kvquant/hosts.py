@@ -46,11 +46,7 @@ def disable_fake_quantization(model: PreTrainedModel) -> list[str]:
     dtype. With 8-bit pages that would round twice.
     """
     modules = [
-        module
-        for module in model.modules()
-        if hasattr(module, "quantization_scheme")
-        and hasattr(module, "kv_cache")
-        and getattr(module, "quantization_enabled", True)
+        module for module in model.modules() if hasattr(module, "quantization_scheme") and hasattr(module, "kv_cache")
     ]
     for module in modules:
         module.quantization_enabled = False

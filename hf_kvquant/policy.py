@@ -144,6 +144,8 @@ def _checkpoint_scales(
     num_layers: int,
     notes: list[str],
 ) -> list[_Given]:
+    if checkpoint.dynamic:
+        return [_NOT_GIVEN] * num_layers
     if len(checkpoint.layers) != num_layers:
         raise ValueError(
             f"{checkpoint.path} holds scales for {len(checkpoint.layers)} layers, but this model has {num_layers} "

@@ -44,6 +44,8 @@ def read(files: CheckpointFiles) -> FoundScales | None:
         if entry is not None:
             by_prefix[prefix] = entry
     if not by_prefix:
+        if scheme is None:
+            return None
         raise ValueError(
             f"{files.path} declares an 8-bit KV cache (kv_cache_scheme) but holds no usable k_scale / v_scale; "
             "use scales='dynamic', or scales='unit' if 1.0 is meant"
@@ -91,7 +93,7 @@ def _read_layer(files: CheckpointFiles, prefix: str, notes: list[str]) -> FoundE
             names[f"{side}_scale"] = names[f"{other}_scale"]
     if scales["k"] is None or scales["v"] is None:
         return None
-    zeros = {side: _zero(tensors.get(names[f"{side}_zero_point"]), scales[side]) for side in "kv"}
+    zeros = {side: _zero(files, names[f"{side}_zero_point"], tensors, scales[side]) for side in "kv"}
     q_scale = tensors.get(names["q_scale"])
     q_scale = None if q_scale is None else _flat(q_scale)
     if q_scale is not None and not (q_scale.isfinite() & (q_scale > 0)).all():
@@ -106,18 +108,27 @@ def _usable(files: CheckpointFiles, name: str, tensors: dict[str, torch.Tensor])
     """fp32 `[1]` or `[H]`; None where the checkpoint has no scale (missing, zero or negative)."""
     if name not in tensors:
         return None
-    scale = _flat(tensors[name])
-    if not scale.isfinite().all():
-        raise ValueError(f"{files.where(name)} holds NaN or infinite values; the checkpoint is broken, recalibrate it")
+    scale = _finite(files, name, tensors[name])
     return scale if bool((scale > 0).all()) else None
 
 
-def _zero(zero_point: torch.Tensor | None, scale: torch.Tensor | None) -> torch.Tensor | None:
+def _zero(
+    files: CheckpointFiles, name: str, tensors: dict[str, torch.Tensor], scale: torch.Tensor | None
+) -> torch.Tensor | None:
     """A zero point in integer steps, `x = (q - zero_point) * scale`, as a zero in the units of x."""
-    if zero_point is None or scale is None:
+    if name not in tensors or scale is None:
         return None
-    zero = -_flat(zero_point) * scale
+    zero = -_finite(files, name, tensors[name]) * scale
     return zero if bool((zero != 0).any()) else None
+
+
+def _finite(files: CheckpointFiles, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    flat = _flat(tensor)
+    if flat.numel() == 0:
+        raise ValueError(f"{files.where(name)} is empty; the checkpoint is broken, recalibrate it")
+    if not flat.isfinite().all():
+        raise ValueError(f"{files.where(name)} holds NaN or infinite values; the checkpoint is broken, recalibrate it")
+    return flat
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

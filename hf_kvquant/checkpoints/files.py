@@ -60,14 +60,18 @@ class CheckpointFiles:
         return cls(str(directory), _read_json(config) if config.exists() else {}, _tensor_files(directory))
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The tensors called `names`, on the CPU; only these are read."""
+        """The tensors called `names`, on the CPU; only these are read. Raises ValueError if a file lacks its own."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name], []).append(name)
         values = {}
         for file, wanted in by_file.items():
             with _open(Path(self.path) / file) as handle:
-                values.update({name: handle.get_tensor(name) for name in wanted})
+                for name in wanted:
+                    try:
+                        values[name] = handle.get_tensor(name)
+                    except SafetensorError as error:
+                        raise ValueError(f"{self.where(name)} cannot be read: {error}") from error
         return values
 
     def where(self, name: str) -> str:
@@ -95,7 +99,7 @@ def _tensor_files(directory: Path) -> dict[str, str]:
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map")
-        if outside := [file for file in weight_map.values() if not isinstance(file, str) or Path(file).name != file]:
+        if outside := [file for file in weight_map.values() if not _is_file_name(file)]:
             raise ValueError(f"{index} names {outside[0]!r}, which is not a file of that directory")
         return weight_map
     tensors: dict[str, str] = {}
@@ -103,6 +107,10 @@ def _tensor_files(directory: Path) -> dict[str, str]:
         with _open(file) as handle:
             tensors.update(dict.fromkeys(handle.keys(), file.name))
     return tensors
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
 
 
 def _open(file: Path) -> Any:

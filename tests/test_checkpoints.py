@@ -1,0 +1,689 @@
+"""Scales in checkpoints: hand-made files of every kind, and a tiny model end to end."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import llama_config, prompt, tiny_llama
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache, read_scales
+from hf_kvquant.hosts import attention_paths
+
+FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+INT8 = {**FP8, "type": "int"}
+PATHS = [[f"model.layers.{index}.self_attn"] for index in range(2)]
+
+Tensors = dict[str, torch.Tensor]
+
+
+def scales_of_layers(num_layers: int = 2, prefix: str = "model.layers.{}.self_attn", **shape: Any) -> Tensors:
+    """k_scale 0.01, 0.02, ... and v_scale 0.5, 1.0, ..., `[1]`."""
+    tensors = {}
+    for index in range(num_layers):
+        tensors[f"{prefix.format(index)}.k_scale"] = torch.tensor([0.01 * (index + 1)])
+        tensors[f"{prefix.format(index)}.v_scale"] = torch.tensor([0.5 * (index + 1)])
+    return tensors
+
+
+def write(
+    directory: Path, tensors: Tensors | None = None, scheme: dict[str, Any] | None = FP8, config: Any = None
+) -> Path:
+    """A checkpoint of one file."""
+    directory.mkdir(exist_ok=True)
+    if config is None:
+        config = {"model_type": "llama"}
+        if scheme is not None:
+            config["quantization_config"] = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
+    (directory / "config.json").write_text(json.dumps(config))
+    # A weight, so that a checkpoint without scales is a checkpoint too.
+    weight = {"model.layers.0.self_attn.k_proj.weight": torch.ones(4, 4)}
+    save_file({**weight, **(scales_of_layers() if tensors is None else tensors)}, directory / "model.safetensors")
+    return directory
+
+
+def write_sharded(directory: Path, shards: dict[str, Tensors], index: dict[str, str] | None = None) -> Path:
+    """A checkpoint of several files; `index` overrides entries of the weight map."""
+    write(directory)
+    (directory / "model.safetensors").unlink()
+    for file, tensors in shards.items():
+        save_file(tensors, directory / file)
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    content = {"metadata": {}, "weight_map": {**weight_map, **(index or {})}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(content))
+    return directory
+
+
+def layers_of(found: Any) -> list[LayerScales]:
+    assert found is not None
+    assert all(layer is not None for layer in found.layers)
+    return found.layers
+
+
+@pytest.fixture(autouse=True)
+def _no_surprising_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*_scale")
+        yield
+
+
+# -- what is read ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paths", [None, PATHS], ids=["by_number", "by_path"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("scheme", "name"), [(FP8, "fp8_e4m3"), (INT8, "int8")], ids=["fp8", "int8"])
+def test_tensor_strategy(
+    tmp_path: Path, scheme: dict[str, Any], name: str, dtype: torch.dtype, paths: list[list[str]] | None
+) -> None:
+    given = {key: tensor.to(dtype) for key, tensor in scales_of_layers().items()}
+    found = read_scales(write(tmp_path, given, scheme), paths)
+    assert found is not None
+    assert found.kv_cache_dtype == name
+    assert not found.dynamic
+    assert found.notes == []
+    assert Path(found.path) == tmp_path
+    for index, layer in enumerate(layers_of(found)):
+        for side in "kv":
+            key = f"model.layers.{index}.self_attn.{side}_scale"
+            scale = getattr(layer, f"{side}_scale")
+            assert scale.dtype == torch.float32
+            assert torch.equal(scale, given[key].to(torch.float32))
+        assert layer.k_zero is layer.v_zero is layer.q_scale is None
+        assert layer.granularity == "tensor"
+    assert found.keys == [tuple(f"model.layers.{i}.self_attn.{side}_scale" for side in "kv") for i in range(2)]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_one_number_in_any_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    given = {key: tensor.reshape(shape) for key, tensor in scales_of_layers().items()}
+    layers = layers_of(read_scales(write(tmp_path, given)))
+    assert [tuple(layer.k_scale.shape) for layer in layers] == [(1,), (1,)]
+
+
+def test_attn_head_strategy(tmp_path: Path) -> None:
+    k_scale = torch.tensor([0.1, 0.2]).view(2, 1, 1)
+    given = {key: k_scale * (1 + index) for index, key in enumerate(scales_of_layers())}
+    layers = layers_of(read_scales(write(tmp_path, given, {**FP8, "strategy": "attn_head"})))
+    assert [layer.granularity for layer in layers] == ["head", "head"]
+    torch.testing.assert_close(layers[1].v_scale, torch.tensor([0.4, 0.8]))
+
+
+def test_sharded(tmp_path: Path) -> None:
+    tensors = scales_of_layers()
+    names = list(tensors)
+    shards = {f"model-0000{i + 1}-of-00004.safetensors": {name: tensors[name]} for i, name in enumerate(names)}
+    layers = layers_of(read_scales(write_sharded(tmp_path, shards), PATHS))
+    assert [layer.v_scale.item() for layer in layers] == [0.5, 1.0]
+
+
+def test_files_beside_the_index_are_not_read(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {"model-00001-of-00001.safetensors": scales_of_layers()})
+    (tmp_path / "consolidated.safetensors").write_bytes(b"not a checkpoint")
+    assert len(layers_of(read_scales(tmp_path))) == 2
+
+
+def test_only_scales_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_kvquant.checkpoints import files
+
+    opened = files.safe_open
+    read: list[str] = []
+
+    class Recording:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.handle = opened(*args, **kwargs)
+
+        def __enter__(self) -> Any:
+            self.handle.__enter__()
+            return self
+
+        def __exit__(self, *args: Any) -> None:
+            self.handle.__exit__(*args)
+
+        def keys(self) -> Any:
+            return self.handle.keys()
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            read.append(name)
+            return self.handle.get_tensor(name)
+
+    monkeypatch.setattr(files, "safe_open", Recording)
+    read_scales(write(tmp_path))
+    assert sorted(read) == sorted(scales_of_layers())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_zero_points_become_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
+    """x = (q - zero_point) * scale."""
+    given = scales_of_layers(1)
+    given["model.layers.0.self_attn.k_zero_point"] = torch.tensor([-6.0]).to(dtype)
+    given["model.layers.0.self_attn.v_zero_point"] = torch.tensor([3.0]).to(dtype)
+    (layer,) = layers_of(read_scales(write(tmp_path, given, {**INT8, "symmetric": False})))
+    assert layer.k_zero is not None
+    assert layer.v_zero is not None
+    torch.testing.assert_close(layer.k_zero, torch.tensor([0.06]))
+    torch.testing.assert_close(layer.v_zero, torch.tensor([-1.5]))
+
+
+def test_zero_points_of_zero_are_none(tmp_path: Path) -> None:
+    given = scales_of_layers(1)
+    given |= {f"model.layers.0.self_attn.{side}_zero_point": torch.zeros(1, dtype=torch.int8) for side in "kv"}
+    (layer,) = layers_of(read_scales(write(tmp_path, given, INT8)))
+    assert layer.k_zero is layer.v_zero is None
+
+
+def test_zero_points_per_head(tmp_path: Path) -> None:
+    given = {key: torch.tensor([0.1, 0.2]).view(2, 1, 1) for key in scales_of_layers(1)}
+    given["model.layers.0.self_attn.k_zero_point"] = torch.tensor([1, -2], dtype=torch.int8).view(2, 1, 1)
+    (layer,) = layers_of(read_scales(write(tmp_path, given, {**INT8, "strategy": "attn_head"})))
+    assert layer.k_zero is not None
+    torch.testing.assert_close(layer.k_zero, torch.tensor([-0.1, 0.4]))
+    assert layer.v_zero is None
+
+
+def test_q_scale(tmp_path: Path) -> None:
+    given = scales_of_layers(1)
+    given["model.layers.0.self_attn.q_scale"] = torch.tensor([0.25])
+    found = read_scales(write(tmp_path, given))
+    assert layers_of(found)[0].q_scale is not None
+    assert layers_of(found)[0].q_scale.item() == 0.25  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -1.0])
+def test_garbage_in_q_scale_is_ignored(tmp_path: Path, bad: float) -> None:
+    given = scales_of_layers(1)
+    given["model.layers.0.self_attn.q_scale"] = torch.tensor([bad])
+    found = read_scales(write(tmp_path, given))
+    assert layers_of(found)[0].q_scale is None
+    assert found is not None
+    assert found.notes == ["model.layers.0.self_attn.q_scale is not finite and positive; it is ignored"]
+
+
+@pytest.mark.parametrize("strategy", [None, "tensor", "token", "attn_head"])
+@pytest.mark.parametrize("paths", [None, PATHS], ids=["by_number", "by_path"])
+def test_dynamic(tmp_path: Path, strategy: str | None, paths: list[list[str]] | None) -> None:
+    found = read_scales(write(tmp_path, {}, {**FP8, "strategy": strategy, "dynamic": True}), paths)
+    assert found is not None
+    assert found.dynamic
+    assert found.kv_cache_dtype == "fp8_e4m3"
+    assert not any(found.layers)
+    assert found.notes == []
+    cache = QuantizedPagedCache(llama_config(), checkpoint=found)
+    assert [row.kv_cache_dtype for row in cache.report().layers] == [("fp8_e4m3", "fp8_e4m3")] * 2
+    assert [row.scales for row in cache.report().layers] == [("dynamic", "dynamic")] * 2
+
+
+def test_a_dynamic_checkpoint_says_nothing_about_scales_of_another_format(tmp_path: Path) -> None:
+    found = read_scales(write(tmp_path, {}, {**FP8, "dynamic": True}), PATHS)
+    cache = QuantizedPagedCache(llama_config(), KVQuantConfig("int8"), checkpoint=found)
+    assert cache.notes == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quantization_config": {"kv_cache_scheme": INT8}},
+        {"compression_config": {"kv_cache_scheme": INT8}},
+        {"text_config": {"quantization_config": {"kv_cache_scheme": INT8}}},
+        {"quantization_config": {"kv_cache_scheme": None}, "compression_config": {"kv_cache_scheme": INT8}},
+    ],
+    ids=["quantization_config", "compression_config", "text_config", "none_first"],
+)
+def test_where_the_scheme_is_declared(tmp_path: Path, config: dict[str, Any]) -> None:
+    found = read_scales(write(tmp_path, config=config))
+    assert found is not None
+    assert found.kv_cache_dtype == "int8"
+
+
+def test_defaults_of_the_scheme(tmp_path: Path) -> None:
+    """What compressed-tensors leaves out of a config: 8 bits, int, static."""
+    found = read_scales(write(tmp_path, config={"quantization_config": {"kv_cache_scheme": {}}}))
+    assert found is not None
+    assert (found.kv_cache_dtype, found.dynamic) == ("int8", False)
+
+
+def test_undeclared_scales_are_taken_for_fp8(tmp_path: Path) -> None:
+    found = read_scales(write(tmp_path, scheme=None))
+    assert found is not None
+    assert found.kv_cache_dtype == "fp8_e4m3"
+    assert len(layers_of(found)) == 2
+    assert found.notes == [f"{tmp_path} declares no kv_cache_scheme; its scales are taken to be for fp8_e4m3"]
+
+
+def test_nothing_to_find(tmp_path: Path) -> None:
+    assert read_scales(write(tmp_path / "plain", {}, scheme=None)) is None
+    assert read_scales(write(tmp_path / "other", {}, config={"quantization_config": {"quant_method": "fp8"}})) is None
+    (tmp_path / "empty").mkdir()
+    assert read_scales(tmp_path / "empty") is None
+    assert read_scales(str(tmp_path / "empty")) is None
+
+
+def test_scales_of_weights_are_not_scales_of_the_cache(tmp_path: Path) -> None:
+    weights = {f"model.layers.0.self_attn.{name}.{name[0]}_scale": torch.ones(1) for name in ("k_proj", "v_proj")}
+    assert read_scales(write(tmp_path, weights, scheme=None)) is None
+
+
+# -- one side, or none -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["k", "v"])
+@pytest.mark.parametrize("how", ["absent", "zero", "negative"])
+def test_one_side_missing_takes_the_other(tmp_path: Path, missing: str, how: str) -> None:
+    """Zero and negative are what some tools write for "not set"."""
+    given = scales_of_layers()
+    key = f"model.layers.1.self_attn.{missing}_scale"
+    other = "v" if missing == "k" else "k"
+    if how == "absent":
+        del given[key]
+    else:
+        given[key] = torch.tensor([0.0 if how == "zero" else -1.0])
+    with pytest.warns(UserWarning, match=f"model.layers.1.self_attn has a usable {other}_scale but no {missing}_scale"):
+        found = read_scales(write(tmp_path, given), PATHS)
+    assert found is not None
+    layer = layers_of(found)[1]
+    assert torch.equal(layer.k_scale, layer.v_scale)
+    assert torch.equal(layer.k_scale, given[f"model.layers.1.self_attn.{other}_scale"])
+    assert found.keys[1] == (f"model.layers.1.self_attn.{other}_scale",) * 2
+    assert len(found.notes) == 1
+    assert f"{other}_scale is used for both" in found.notes[0]
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_layer_without_usable_scales_is_dynamic(tmp_path: Path, value: float) -> None:
+    given = scales_of_layers()
+    given |= {f"model.layers.0.self_attn.{side}_scale": torch.tensor([value]) for side in "kv"}
+    found = read_scales(write(tmp_path, given), PATHS)
+    assert found is not None
+    assert found.layers[0] is None
+    assert found.layers[1] is not None
+    assert found.notes == [f"layer 0 has no scales in {tmp_path}; it is quantized dynamically"]
+    cache = QuantizedPagedCache(llama_config(), checkpoint=found)
+    assert [row.scales[0] for row in cache.report().layers] == [
+        "dynamic",
+        "checkpoint: model.layers.1.self_attn.k_scale",
+    ]
+
+
+def test_one_head_that_is_not_set_spoils_its_side(tmp_path: Path) -> None:
+    given = {key: torch.tensor([0.1, 0.2]).view(2, 1, 1) for key in scales_of_layers(1)}
+    given["model.layers.0.self_attn.k_scale"] = torch.tensor([0.1, 0.0]).view(2, 1, 1)
+    with pytest.warns(UserWarning, match="no k_scale"):
+        (layer,) = layers_of(read_scales(write(tmp_path, given, {**FP8, "strategy": "attn_head"})))
+    torch.testing.assert_close(layer.k_scale, torch.tensor([0.1, 0.2]))
+
+
+@pytest.mark.parametrize("value", [None, 0.0, -1.0])
+def test_declared_without_scales(tmp_path: Path, value: float | None) -> None:
+    given = {} if value is None else {key: torch.full((1,), value) for key in scales_of_layers()}
+    with pytest.raises(ValueError, match="declares an 8-bit KV cache .* holds no usable k_scale / v_scale") as error:
+        read_scales(write(tmp_path, given), PATHS)
+    assert str(tmp_path) in str(error.value)
+    assert "scales='dynamic'" in str(error.value)
+
+
+def test_undeclared_and_unusable_is_nothing(tmp_path: Path) -> None:
+    given = {key: torch.zeros(1) for key in scales_of_layers()}
+    assert read_scales(write(tmp_path, given, scheme=None), PATHS) is None
+
+
+# -- broken files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("scheme", [FP8, None], ids=["declared", "undeclared"])
+def test_not_finite_names_file_and_key(tmp_path: Path, side: str, bad: float, scheme: dict[str, Any] | None) -> None:
+    given = scales_of_layers()
+    key = f"model.layers.1.self_attn.{side}_scale"
+    given[key] = torch.tensor([bad])
+    with pytest.raises(ValueError, match="NaN or infinite") as error:
+        read_scales(write(tmp_path, given, scheme), PATHS)
+    assert key in str(error.value)
+    assert str(tmp_path / "model.safetensors") in str(error.value)
+
+
+def test_a_zero_point_that_is_not_finite_names_file_and_key(tmp_path: Path) -> None:
+    given = {**scales_of_layers(1), "model.layers.0.self_attn.k_zero_point": torch.tensor([float("nan")])}
+    with pytest.raises(ValueError, match="NaN or infinite") as error:
+        read_scales(write(tmp_path, given, INT8))
+    assert "model.layers.0.self_attn.k_zero_point" in str(error.value)
+    assert str(tmp_path / "model.safetensors") in str(error.value)
+
+
+def test_an_empty_scale_names_file_and_key(tmp_path: Path) -> None:
+    given = {**scales_of_layers(1), "model.layers.0.self_attn.v_scale": torch.ones(0)}
+    with pytest.raises(ValueError, match="model.layers.0.self_attn.v_scale") as error:
+        read_scales(write(tmp_path, given))
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "file", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "", ".", "..", 3, None]
+)
+def test_an_index_may_only_name_files_of_its_directory(tmp_path: Path, file: Any) -> None:
+    save_file(scales_of_layers(), tmp_path / "outside.safetensors")
+    directory = tmp_path / "checkpoint"
+    name = "model.layers.0.self_attn.k_scale"
+    write_sharded(directory, {"model-00001-of-00001.safetensors": scales_of_layers()}, {name: file})
+    with pytest.raises(ValueError, match="not a file of that directory") as error:
+        read_scales(directory)
+    assert "model.safetensors.index.json" in str(error.value)
+    assert repr(file) in str(error.value)
+
+
+def test_an_index_that_names_a_missing_file(tmp_path: Path) -> None:
+    write_sharded(
+        tmp_path, {"a.safetensors": scales_of_layers()}, {"model.layers.0.self_attn.k_scale": "b.safetensors"}
+    )
+    with pytest.raises(ValueError, match="b.safetensors"):
+        read_scales(tmp_path)
+
+
+def test_an_index_that_names_a_missing_tensor(tmp_path: Path) -> None:
+    name = "model.layers.2.self_attn.k_scale"
+    write_sharded(tmp_path, {"a.safetensors": scales_of_layers()}, {name: "a.safetensors"})
+    with pytest.raises(ValueError, match=name) as error:
+        read_scales(tmp_path)
+    assert "a.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map"', "", "\x00", '"x"', "null"])
+def test_a_broken_index_is_named(tmp_path: Path, content: str) -> None:
+    write(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match="model.safetensors.index.json"):
+        read_scales(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"3", b"{'a': 1}"], ids=repr)
+def test_a_broken_config_is_named(tmp_path: Path, content: bytes) -> None:
+    write(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="config.json"):
+        read_scales(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 60, -1])
+def test_a_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
+    write(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="model.safetensors cannot be read as safetensors"):
+        read_scales(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["no/such/directory", "./nowhere", "/nowhere/at/all", "a b"])
+def test_a_source_that_is_nothing_is_named(source: str) -> None:
+    with pytest.raises(ValueError, match="neither a directory nor a hub id") as error:
+        read_scales(source)
+    assert source in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {**FP8, "num_bits": 4},
+        {**INT8, "num_bits": 4},
+        {**FP8, "num_bits": 4, "strategy": "tensor_group", "group_size": 16},  # NVFP4
+        {**FP8, "strategy": "tensor_group", "group_size": 16},
+        {**FP8, "strategy": "channel"},
+        {**FP8, "strategy": "token"},
+        {**FP8, "strategy": "group", "dynamic": True},
+        {**FP8, "type": "bool"},
+    ],
+    ids=lambda scheme: "-".join(str(scheme[key]) for key in ("num_bits", "type", "strategy", "dynamic")),
+)
+def test_unsupported_schemes(tmp_path: Path, scheme: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is not supported; supported are 8 bits") as error:
+        read_scales(write(tmp_path, scheme=scheme))
+    assert f"num_bits={scheme['num_bits']}, type={scheme['type']!r}, strategy={scheme['strategy']!r}" in str(
+        error.value
+    )
+    assert str(tmp_path) in str(error.value)
+
+
+# -- which layer -------------------------------------------------------------------------------------------------------
+
+WRAPPERS = {
+    "plain": "layers.{}.self_attn",
+    "causal_lm": "model.layers.{}.self_attn",
+    "wrapper": "model.language_model.layers.{}.self_attn",
+    "old_wrapper": "language_model.model.layers.{}.self_attn",
+}
+
+
+@pytest.mark.parametrize("loaded", WRAPPERS.values(), ids=WRAPPERS.keys())
+@pytest.mark.parametrize("stored", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_prefixes_of_wrappers(tmp_path: Path, stored: str, loaded: str) -> None:
+    write(tmp_path, scales_of_layers(prefix=stored))
+    found = read_scales(tmp_path, [[loaded.format(index)] for index in range(2)])
+    assert found is not None
+    assert [layer.v_scale.item() for layer in layers_of(found)] == [0.5, 1.0]
+    assert found.keys[1][0] == stored.format(1) + ".k_scale"
+
+
+def test_layers_are_matched_by_path_not_by_order(tmp_path: Path) -> None:
+    """Layer 10 comes before layer 2 in the alphabet, and some layers have no attention."""
+    write(tmp_path, scales_of_layers(12))
+    paths = [[f"model.layers.{index}.self_attn"] for index in (10, 2, 11)]
+    found = read_scales(tmp_path, [paths[0], [], paths[1], paths[2]])
+    assert found is not None
+    assert [layer and layer.v_scale.item() for layer in found.layers] == [5.5, None, 1.5, 6.0]
+    by_number = layers_of(read_scales(tmp_path))
+    assert [layer.v_scale.item() for layer in by_number] == [0.5 * (index + 1) for index in range(12)]
+
+
+def test_a_vision_tower_with_the_same_numbers_is_another_module(tmp_path: Path) -> None:
+    tensors = scales_of_layers(prefix="model.language_model.layers.{}.self_attn")
+    tensors |= {key: scale * 3 for key, scale in scales_of_layers(prefix="model.visual.layers.{}.self_attn").items()}
+    write(tmp_path, tensors)
+    found = read_scales(tmp_path, [[f"model.language_model.layers.{index}.self_attn"] for index in range(2)])
+    assert [layer.v_scale.item() for layer in layers_of(found)] == [0.5, 1.0]
+    with pytest.raises(ValueError, match="both look like layer 0; name the model"):
+        read_scales(tmp_path)
+
+
+def test_scales_of_another_model(tmp_path: Path) -> None:
+    write(tmp_path, scales_of_layers(prefix="transformer.h.{}.attn"))
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.attn.*model\.layers\.0\.self_attn.*another model"):
+        read_scales(tmp_path, PATHS)
+
+
+def test_two_sets_of_scales_for_one_module(tmp_path: Path) -> None:
+    tensors = {**scales_of_layers(1), **scales_of_layers(1, "model.language_model.layers.{}.self_attn")}
+    with pytest.raises(ValueError, match="two sets of scales for one module"):
+        read_scales(write(tmp_path, tensors), PATHS)
+
+
+def test_prefixes_without_a_number_need_the_model(tmp_path: Path) -> None:
+    write(tmp_path, scales_of_layers(1, "decoder.attention"))
+    with pytest.raises(ValueError, match="no layer number in decoder.attention"):
+        read_scales(tmp_path)
+    assert len(layers_of(read_scales(tmp_path, [["decoder.attention"]]))) == 1
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_another_number_of_layers(tmp_path: Path, num_layers: int) -> None:
+    found = read_scales(write(tmp_path, scales_of_layers(num_layers)))
+    with pytest.raises(ValueError, match=f"holds scales for {num_layers} layers, but this model has 2 cache layers"):
+        QuantizedPagedCache(llama_config(), checkpoint=found)
+
+
+# -- end to end --------------------------------------------------------------------------------------------------------
+
+
+def _save_model(directory: Path, scheme: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Path, Tensors]:
+    """A tiny Llama with calibrated KV scales, as llm-compressor leaves it."""
+    model = tiny_llama("sdpa", dtype)
+    model.save_pretrained(directory)
+    file = directory / "model.safetensors"
+    shape = (2, 1, 1) if scheme["strategy"] == "attn_head" else (1,)
+    scales = {key: (0.05 * (1 + index) * torch.ones(shape)).to(dtype) for index, key in enumerate(scales_of_layers())}
+    save_file({**load_file(file), **scales}, file, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "quantization_status": "compressed",
+        "config_groups": {},
+        "ignore": [],
+        "kv_cache_scheme": scheme,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory, scales
+
+
+def _load_quantized(directory: Path) -> LlamaForCausalLM:
+    pytest.importorskip("compressed_tensors")
+    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="kvquant")
+    model.generation_config.eos_token_id = None
+    assert all(hasattr(layer.self_attn, "kv_cache") for layer in model.model.layers), "nothing fakes quantization"
+    return model
+
+
+def _load_plain(directory: Path) -> LlamaForCausalLM:
+    config = AutoConfig.from_pretrained(directory)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_pretrained(directory, config=config, attn_implementation="kvquant")
+    model.generation_config.eos_token_id = None
+    assert not any(hasattr(layer.self_attn, "kv_cache") for layer in model.model.layers)
+    return model
+
+
+def _pages(model: LlamaForCausalLM, cache: QuantizedPagedCache) -> list[torch.Tensor]:
+    """What a prompt and a few tokens leave in the cache."""
+    with torch.no_grad():
+        tokens = prompt()
+        for chunk in (tokens[:, :15], tokens[:, 15:16], tokens[:, 16:]):
+            model(chunk, past_key_values=cache)
+    return [store.paged.pages for layer in cache.layers for store in (layer.k, layer.v)]
+
+
+def _same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+SCHEMES = {
+    "fp8_tensor": FP8,
+    "int8_tensor": INT8,
+    "fp8_attn_head": {**FP8, "strategy": "attn_head"},
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
+@pytest.mark.parametrize(
+    "options", [{}, {"kv_cache_dtype": "int8", "scales": "dynamic"}], ids=["own_scales", "dynamic_int8"]
+)
+def test_numbers_are_rounded_once(tmp_path: Path, scheme: dict[str, Any], options: dict[str, Any]) -> None:
+    """compressed-tensors rounds K and V inside the model; under our cache the pages must not show it."""
+    directory, scales = _save_model(tmp_path, scheme, torch.bfloat16)
+    quantized, plain = _load_quantized(directory), _load_plain(directory)
+    cache = QuantizedPagedCache.from_model(quantized, **options)
+    expected = _pages(plain, QuantizedPagedCache.from_model(plain, **options))
+    assert _same(_pages(quantized, cache), expected)
+
+    notes = [note for note in cache.report().notes if "compressed-tensors" in note]
+    assert len(notes) == 1
+    assert "2 layers" in notes[0]
+    assert "off now" in notes[0]
+    if not options:
+        assert {row.kv_cache_dtype[0] for row in cache.report().layers} == {
+            "fp8_e4m3" if scheme["type"] == "float" else "int8"
+        }
+        for index, layer in enumerate(cache.layers):
+            for side, store in zip("kv", (layer.k, layer.v), strict=True):
+                key = f"model.layers.{index}.self_attn.{side}_scale"
+                assert store.paged.scale is not None
+                assert torch.equal(store.paged.scale.flatten(), scales[key].to(torch.float32).flatten())
+                assert key in cache.report().layers[index].scales["kv".index(side)]
+
+    # With the rounding left on, the pages differ; otherwise the comparison above would mean nothing.
+    twice = QuantizedPagedCache.from_model(quantized, **options)
+    for layer in quantized.model.layers:
+        layer.self_attn.quantization_enabled = True
+    assert not _same(_pages(quantized, twice), expected)
+
+
+def test_generate_uses_the_scales(tmp_path: Path) -> None:
+    directory, _ = _save_model(tmp_path, FP8)
+    quantized, plain = _load_quantized(directory), _load_plain(directory)
+    outputs = [
+        model.generate(prompt(), max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+        for model in (quantized, plain)
+    ]
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    for output in outputs:
+        cache = output.past_key_values
+        assert isinstance(cache, QuantizedPagedCache)
+        assert [row.kv_cache_dtype for row in cache.report().layers] == [("fp8_e4m3", "fp8_e4m3")] * 2
+        assert cache.report().layers[1].scales[1] == "checkpoint: model.layers.1.self_attn.v_scale"
+    first, second = ([s.paged.pages for layer in o.past_key_values.layers for s in (layer.k, layer.v)] for o in outputs)
+    assert _same(first, second)
+
+
+def test_every_report_says_that_rounding_is_off(tmp_path: Path) -> None:
+    directory, _ = _save_model(tmp_path, FP8)
+    model = _load_quantized(directory)
+    for _ in range(2):
+        cache = QuantizedPagedCache.from_model(model)
+        assert any("rounding is off" in note for note in cache.report().notes)
+
+
+def test_dynamic_checkpoint_end_to_end(tmp_path: Path) -> None:
+    directory, _ = _save_model(tmp_path, {**FP8, "dynamic": True})
+    model = _load_plain(directory)
+    cache = QuantizedPagedCache.from_model(model)
+    _pages(model, cache)
+    assert [(row.kv_cache_dtype[0], row.scales[0]) for row in cache.report().layers] == [("fp8_e4m3", "dynamic")] * 2
+
+
+def test_scales_of_another_directory(tmp_path: Path) -> None:
+    """A model without scales of its own, and scales that somebody calibrated for it."""
+    directory, _ = _save_model(tmp_path, FP8)
+    model = tiny_llama()
+    for source in (directory, str(directory)):
+        cache = QuantizedPagedCache.from_model(model, scales=source)
+        assert cache.report().layers[0].scales[0] == "checkpoint: model.layers.0.self_attn.k_scale"
+
+
+def test_scales_are_asked_for_and_there_are_none(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="scales='checkpoint', but a model that was not loaded from files"):
+        QuantizedPagedCache.from_model(model, scales="checkpoint")
+    write(tmp_path, {}, scheme=None)
+    with pytest.raises(ValueError, match="has no KV scales; use scales='dynamic'"):
+        QuantizedPagedCache.from_model(model, scales=tmp_path)
+    assert QuantizedPagedCache.from_model(model).report().layers[0].scales[0].startswith("dynamic")
+
+
+def test_scales_for_another_format(tmp_path: Path) -> None:
+    """Scales of fp8 mean nothing to int8: an error if they were asked for, else a note."""
+    directory, _ = _save_model(tmp_path, FP8)
+    model = _load_plain(directory)
+    with pytest.raises(ValueError, match="scales='checkpoint', but the scales of .* are for fp8_e4m3"):
+        QuantizedPagedCache.from_model(model, scales="checkpoint", kv_cache_dtype="int8")
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8")
+    assert any("are for fp8_e4m3; they are not used for int8" in note for note in cache.notes)
+    mixed = QuantizedPagedCache.from_model(model, kv_cache_dtype=("fp8", "int8"))
+    sources = mixed.report().layers[0].scales
+    assert sources[0] == "checkpoint: model.layers.0.self_attn.k_scale"
+    assert sources[1].startswith("dynamic")
+
+
+def test_scales_of_a_model_of_other_shape(tmp_path: Path) -> None:
+    directory, _ = _save_model(tmp_path, {**FP8, "strategy": "attn_head"})
+    model = tiny_llama(num_key_value_heads=4)
+    cache = QuantizedPagedCache.from_model(model, scales=directory)
+    with pytest.raises(ValueError, match=r"layer 0: k_scale has shape \[2\].*made for another model"):
+        _pages(model, cache)
+
+
+def test_attention_paths_of_a_loaded_model() -> None:
+    assert attention_paths(tiny_llama(), 3) == [*PATHS, []]
