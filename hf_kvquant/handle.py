@@ -67,6 +67,12 @@ class PagedKV:
     def numel(self) -> int:
         return self.shape.numel()
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        here = torch.empty(0, dtype=self.dtype, device=self.device)
+        if here.to(*args, **kwargs) is here:
+            return self
+        return self.dense("the model reads .to").to(*args, **kwargs)
+
     def __len__(self) -> int:
         return self.shape[0]
 

@@ -183,11 +183,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "biogpt": {},
     "camembert": _DECODER,
     "cohere_compass_text": _SLIDING_AND_FULL
-    | {
-        "rope_parameters": {
-            name: {"rope_type": "default", "rope_theta": 1e4} for name in _SLIDING_AND_FULL["layer_types"]
-        }
-    },
+    | {"rope_parameters": dict.fromkeys(_SLIDING_AND_FULL["layer_types"], _MROPE["rope_parameters"])},
     "cpmant": {"dim_head": 16, "dim_ff": 64},
     "ctrl": {"dff": 64},
     "cwm": _SLIDING_AND_FULL,
@@ -358,6 +354,9 @@ EXPECTED_DENSE: dict[str, str] = {
 KEPT_BY_HOST = {"axk2", "deepseek_v32", "deepseek_v4", "falcon_mamba", "glm_moe_dsa", "hy_v4", "mamba", "mamba2"}
 
 _INDEXED = "chooses keys by an index like deepseek_v32; its configuration cannot be made small in a few lines"
+# Some versions choose sdpa by default, which leaves the softcap out.
+SOFTCAP = {"gemma2", "t5gemma", "vaultgemma"}
+
 _TEXT_PART = "its text model is a type of its own"
 _AUDIO = "needs audio"
 _OWN_CACHE = "transformers gives it a cache of another kind"
@@ -426,6 +425,8 @@ def build(model_type: str, **kwargs: Any) -> PreTrainedModel:
     cls = next(mapping[type(config)] for mapping in MAPPINGS if type(config) in mapping)
     if not isinstance(config, cls.config_class):
         config = config.get_text_config(decoder=True)
+    if model_type in SOFTCAP:
+        kwargs = {"attn_implementation": "eager"} | kwargs
     torch.manual_seed(0)
     model = cls._from_config(config, **kwargs).eval()
     generation = model.generation_config
