@@ -173,6 +173,32 @@ def test_written_bytes(name: str, kind: str, dtype: torch.dtype, device: str) ->
     assert (clipped.cpu() - torch.tensor([100, 200])).tolist() == ([0, 0] if dynamic else num_clipped)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["channel", "equalized"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_written_bytes_beside_ties(name: str, kind: str, device: str) -> None:
+    """Halfway between two codes the last bit of each operation decides, so every one has to be as specified."""
+    rng = np.random.default_rng(0)
+    dynamic, num_tokens = kind == "equalized", 8
+    values = np.array([code_value(name, code) for code in range(256)])
+    values = np.sort(values[np.isfinite(values)])
+    ties = (values[1:] + values[:-1]) / 2
+    codes = np.resize(ties[rng.permutation(len(ties))], (1, 2, num_tokens, 64))
+    fields = random_scales(rng, kind, 2, 64, 3.0 / QMAX[name])
+    unit = fields["scale"].numpy().astype(np.float64)[:, None]
+    if dynamic:
+        codes[..., 0] = QMAX[name]
+        unit = unit * (1 + rng.integers(0, 128, (1, 2, num_tokens, 1)) / 128)  # the token scales that will be found
+    x = torch.tensor(codes * unit, dtype=torch.float32)
+    k, v = (on(empty_side(name, 2, 2, 4, 64, dynamic=dynamic, **fields), device) for _ in range(2))
+    tables = torch.tensor([[1, 0]], dtype=torch.int32), torch.tensor([num_tokens], dtype=torch.int32)
+    write_kv(x.to(device), x.to(device), k, v, *(table.to(device) for table in tables))
+    expected, token_scales, _ = model_of_bytes(x, name, fields["scale"], None, dynamic)
+    assert torch.equal(stored_tokens(k.pages.cpu(), *tables, num_tokens), expected)
+    if k.token_scale is not None:
+        assert torch.equal(stored_tokens(k.token_scale.cpu(), *tables, num_tokens).float(), token_scales)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_model_format_stores_the_numbers(dtype: torch.dtype) -> None:
     rng = np.random.default_rng(0)
@@ -519,6 +545,9 @@ CASES: dict[str, Case] = {
     "tokens_3": Case(num_tokens=3),
     "tokens_17": Case(num_tokens=17),
     "tokens_300": Case(lengths=(300, 317), num_tokens=300, groups=1),
+    "tokens_300_masked": Case(
+        lengths=(310, 300), num_tokens=300, groups=1, page_size=64, window=280, mask=("float", "B", "1"), softcap=5.0
+    ),
     "tokens_300_of_1000": Case(lengths=(1000,), num_tokens=300, num_kv_heads=1, kinds=("dynamic", "dynamic")),
     **{f"page_size_{s}": Case(lengths=(63, 17, 9), num_tokens=3, page_size=s) for s in (1, 8, 16, 64)},
     "ragged": Case(lengths=(1, 63, 16, 17, 2), kinds=("equalized", "dynamic")),
