@@ -68,7 +68,8 @@ def kvquant_attention(
     reason = "the model passes one of keys and values dense"
     if isinstance(key, PagedKV) and isinstance(value, PagedKV):
         layer = key.layer
-        layer.settle(_valid_tokens(attention_mask, key))
+        if key.raw is not None:
+            layer.settle(_valid_tokens(attention_mask, key))
         readable = True
         if query.requires_grad or (dropout and module.training):
             readable, reason = False, "gradients or dropout are asked for"
@@ -78,8 +79,8 @@ def kvquant_attention(
             output = layer.attend(
                 query,
                 key.num_new,
+                _with_bias(attention_mask, position_bias),
                 softmax_scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-                attn_mask=_with_bias(attention_mask, position_bias),
                 sinks=sinks,
                 softcap=softcap,
                 causal=is_causal and attention_mask is None and key.num_new > 0,

@@ -19,20 +19,23 @@ from transformers.cache_utils import (
 
 from .checkpoints import CheckpointScales, read_scales
 from .config import KVQuantConfig
+from .fixed import FixedLayer
+from .growing import GrowingLayer
 from .hosts import attention_paths, checkpoint_of, disable_fake_quantization, layer_type_names
-from .layers import HybridPagedLayer, HybridSlidingPagedLayer, PagedLayer, SharedState, tokens_to_take_back
-from .pages import PageTable
+from .hybrid import HybridFixedLayer, HybridGrowingLayer
+from .layers import PagedLayer, SharedState, tokens_to_take_back
+from .pages import PageTable, PageTables
 from .policy import asks_for_files, plan_layers
 from .report import CacheReport, LayerReport
 from .rotary import rotary_layout
 
-# The host's layer class -> ours. Whatever is not here (linear attention, convolutions, dummies, indexers of
-# sparse attention) stays the host's own.
-_PAGED: dict[type, type[PagedLayer]] = {
-    DynamicLayer: PagedLayer,
-    DynamicSlidingWindowLayer: PagedLayer,
-    LinearAttentionAndFullAttentionLayer: HybridPagedLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer: HybridSlidingPagedLayer,
+# The host's layer class -> ours, growing and fixed. Whatever is not here (linear attention, convolutions, dummies,
+# indexers of sparse attention) stays the host's own.
+_PAGED: dict[type, tuple[type[GrowingLayer], type[FixedLayer]]] = {
+    DynamicLayer: (GrowingLayer, FixedLayer),
+    DynamicSlidingWindowLayer: (GrowingLayer, FixedLayer),
+    LinearAttentionAndFullAttentionLayer: (HybridGrowingLayer, HybridFixedLayer),
+    LinearAttentionAndSlidingWindowAttentionLayer: (HybridGrowingLayer, HybridFixedLayer),
 }
 
 
@@ -67,22 +70,24 @@ class QuantizedPagedCache(DynamicCache):
         plans, plan_notes = plan_layers(kvquant, names, checkpoint)
         self.notes = [*notes, *(checkpoint.notes if checkpoint is not None else ()), *plan_notes]
         self._layer_types = names
-        self._expected_length = expected_length
-        self.shared = SharedState(text_config, kvquant.page_size, kvquant.max_cache_len)
-        static = kvquant.max_cache_len is not None
-        if static:
-            compiled_template = StaticCache(config=text_config, max_cache_len=kvquant.max_cache_len).layers
-        tables: dict[int | None, PageTable] = {}
+        self.shared = SharedState(text_config, kvquant.page_size)
+        capacity = kvquant.max_cache_len
+        others = template if capacity is None else StaticCache(config=text_config, max_cache_len=capacity).layers
+        tables = PageTables(kvquant.page_size, kvquant.num_pages, expected_length)
         layers: list[Any] = []
-        for index, (host_layer, plan, name) in enumerate(zip(template, plans, names, strict=True)):
-            cls = _PAGED.get(type(host_layer))
-            if cls is None:
-                layers.append(compiled_template[index] if static else host_layer)
+        for index, host_layer in enumerate(template):
+            if type(host_layer) not in _PAGED:
+                layers.append(others[index])
                 continue
+            growing, fixed = _PAGED[type(host_layer)]
             window = getattr(host_layer, "sliding_window", None)
-            extra = {"number_of_states": host_layer.number_of_states} if issubclass(cls, HybridPagedLayer) else {}
-            table = None if static else tables.setdefault(window, self._new_table(window))
-            layers.append(cls(index, name, plan, self.shared, table, window, **extra))
+            arguments = (index, names[index], plans[index], self.shared, window)
+            states = getattr(host_layer, "number_of_states", None)
+            options = {} if states is None else {"number_of_states": states}
+            if capacity is None:
+                layers.append(growing(*arguments, table=tables.for_window(window), **options))
+            else:
+                layers.append(fixed(*arguments, capacity=capacity, **options))
         Cache.__init__(self, layers=layers)
 
     @classmethod
@@ -117,12 +122,6 @@ class QuantizedPagedCache(DynamicCache):
         cache.notes += disable_fake_quantization(model)
         return cache
 
-    def _new_table(self, window: int | None) -> PageTable:
-        length = self._expected_length
-        if window is not None:
-            length = None if length is None else min(length, window + self.kvquant.page_size)
-        return PageTable(self.kvquant.page_size, window, self.kvquant.num_pages, length)
-
     # -- the host's operations, each table once --------------------------------------------------------------------
 
     def update(
@@ -146,7 +145,7 @@ class QuantizedPagedCache(DynamicCache):
     @property
     def _tables(self) -> list[PageTable]:
         """The growing page tables, each once."""
-        tables = [layer.table for layer in self._paged_layers if isinstance(layer.table, PageTable)]
+        tables = [layer.table for layer in self.layers if isinstance(layer, GrowingLayer)]
         return list({id(table): table for table in tables}.values())
 
     def reset(self) -> None:
@@ -154,9 +153,7 @@ class QuantizedPagedCache(DynamicCache):
         for table in self._tables:
             table.clear()
         for layer in self.layers:
-            if isinstance(layer, PagedLayer):
-                if layer.is_compileable and layer.table is not None:
-                    layer.table.clear()
+            if isinstance(layer, GrowingLayer):
                 layer.follow_reset()
             else:
                 layer.reset()
@@ -169,7 +166,7 @@ class QuantizedPagedCache(DynamicCache):
         for table in self._tables:
             table.crop(num_tokens)
         for layer in self.layers:
-            if isinstance(layer, PagedLayer) and isinstance(layer.table, PageTable):
+            if isinstance(layer, GrowingLayer):
                 layer.follow_crop(num_tokens)
             else:
                 layer.crop(-num_tokens)

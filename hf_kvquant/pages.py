@@ -5,15 +5,15 @@ are told to grow, clear or copy pages. Layers that see the same tokens share one
 not one a layer. Token p of a sequence is in its page `p // page_size`, column `(p // page_size) % N` of the table (see
 `ops`): with a sliding window only the pages of the window exist.
 
-`PageTable` grows with the tokens and lives on the host. `StaticPageTable` reserves everything at once, lives on the
-device, and can be compiled.
+This table grows with the tokens and lives on the host; `static_pages.py` has the one that is reserved at once and
+lives on the device.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -49,6 +49,16 @@ class PageUser(Protocol):
         """How many tokens a sequence of the user has written."""
 
 
+class _Step(NamedTuple):
+    """What an append will do to each row, and how many more pages that takes in all."""
+
+    first_page: int
+    num_evicted: int
+    num_missing: int
+    to_copy: list[int]
+    num_more: int
+
+
 class PageTable:
     """The page table of a batch of sequences of equal length, with reference counts and copy on write.
 
@@ -72,6 +82,7 @@ class PageTable:
         self.expected_length = expected_length
         self.keeps_past = False  # while speculation may take tokens back, pages before the window stay
         self.users: list[PageUser] = []
+        self.siblings: tuple[PageTable, ...] = ()  # an append that one of these has no room for is refused by all
         self.clear()
 
     def clear(self) -> None:
@@ -145,30 +156,25 @@ class PageTable:
                 f"the cache holds {len(self.rows)} sequence(s) but got keys and values of {batch_size}; use a new "
                 "cache, reset() this one, or batch_repeat_interleave / batch_select_indices to change its batch size"
             )
+        for table in (self, *self.siblings):
+            if table.length == self.length:
+                table._check_room(num_tokens, batch_size)
         for user in [user for user in self.users if user.length != self.length]:
             user.leave_table()
 
-        rows = self.rows or [[] for _ in range(batch_size)]
-        new_length = self.length + num_tokens
-        # Tokens of a first prompt see each other as they came; only what later tokens see has to be stored.
-        first_page = max(self.first_page, self._oldest_page(self.length or new_length))
-        num_evicted = min(first_page - self.first_page, len(rows[0]))
-        evicted = [page for row in rows for page in row[:num_evicted]]
-        num_missing = -(-new_length // self.page_size) - first_page - (len(rows[0]) - num_evicted)
-        to_copy = self._shared_tails(num_evicted) if self.length % self.page_size else []
-        self._check_room(len(rows) * num_missing + len(to_copy) - self._num_last_references(evicted), new_length)
-
-        self.rows = [row[num_evicted:] for row in rows]
+        step = self._plan(num_tokens, batch_size)
+        evicted = [page for row in self.rows for page in row[: step.num_evicted]]
+        self.rows = [row[step.num_evicted :] for row in self.rows] or [[] for _ in range(batch_size)]
         self._release(evicted)
         self._shrink()
-        if to_copy:
-            self._copy_tails(to_copy)
+        if step.to_copy:
+            self._copy_tails(step.to_copy)
         for row in self.rows:
-            row.extend(self._take(num_missing))
-        if num_missing or num_evicted or to_copy:
+            row.extend(self._take(step.num_missing))
+        if step.num_missing or step.num_evicted or step.to_copy:
             self._tables.clear()
-        self.first_page = first_page
-        self.length = new_length
+        self.first_page = step.first_page
+        self.length += num_tokens
         self._seq_lens.clear()
 
     def crop(self, num_tokens: int) -> None:
@@ -221,6 +227,18 @@ class PageTable:
 
     # -- pages -----------------------------------------------------------------------------------------------------
 
+    def _plan(self, num_tokens: int, batch_size: int) -> _Step:
+        new_length = self.length + num_tokens
+        num_held = len(self.rows[0]) if self.rows else 0
+        # Tokens of a first prompt see each other as they came; only what later tokens see has to be stored.
+        first_page = max(self.first_page, self._oldest_page(self.length or new_length))
+        num_evicted = min(first_page - self.first_page, num_held)
+        num_missing = -(-new_length // self.page_size) - first_page - (num_held - num_evicted)
+        to_copy = self._shared_tails(num_evicted) if self.length % self.page_size else []
+        freed = self._num_last_references([page for row in self.rows for page in row[:num_evicted]])
+        num_more = batch_size * num_missing + len(to_copy) - freed
+        return _Step(first_page, num_evicted, num_missing, to_copy, num_more)
+
     def _oldest_page(self, length: int) -> int:
         """The oldest page that tokens after the first `length` can see."""
         if self.window is None or self.keeps_past:
@@ -256,12 +274,15 @@ class PageTable:
             dropped[page] = dropped.get(page, 0) + 1
         return sum(self._counts[page] == count for page, count in dropped.items())
 
-    def _check_room(self, num_more: int, new_length: int) -> None:
-        need = self.pages_in_use + num_more
-        if self.num_pages is not None and need > self.num_pages:
+    def _check_room(self, num_tokens: int, batch_size: int) -> None:
+        if self.num_pages is None:
+            return
+        need = self.pages_in_use + self._plan(num_tokens, batch_size).num_more
+        if need > self.num_pages:
             raise OutOfPagesError(
-                f"{new_length} tokens a sequence need {need} pages of {self.page_size} tokens, but num_pages="
-                f"{self.num_pages}; pass num_pages={need} or more, or store less (crop, reset, a smaller batch)"
+                f"{self.length + num_tokens} tokens a sequence need {need} pages of {self.page_size} tokens, but "
+                f"num_pages={self.num_pages}; pass num_pages={need} or more, or store less (crop, reset, a smaller "
+                "batch)"
             )
 
     def _release(self, pages: Sequence[int]) -> None:
@@ -314,64 +335,25 @@ class PageTable:
             user.keep_pages(kept, size)
 
 
-class StaticPageTable:
-    """A page table with every page reserved, as tensors at fixed addresses: nothing of a step happens on the host.
+class PageTables:
+    """The growing page tables of a cache: one a window, for the layers that have it.
 
     Args:
-        batch_size: sequences.
-        capacity: tokens a sequence may reach.
-        slack: with a window, how many tokens may be written at once beside the window's.
+        page_size, num_pages, expected_length: as for `PageTable`.
     """
 
-    def __init__(
-        self, batch_size: int, page_size: int, capacity: int, device: torch.device, window: int | None, slack: int
-    ) -> None:
-        self.page_size = page_size
-        self.capacity = capacity
-        self.window = window
-        self.most_at_once = capacity
-        num_columns = -(-capacity // page_size)
-        if window is not None:
-            # The pages of the window, of the new tokens, and one because neither begins at the start of a page.
-            ring = -(-(window - 1 + slack) // page_size) + 1
-            if ring < num_columns:
-                num_columns, self.most_at_once = ring, slack
-        self._table = torch.arange(batch_size * num_columns, dtype=torch.int32, device=device).view(batch_size, -1)
-        self._seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    def __init__(self, page_size: int, num_pages: int | None, expected_length: int | None) -> None:
+        self._options = (page_size, num_pages, expected_length)
+        self._tables: dict[int | None, PageTable] = {}
 
-    @property
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._table, self._seq_lens
-
-    def page_table(self, device: torch.device) -> torch.Tensor:
-        return self._table
-
-    def seq_lens(self, device: torch.device) -> torch.Tensor:
-        return self._seq_lens
-
-    @property
-    def batch_size(self) -> int:
-        return self._table.shape[0]
-
-    @property
-    def pool_size(self) -> int:
-        return self._table.numel()
-
-    @property
-    def pages_in_use(self) -> int:
-        """Pages that hold tokens; reads the lengths from the device."""
-        pages = -(-self._seq_lens.long() // self.page_size)
-        return int(pages.clamp(max=self._table.shape[1]).sum())
-
-    @property
-    def nbytes(self) -> int:
-        return self._table.nbytes + self._seq_lens.nbytes
-
-    def append(self, num_tokens: int) -> None:
-        self._seq_lens += num_tokens
-
-    def crop(self, num_tokens: int) -> None:
-        self._seq_lens.sub_(num_tokens).clamp_(min=0)
-
-    def clear(self) -> None:
-        self._seq_lens.zero_()
+    def for_window(self, window: int | None) -> PageTable:
+        """The table of layers with this window (None: full attention)."""
+        if window not in self._tables:
+            page_size, num_pages, length = self._options
+            if window is not None and length is not None:
+                length = min(length, window + page_size)
+            self._tables[window] = PageTable(page_size, window, num_pages, length)
+            tables = tuple(self._tables.values())
+            for table in tables:
+                table.siblings = tuple(other for other in tables if other is not table)
+        return self._tables[window]

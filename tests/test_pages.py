@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hf_kvquant import OutOfPagesError
-from hf_kvquant.pages import PageTable, StaticPageTable
+from hf_kvquant.pages import PageTable
+from hf_kvquant.static_pages import StaticPageTable
 
 CPU = torch.device("cpu")
 

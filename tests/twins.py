@@ -1,7 +1,7 @@
 """Outlier twins: the same function in full precision, with the outliers in its cache that break 8-bit storage.
 
-A factor moves from the queries to the keys, or from the output projection to the values. Rotary embedding turns channels
-d and d + D/2 together, so a pair scaled alike commutes with it.
+A factor moves from the queries to the keys, or from the output projection to the values. Rotary embedding turns
+channels d and d + D/2 together, so a pair scaled alike commutes with it.
 """
 
 from __future__ import annotations

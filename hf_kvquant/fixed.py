@@ -1,0 +1,143 @@
+"""A layer whose pages are reserved at fixed addresses: it can be compiled, and cannot grow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .layers import PagedLayer
+from .ops import reference
+from .static_pages import StaticPageTable
+from .stores import PageStore
+
+# How many tokens one call may add to a layer with a window without overwriting what they still see. More are taken in
+# pieces.
+_SLACK = 64
+
+
+class FixedLayer(PagedLayer):
+    """All pages from the start, lengths on the device: nothing of a step happens on the host.
+
+    Host masks cover the whole capacity, so that their shape stays the same from step to step; a fresh prompt's covers
+    the prompt.
+
+    Args:
+        capacity: tokens a sequence may reach.
+        args, kwargs: of `PagedLayer`.
+    """
+
+    is_compileable = True
+    table: StaticPageTable
+
+    def __init__(self, *args: Any, capacity: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.capacity = capacity
+        self.record_past = False
+        self._dense: dict[str, torch.Tensor] = {}
+
+    def _reserve(self, batch_size: int) -> None:
+        self.table = StaticPageTable(batch_size, self.shared.page_size, self.capacity, self.device, self.window, _SLACK)
+        for store in (self.k, self.v):
+            store.resize(self.table.pool_size)
+        if not torch.compiler.is_compiling():
+            stores = (self.k.paged, self.v.paged)
+            fixed = [*self.table.tensors, self.clipped, *(s.pages for s in stores), *(s.token_scale for s in stores)]
+            for tensor in fixed:
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor)
+
+    def _advance(self, num_new: int, batch_size: int) -> None:
+        self.table.append(num_new)
+
+    def _check_shapes(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        super()._check_shapes(key, value)
+        if self.table.batch_size != key.shape[0]:
+            raise ValueError(
+                f"layer {self.index}: the cache holds {self.table.batch_size} sequence(s) at fixed addresses but got "
+                f"keys and values of {key.shape[0]}; make a new cache for another batch size"
+            )
+
+    @property
+    def _num_kept(self) -> int:
+        return self._page_table.shape[1] * self.shared.page_size
+
+    # -- more new tokens than a window has room for ----------------------------------------------------------------
+
+    def _must_hold(self, num_new: int, was_empty: bool) -> bool:
+        return not was_empty and num_new > self.table.most_at_once
+
+    def attend(self, query: torch.Tensor, num_new: int, attn_mask: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        if self._held is None or num_new <= self.table.most_at_once:
+            return super().attend(query, num_new, attn_mask, **options)
+        key, value = self._held
+        self._held = None
+        self._observe(key, value, None)
+        outputs = []
+        for start in range(0, num_new, self.table.most_at_once):
+            rows = slice(start, min(start + self.table.most_at_once, num_new))
+            seq_lens = self._seq_lens - (num_new - rows.stop)
+            self._write(key[:, :, rows], value[:, :, rows], seq_lens)
+            mask = None if attn_mask is None else attn_mask[:, :, rows]
+            outputs.append(self._attend(query[:, :, rows], seq_lens, num_new, mask, **options))
+        return torch.cat(outputs, dim=2)
+
+    def read(self, side: str, num_new: int, raw: torch.Tensor | None) -> torch.Tensor:
+        if self._held is not None and raw is None and num_new > self.table.most_at_once:
+            # Writing them overwrites what the first of them see: take both sides before.
+            seq_lens = self._seq_lens - num_new
+            new = (seq_lens[0] + torch.arange(num_new, device=self.device)).long()
+            for name, tensor in zip(("key", "value"), self._held, strict=True):
+                self._dense[name] = self._read_at(self._store(name), seq_lens).index_copy(2, new, tensor)
+            self.settle(None)
+        return self._dense.pop(side) if side in self._dense else super().read(side, num_new, raw)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def _read(self, store: PageStore, num_new: int) -> torch.Tensor:
+        return self._read_at(store, self._seq_lens)
+
+    def _read_at(self, store: PageStore, seq_lens: torch.Tensor) -> torch.Tensor:
+        """Every token in its absolute place, zeros where none is held."""
+        positions = reference.read_positions(self._page_table, seq_lens, self.shared.page_size)
+        values = store.read(self._page_table, positions)
+        absolute = torch.arange(self.capacity, device=self.device)
+        source = absolute - positions[0, 0]
+        held = (source >= 0) & (absolute < seq_lens[0])
+        values = values.index_select(2, source.clamp(0, positions.shape[1] - 1))
+        return values.masked_fill(~held[:, None], 0)
+
+    def _view_start(self, num_new: int) -> int:
+        return 0
+
+    def _view_length(self, num_new: int) -> int:
+        return self.capacity
+
+    def get_seq_length(self) -> Any:
+        """Tokens a sequence has seen: a number on the device once there are any."""
+        return 0 if self.is_empty else self._seq_lens[0].long()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and first token of the host's mask."""
+        return (query_length if self.is_empty else self.capacity), 0
+
+    def get_max_length(self) -> int:
+        """The capacity."""
+        return self.capacity
+
+    # -- operations ------------------------------------------------------------------------------------------------
+
+    def follow_select(self, indices: Sequence[int]) -> None:
+        if len(indices) != self.table.batch_size:
+            raise ValueError(
+                f"layer {self.index}: a cache at fixed addresses keeps its {self.table.batch_size} sequence(s); it "
+                f"cannot be changed to {len(indices)}"
+            )
+        order = torch.tensor(list(indices), dtype=torch.int64)
+        for store in (self.k, self.v):
+            store.select_rows(order, len(indices))
+
+    def activate_past_recording(self) -> None:
+        """Nothing to change: a fixed window keeps some tokens more than it needs, and `crop` is held to them."""
+        self.record_past = True

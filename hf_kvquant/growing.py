@@ -1,0 +1,126 @@
+"""A layer whose pages grow with the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .layers import PagedLayer
+from .ops import reference
+from .pages import PageTable
+from .stores import PageStore
+
+
+class GrowingLayer(PagedLayer):
+    """Pages by need, in a table that it shares with the layers that see the same tokens.
+
+    Args:
+        table: the shared one, of a table for this layer's window.
+        args, kwargs: of `PagedLayer`.
+    """
+
+    is_compileable = False
+    table: PageTable
+
+    def __init__(self, *args: Any, table: PageTable, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.table = table
+        self.length = 0  # tokens that this layer has written
+
+    def _reserve(self, batch_size: int) -> None:
+        self.table.users.append(self)
+        self.resize_pages(self.table.pool_size)
+
+    def _advance(self, num_new: int, batch_size: int) -> None:
+        if self.length == self.table.length:
+            self.table.append(num_new, batch_size)
+        elif self.length + num_new != self.table.length or self.table.batch_size != batch_size:
+            self.leave_table()
+            self.table.append(num_new, batch_size)
+        self.length += num_new
+
+    @property
+    def _num_kept(self) -> int:
+        return self.length - self.table.first_position
+
+    def _attended_window(self, attn_mask: torch.Tensor | None) -> int | None:
+        # A mask says all; without the window in it, tokens see whatever the host would hold.
+        return self.window if attn_mask is None else None
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def _read(self, store: PageStore, num_new: int) -> torch.Tensor:
+        positions = reference.read_positions(self._page_table, self._seq_lens, self.shared.page_size)
+        oldest = self.table.first_position
+        values = store.read(self._page_table, positions)
+        return values[:, :, self._view_start(num_new) - oldest : self.length - oldest]
+
+    def _view_start(self, num_new: int) -> int:
+        return 0 if self.window is None else max(self.length - num_new - (self.window - 1), 0)
+
+    def _view_length(self, num_new: int) -> int:
+        return self.length - self._view_start(num_new)
+
+    def get_seq_length(self) -> int:
+        """Tokens a sequence has seen."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and first token of what the next `query_length` tokens see, themselves included."""
+        start = self._view_start(0)
+        return self.length + query_length - start, start
+
+    def get_max_length(self) -> int:
+        """The window, or -1: there is no limit."""
+        return -1 if self.window is None else self.window
+
+    # -- operations ------------------------------------------------------------------------------------------------
+
+    def follow_reset(self) -> None:
+        super().follow_reset()
+        self.length = 0
+
+    def follow_crop(self, num_tokens: int) -> None:
+        self.length = max(self.length - num_tokens, 0)
+        self.is_empty = self.length == 0
+
+    def _own_table(self) -> None:
+        if self.is_initialized and len(self.table.users) > 1:
+            self.leave_table()
+
+    def activate_past_recording(self) -> None:
+        """Keep tokens that leave the window until `crop` has been called."""
+        self.record_past = True
+
+    @property
+    def record_past(self) -> bool:
+        return self.table.keeps_past
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.table.keeps_past = value
+
+    # -- what the page table asks (pages.PageUser) -----------------------------------------------------------------
+
+    def resize_pages(self, num_pages: int) -> None:
+        for store in (self.k, self.v):
+            store.resize(num_pages)
+
+    def clear_pages(self, pages: Sequence[int]) -> None:
+        for store in (self.k, self.v):
+            store.clear(pages)
+
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        for store in (self.k, self.v):
+            store.copy(sources, targets)
+
+    def keep_pages(self, pages: Sequence[int], num_pages: int) -> None:
+        for store in (self.k, self.v):
+            store.keep(pages, num_pages)
+
+    def leave_table(self) -> None:
+        """Go on with a table of its own."""
+        self.table.users.remove(self)
+        self.table = self.table.detached(self)

@@ -1,0 +1,56 @@
+"""Layers with both attention and a linear-attention state: paged keys and values, the host's own state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from .fixed import FixedLayer
+from .growing import GrowingLayer
+from .layers import PagedLayer
+
+
+class _Hybrid(PagedLayer):
+    """Every operation on both states; stands before the paged layer among the bases."""
+
+    def __init__(self, *args: Any, number_of_states: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        # The host calls it with two positional arguments for attention, by keyword for the linear state.
+        if args:
+            super().lazy_initialization(*args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return LinearAttentionCacheLayerMixin.is_croppable.fget(self)
+
+    def follow_reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        super().follow_reset()
+
+    def follow_crop(self, num_tokens: int) -> None:
+        LinearAttentionLayer.crop(self, -num_tokens)
+        super().follow_crop(num_tokens)
+
+    def follow_select(self, indices: Sequence[int]) -> None:
+        LinearAttentionLayer.reorder_cache(self, torch.tensor(list(indices), dtype=torch.int64))
+        super().follow_select(indices)
+
+
+class HybridGrowingLayer(_Hybrid, GrowingLayer, LinearAttentionAndFullAttentionLayer):
+    """With pages that grow."""
+
+
+class HybridFixedLayer(_Hybrid, FixedLayer, LinearAttentionAndFullAttentionLayer):
+    """With pages at fixed addresses."""

@@ -1,0 +1,85 @@
+"""A page table at fixed addresses, for caches that are compiled."""
+
+from __future__ import annotations
+
+import torch
+
+
+class StaticPageTable:
+    """A page table with every page reserved, as tensors at fixed addresses: nothing of a step happens on the host.
+
+    Args:
+        batch_size: sequences.
+        capacity: tokens a sequence may reach.
+        slack: with a window, how many tokens may be written at once beside the window's.
+    """
+
+    def __init__(
+        self, batch_size: int, page_size: int, capacity: int, device: torch.device, window: int | None, slack: int
+    ) -> None:
+        self.page_size = page_size
+        self.capacity = capacity
+        self.window = window
+        self.most_at_once = capacity
+        num_columns = -(-capacity // page_size)
+        if window is not None:
+            # The pages of the window, of the new tokens, and one because neither begins at the start of a page.
+            ring = -(-(window - 1 + slack) // page_size) + 1
+            if ring < num_columns:
+                num_columns, self.most_at_once = ring, slack
+        self._first_lost = 0  # tokens before it were overwritten before the last crop
+        self._table = torch.arange(batch_size * num_columns, dtype=torch.int32, device=device).view(batch_size, -1)
+        self._seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._table, self._seq_lens
+
+    def page_table(self, device: torch.device) -> torch.Tensor:
+        return self._table
+
+    def seq_lens(self, device: torch.device) -> torch.Tensor:
+        return self._seq_lens
+
+    @property
+    def batch_size(self) -> int:
+        return self._table.shape[0]
+
+    @property
+    def pool_size(self) -> int:
+        return self._table.numel()
+
+    @property
+    def pages_in_use(self) -> int:
+        """Pages that hold tokens; reads the lengths from the device."""
+        pages = -(-self._seq_lens.long() // self.page_size)
+        return int(pages.clamp(max=self._table.shape[1]).sum())
+
+    @property
+    def nbytes(self) -> int:
+        return self._table.nbytes + self._seq_lens.nbytes
+
+    def append(self, num_tokens: int) -> None:
+        """Count `num_tokens` more tokens. Beyond the capacity it is an error, on a GPU when the device gets there."""
+        torch._assert_async(
+            self._seq_lens[0] + num_tokens <= self.capacity,
+            f"more than max_cache_len={self.capacity} tokens a sequence; make the cache with a larger max_cache_len",
+        )
+        self._seq_lens += num_tokens
+
+    def crop(self, num_tokens: int) -> None:
+        """Take the last `num_tokens` tokens back. Raises RuntimeError if a window has moved past what remains."""
+        if self.window is not None:
+            length = int(self._seq_lens.max())
+            lost = max(self._first_lost, length - self._table.shape[1] * self.page_size)
+            if max(length - num_tokens - (self.window - 1), 0) < lost:
+                raise RuntimeError(
+                    f"cannot take back {num_tokens} tokens: a layer with a sliding window of {self.window} at fixed "
+                    f"addresses keeps only the tokens from {lost} on"
+                )
+            self._first_lost = lost
+        self._seq_lens.sub_(num_tokens).clamp_(min=0)
+
+    def clear(self) -> None:
+        self._seq_lens.zero_()
+        self._first_lost = 0

@@ -1,0 +1,326 @@
+"""The cache by itself: memory, operations, report, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import llama_config, prompt, tiny_llama
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, PreTrainedConfig
+
+from hf_kvquant import KVQuantConfig, LayerScales, OutOfPagesError, QuantizedPagedCache
+
+
+def make_cache(config: PreTrainedConfig | None = None, **options: Any) -> QuantizedPagedCache:
+    return QuantizedPagedCache(config or llama_config(), KVQuantConfig(**{"scales": "dynamic", **options}))
+
+
+def keys_and_values(
+    num_tokens: int, batch_size: int = 1, num_heads: int = 2, head_dim: int = 16, seed: int = 0, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, batch_size, num_heads, num_tokens, head_dim)
+    key, value = torch.randn(shape, generator=generator) * scale
+    return key, value
+
+
+def add(cache: Any, num_tokens: int, **shape: Any) -> None:
+    for index in range(len(cache.layers)):
+        cache.update(*keys_and_values(num_tokens, seed=index, **shape), index)
+
+
+def contents(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(keys, values) for keys, values, _ in cache]
+
+
+def sliding_model(window: int = 12, **overrides: Any) -> Gemma3ForCausalLM:
+    torch.manual_seed(0)
+    options = llama_config().to_dict()
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    config = Gemma3TextConfig(
+        **{name: options[name] for name in names},
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=window,
+        initializer_range=0.2,
+        eos_token_id=None,
+        pad_token_id=0,
+        **overrides,
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    model.set_attn_implementation("kvquant")
+    return model
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("head_dim", "bound"), [(64, 0.53), (128, 0.52)], ids=["head_dim64", "head_dim128"])
+@pytest.mark.parametrize("dtype", ["int8", "fp8", "fp8_e5m2"])
+def test_half_the_bytes_of_bf16_from_1024_tokens_on(dtype: str, head_dim: int, bound: float) -> None:
+    config = llama_config(head_dim=head_dim)
+    for first in (1024, 1025, 1039, 1500):
+        cache = make_cache(config, kv_cache_dtype=dtype)
+        add(cache, first, head_dim=head_dim)
+        in_bf16 = 2 * 2 * 2 * 2 * head_dim * first
+        assert cache.nbytes <= bound * in_bf16, first
+        assert cache.nbytes_allocated <= 1.25 * cache.nbytes + 2**20
+
+
+def test_allocated_memory_follows_use() -> None:
+    config = llama_config(head_dim=64, num_key_value_heads=4)
+    cache = make_cache(config)
+    shape = {"num_heads": 4, "head_dim": 64}
+    add(cache, 4000, **shape)
+    largest = cache.nbytes_allocated
+    for _ in range(200):
+        add(cache, 7, **shape)
+        assert cache.nbytes <= cache.nbytes_allocated <= 1.25 * cache.nbytes + 2**18
+    cache.crop(-5000)
+    assert cache.get_seq_length() == 400
+    assert cache.nbytes_allocated <= 1.25 * cache.nbytes + 2**18 < largest / 4
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.nbytes_allocated <= 4096
+
+
+def test_generate_sizes_the_pool_by_its_maximum() -> None:
+    model = tiny_llama("kvquant")
+    options = {"max_new_tokens": 60, "do_sample": False, "return_dict_in_generate": True}
+    cache = model.generate(prompt(3, 100), cache_config={"page_size": 8}, **options).past_key_values
+    assert cache.layers[0].table.pool_size == 3 * 20  # 159 tokens a sequence, in pages of 8
+    assert cache.nbytes == cache.nbytes_allocated
+
+
+def test_num_pages_bounds_the_cache_and_nothing_is_corrupted() -> None:
+    cache = make_cache(kv_cache_dtype="int8", page_size=4, num_pages=10)
+    add(cache, 17, batch_size=2)
+    before = contents(cache)
+    with pytest.raises(OutOfPagesError, match=r"21 tokens a sequence need 12 pages of 4 tokens.*num_pages=10"):
+        add(cache, 4, batch_size=2)
+    assert cache.get_seq_length() == 17
+    after = contents(cache)
+    assert all(torch.equal(x, y) for old, new in zip(before, after, strict=True) for x, y in zip(old, new, strict=True))
+    add(cache, 3, batch_size=2)
+    assert cache.get_seq_length() == 20
+
+
+def test_no_layer_advances_when_a_later_one_has_no_room() -> None:
+    """The sliding layer comes first and would fit; the full one behind it would not."""
+    model = sliding_model()
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8", page_size=4, num_pages=8)
+    with torch.no_grad():
+        model(prompt(1, 30), past_key_values=cache)
+        lengths = [layer.get_seq_length() for layer in cache.layers]
+        with pytest.raises(OutOfPagesError, match="num_pages=8"):
+            model(prompt(1, 5), past_key_values=cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == lengths == [30, 30]
+
+
+def test_sliding_layers_keep_their_window_only() -> None:
+    model = sliding_model(window=12)
+    cache = QuantizedPagedCache.from_model(model, page_size=4)
+    with torch.no_grad():
+        model(prompt(1, 100), past_key_values=cache)
+        for seed in range(10):
+            model(prompt(1, 3, seed=seed), past_key_values=cache)
+            assert cache.layers[0].table.pages_in_use <= 5  # 11 tokens before, 3 new ones, pages of 4
+    assert cache.layers[1].table.pages_in_use == -(-130 // 4)
+    sliding, full = cache.report().layers
+    assert sliding.layer_type == "sliding_attention"
+    assert sliding.stored_bytes < full.stored_bytes / 4
+
+
+# -- operations -----------------------------------------------------------------------------------------------------
+
+
+def test_crop_then_continue_equals_never_having_gone_there() -> None:
+    model = tiny_llama("kvquant")
+    with torch.no_grad():
+        straight = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8", page_size=4)
+        detour = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8", page_size=4)
+        for cache in (straight, detour):
+            model(prompt(), past_key_values=cache)
+        model(prompt(length=13, seed=4), past_key_values=detour)
+        detour.crop(-13)
+        new = prompt(length=6, seed=5)
+        expected, got = (model(new, past_key_values=cache).logits for cache in (straight, detour))
+    assert torch.equal(got, expected)
+
+
+def test_crop_beyond_a_window_is_refused_unless_the_past_is_recorded() -> None:
+    model = sliding_model(window=12)
+    for records in (False, True):
+        cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4)
+        dense = DynamicCache(config=model.config)
+        with torch.no_grad():
+            for each in (cache, dense):
+                model(prompt(1, 40), past_key_values=each)
+            if records:
+                for each in (cache, dense):
+                    each.activate_past_recording()
+            for seed in range(6):
+                for each in (cache, dense):
+                    model(prompt(1, 4, seed=seed), past_key_values=each)
+            if not records:
+                with pytest.raises(RuntimeError, match="sliding window of 12"):
+                    cache.crop(-20)
+                assert [layer.get_seq_length() for layer in cache.layers] == [64, 64]
+                continue
+            logits = []
+            for each in (cache, dense):
+                each.crop(-20)
+                logits.append(model(prompt(1, 4, seed=9), past_key_values=each).logits)
+    torch.testing.assert_close(*logits)
+
+
+def test_beams_share_pages() -> None:
+    cache = make_cache(kv_cache_dtype="int8", page_size=4)
+    add(cache, 40)
+    alone = cache.nbytes
+    cache.batch_repeat_interleave(8)
+    assert cache.layers[0].table.pages_in_use == 10
+    add(cache, 1, batch_size=8)
+    assert cache.layers[0].table.pages_in_use == 10 + 8  # each writes a page of its own
+    assert cache.nbytes < 2 * alone
+    cache.reorder_cache(torch.tensor([3, 3, 3, 3, 0, 0, 0, 7]))
+    assert cache.layers[0].table.pages_in_use == 10 + 3
+    cache.batch_select_indices(torch.tensor([0, 4]))
+    assert cache.batch_size == 2
+    assert cache.layers[0].table.pages_in_use == 10 + 2
+
+
+def test_a_copy_is_independent() -> None:
+    cache = make_cache(kv_cache_dtype="int8", page_size=4)
+    add(cache, 10)
+    other = copy.deepcopy(cache)
+    before = contents(cache)
+    add(other, 10)
+    other.crop(-15)
+    assert (cache.get_seq_length(), other.get_seq_length()) == (10, 5)
+    after = contents(cache)
+    assert all(torch.equal(x, y) for old, new in zip(before, after, strict=True) for x, y in zip(old, new, strict=True))
+
+
+def test_a_layer_that_is_skipped_goes_its_own_way() -> None:
+    """Layers share a page table while they see the same tokens, and only then."""
+    cache = make_cache(kv_cache_dtype="model", page_size=4)
+    dense = DynamicCache(config=llama_config())
+    for step, layers in enumerate([(0, 1), (0,), (0, 1), (0,), (1,), (0, 1)]):
+        for index in layers:
+            new = keys_and_values(3 + step, seed=10 * step + index)
+            for each in (cache, dense):
+                each.update(*new, index)
+    assert [layer.get_seq_length() for layer in cache.layers] == [layer.get_seq_length() for layer in dense.layers]
+    for one, other in zip(contents(cache), contents(dense), strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+# -- scales ---------------------------------------------------------------------------------------------------------
+
+
+def relative_error(options: dict[str, Any], key: torch.Tensor, value: torch.Tensor) -> float:
+    """Largest error of a stored key or value beside the largest number of its side."""
+    cache = make_cache(**options)
+    for index in range(2):
+        cache.update(key[:, :, :4], value[:, :, :4], index)
+        cache.update(key[:, :, 4:], value[:, :, 4:], index)
+    keys, values = contents(cache)[0]
+    return max(((got - x).abs().amax() / x.abs().amax()).item() for got, x in ((keys, key), (values, value)))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head", "channel"])
+@pytest.mark.parametrize("with_zero", [False, True], ids=["symmetric", "zero"])
+def test_given_scales_of_every_granularity(granularity: str, with_zero: bool) -> None:
+    """LMDeploy's formula with a zero: zero = (min + max) / 2, scale = (max - min) / 255."""
+    key, value = keys_and_values(40)
+    key, value = key + 3, value - 2
+    dims = {"tensor": (0, 1, 2, 3), "head": (0, 2, 3), "channel": (0, 2)}[granularity]
+    given = {}
+    for side, x in (("k", key), ("v", value)):
+        low, high = x.amin(dim=dims), x.amax(dim=dims)
+        given[f"{side}_scale"] = (high - low) / 255 if with_zero else x.abs().amax(dim=dims) / 127
+        if with_zero:
+            given[f"{side}_zero"] = (low + high) / 2
+    step = max(scale.max().item() for name, scale in given.items() if name.endswith("scale"))
+    largest = min(key.abs().amax().item(), value.abs().amax().item())
+    error = relative_error({"kv_cache_dtype": "int8", "scales": LayerScales(**given)}, key, value)
+    # Half a step, and another half where the formula's largest number, 127.5 steps, is held by code 127.
+    assert error <= step / largest * (1.0 if with_zero else 0.5) * (1 + 1e-5)
+
+
+def test_unit_scales_and_clipping_are_counted() -> None:
+    key, value = keys_and_values(10, scale=100.0)
+    key[0, 0, 0, 0], key[0, 1, 3, 2], value[0, 0, 9, 9] = 1000.0, -500.0, 1e6
+    cache = make_cache(kv_cache_dtype="fp8", scales="unit")
+    cache.update(key, value, 0)
+    report = cache.report().layers[0]
+    assert report.scales == ("unit (1.0)", "unit (1.0)")
+    assert report.clipped == ((key.abs() > 464).sum().item(), (value.abs() > 464).sum().item())
+    assert contents(cache)[0][0].abs().max() == 448
+
+
+def test_dynamic_never_clips() -> None:
+    cache = make_cache(kv_cache_dtype="int8")
+    for seed, scale in enumerate((1e-3, 1.0, 1e4)):
+        for index in range(2):
+            cache.update(*keys_and_values(5, seed=seed, scale=scale), index)
+    assert all(layer.clipped == (0, 0) for layer in cache.report().layers)
+    keys, _ = contents(cache)[0]
+    expected = torch.cat([keys_and_values(5, seed=seed, scale=s)[0] for seed, s in enumerate((1e-3, 1.0, 1e4))], dim=2)
+    assert ((keys - expected).abs().amax(dim=-1) <= expected.abs().amax(dim=-1) / 127).all()
+
+
+def test_formats_of_k_and_v_may_differ() -> None:
+    cache = make_cache(kv_cache_dtype=("int8", "fp8_e5m2"), scales="first_batch")
+    add(cache, 9)
+    assert cache.report().layers[0].kv_cache_dtype == ("int8", "fp8_e5m2")
+    assert "int8 / fp8_e5m2" in str(cache.report())
+
+
+def test_skip_layers_by_index_and_by_type() -> None:
+    model = sliding_model()
+    for skip, expected in (([-1], ["int8", "model"]), ("sliding_attention", ["model", "int8"])):
+        cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8", skip_layers=skip)
+        assert [layer.kv_cache_dtype[0] for layer in cache.report().layers] == expected
+
+
+# -- what it refuses ------------------------------------------------------------------------------------------------
+
+
+def test_wrong_batch_and_wrong_model_leave_the_cache_as_it_was() -> None:
+    cache = make_cache(kv_cache_dtype="int8")
+    add(cache, 9, batch_size=2)
+    before = contents(cache)
+    with pytest.raises(ValueError, match=r"holds 2 sequence\(s\).*of 3.*reset"):
+        cache.update(*keys_and_values(1, batch_size=3), 0)
+    with pytest.raises(ValueError, match=r"layer 0.*\(2, 32\).*\(2, 16\).*another model"):
+        cache.update(*keys_and_values(1, batch_size=2, head_dim=32), 0)
+    with pytest.raises(ValueError, match=r"layer 2 does not exist.*2 layers.*another model"):
+        cache.update(*keys_and_values(1, batch_size=2), 2)
+    assert [layer.get_seq_length() for layer in cache.layers] == [9, 9]
+    after = contents(cache)
+    assert all(torch.equal(x, y) for old, new in zip(before, after, strict=True) for x, y in zip(old, new, strict=True))
+
+
+def test_a_first_update_that_is_refused_leaves_an_empty_cache() -> None:
+    cache = make_cache(scales=LayerScales(torch.ones(5), torch.ones(5)))
+    with pytest.raises(ValueError, match="layer 1: k_scale has shape"):
+        cache.update(*keys_and_values(3), 1)
+    assert cache.get_seq_length() == 0
+    assert cache.nbytes == 0
+
+
+def test_report_is_a_table() -> None:
+    model: LlamaForCausalLM = tiny_llama("kvquant_fp8", dtype=torch.bfloat16)
+    out = model.generate(prompt(), max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+    report = out.past_key_values.report()
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["layer", "type", "format", "scales", "stored", "model", "dtype", "clipped", "dense"]
+    assert lines[1].split()[:4] == ["0", "full_attention", "fp8_e4m3", "dynamic"]
+    assert report.model_dtype_bytes == 2 * 2 * 2 * 2 * 16 * 2 * 32  # layers, K and V, heads, channels, sequences...
+    assert report.nbytes == out.past_key_values.nbytes
+    assert f"({report.nbytes / report.model_dtype_bytes:.3f} of it)" in lines[3]

@@ -1,0 +1,75 @@
+"""Compiled `generate`: the tokens of the eager run, one graph, no recompilation between steps or calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import prompt, tiny_llama
+from test_cache import sliding_model
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, PreTrainedModel
+
+from hf_kvquant import QuantizedPagedCache
+
+MODELS = {"llama": tiny_llama, "sliding": lambda attention: sliding_model(window=12)}
+
+
+def compile_config(backend: str) -> CompileConfig:
+    config = CompileConfig(fullgraph=True, backend=backend, mode="default")
+    config._compile_all_devices = True  # the host's switch for compiling on a CPU
+    return config
+
+
+def run(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> Any:
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    return model.generate(
+        ids, attention_mask=mask, max_new_tokens=14, do_sample=False, return_dict_in_generate=True, **options
+    )
+
+
+@pytest.mark.parametrize("dtype", ["model", "int8", "fp8"])
+@pytest.mark.parametrize("attention", ["kvquant", "sdpa"])
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_equals_eager(name: str, attention: str, dtype: str) -> None:
+    model = MODELS[name]("kvquant")
+    model.set_attn_implementation(attention)
+    options = {"cache_implementation": "kvquant", "cache_config": {"kv_cache_dtype": dtype, "page_size": 4}}
+    expected = run(model, prompt(), **options).sequences
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (1, 1):
+            out = run(model, prompt(seed=seed), compile_config=compile_config("eager"), **options)
+            assert torch.equal(out.sequences, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert isinstance(out.past_key_values, QuantizedPagedCache)
+    assert out.past_key_values.is_compileable
+
+
+def test_inductor() -> None:
+    model = tiny_llama("kvquant")
+    expected = run(model, prompt()).sequences
+    torch._dynamo.reset()
+    out = run(model, prompt(), compile_config=compile_config("inductor"))
+    assert torch.equal(out.sequences, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cache_at_fixed_addresses_is_reused_over_turns(name: str) -> None:
+    """Turns of several tokens over a stored past, more than a window has room for, then beams reordered."""
+    model = MODELS[name]("kvquant")
+    grown = QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4)
+    fixed = QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4, max_cache_len=300)
+    with torch.no_grad():
+        for length, seed in ((21, 1), (1, 2), (150, 3), (5, 4), (1, 5)):
+            expected, got = (model(prompt(2, length, seed=seed), past_key_values=c).logits for c in (grown, fixed))
+            torch.testing.assert_close(got, expected)
+        for cache in (grown, fixed):
+            cache.reorder_cache(torch.tensor([1, 1]))
+        expected, got = (model(prompt(2, 2, seed=6), past_key_values=c).logits for c in (grown, fixed))
+        torch.testing.assert_close(got, expected)
+    assert int(fixed.get_seq_length()) == grown.get_seq_length() == 180
+    assert fixed.get_max_length() == 300

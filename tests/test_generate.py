@@ -1,0 +1,230 @@
+"""`generate` with the two arguments, alone and together, and everything a user passes through it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import prompt, tiny_llama
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM
+
+from hf_kvquant import LayerScales, QuantizedPagedCache
+from hf_kvquant.attention import NAMES
+
+NUM_NEW = 20
+
+
+def generate(model: LlamaForCausalLM, ids: torch.Tensor, **options: Any) -> Any:
+    options = {"max_new_tokens": NUM_NEW, "do_sample": False, "return_dict_in_generate": True, **options}
+    return model.generate(ids, attention_mask=options.pop("attention_mask", torch.ones_like(ids)), **options)
+
+
+def formats(cache: QuantizedPagedCache) -> set[tuple[str, str]]:
+    return {layer.kv_cache_dtype for layer in cache.report().layers}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), list(zip(NAMES, ("int8", "fp8_e4m3", "fp8_e5m2", "int8"), strict=True)), ids=NAMES
+)
+def test_attention_alone_makes_the_cache(name: str, expected: str) -> None:
+    cache = generate(tiny_llama(name), prompt()).past_key_values
+    assert isinstance(cache, QuantizedPagedCache)
+    assert formats(cache) == {(expected, expected)}
+    assert all(layer.k.paged.pages.element_size() == 1 for layer in cache.layers)
+    assert all(layer.dense == () for layer in cache.report().layers)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "kvquant"])
+def test_cache_implementation_under_any_attention(attention: str) -> None:
+    model = tiny_llama(attention)
+    expected = generate(model, prompt(), cache_implementation="dynamic").sequences
+    out = generate(model, prompt(), cache_implementation="kvquant", cache_config={"kv_cache_dtype": "model"})
+    assert isinstance(out.past_key_values, QuantizedPagedCache)
+    assert torch.equal(out.sequences, expected)
+    dense = out.past_key_values.report().layers[0].dense
+    assert (dense == ()) == (attention == "kvquant")
+    assert all(attention in reason for reason in dense)
+
+
+def test_attention_name_is_the_default_and_the_option_wins() -> None:
+    out = generate(tiny_llama("kvquant_int8"), prompt(), cache_config={"kv_cache_dtype": ("fp8", "model")})
+    assert formats(out.past_key_values) == {("fp8_e4m3", "model")}
+
+
+def test_from_pretrained_and_saved_generation_config(tmp_path: Any) -> None:
+    model = tiny_llama("sdpa")
+    model.generation_config.cache_implementation = "kvquant"
+    model.generation_config.cache_config = {"kv_cache_dtype": "fp8", "page_size": 4}
+    model.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).cache_implementation == "kvquant"
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="kvquant_int8")
+    assert loaded.config._attn_implementation == "kvquant_int8"
+    cache = generate(loaded, prompt()).past_key_values
+    assert formats(cache) == {("fp8_e4m3", "fp8_e4m3")}
+    assert cache.kvquant.page_size == 4
+
+
+def test_another_cache_stays_the_hosts() -> None:
+    model = tiny_llama("kvquant")
+    expected = generate(tiny_llama("sdpa"), prompt()).sequences
+    for name in ("dynamic", "static"):
+        out = generate(model, prompt(), cache_implementation=name)
+        assert not isinstance(out.past_key_values, QuantizedPagedCache)
+        assert torch.equal(out.sequences, expected)
+    given = DynamicCache(config=model.config)
+    assert generate(model, prompt(), past_key_values=given).past_key_values is given
+    assert torch.equal(generate(model, prompt(), use_cache=False).sequences, expected)
+
+
+def test_options_are_never_changed() -> None:
+    options = {"kv_cache_dtype": ["fp8", "int8"], "skip_layers": [0], "scales": "dynamic"}
+    before = copy.deepcopy(options)
+    for attention in ("sdpa", "kvquant"):
+        generate(tiny_llama(attention), prompt(), cache_implementation="kvquant", cache_config=options)
+        assert options == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_cache_type": "fp8"}, "kv_cache_type.*known: kv_cache_dtype, scales"),
+        ({"kv_cache_dtype": "int4"}, "int4.*fp8_e4m3, fp8_e5m2, int8, model"),
+        ({"scales": "checkpoint"}, "scales='checkpoint'.*has no KV scales.*dynamic"),
+        ({"skip_layers": [7]}, "layer 7.*2 cache layers"),
+        ({"skip_layers": "sliding_attention"}, "sliding_attention.*full_attention"),
+        ({"scales": [LayerScales(torch.ones(1), torch.ones(1))]}, "1 layers.*2 cache layers"),
+        ({"scales": LayerScales(torch.ones(3), torch.ones(3))}, r"layer 0: k_scale.*\[3\].*\[2\] \(per head\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_llama("kvquant"), prompt(), cache_config=options)
+    model = tiny_llama("kvquant")
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompt(), past_key_values=QuantizedPagedCache.from_model(model, **options))
+
+
+def test_both_cache_and_implementation_are_refused() -> None:
+    model = tiny_llama("kvquant")
+    with pytest.raises(ValueError, match="cache_implementation"):
+        generate(model, prompt(), past_key_values=QuantizedPagedCache.from_model(model), cache_implementation="kvquant")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "kvquant"])
+def test_chat_turns_over_one_cache(attention: str) -> None:
+    """A second turn continues from what is stored, and equals DynamicCache's run token for token."""
+    model = tiny_llama(attention)
+
+    def chat(cache: Any) -> torch.Tensor:
+        text = prompt(length=9)
+        for seed in range(3):
+            text = torch.cat([text, prompt(length=7, seed=10 + seed)], dim=1)
+            text = generate(model, text, past_key_values=cache, max_new_tokens=6).sequences
+            assert cache.get_seq_length() == text.shape[1] - 1
+        return text
+
+    expected = chat(DynamicCache(config=model.config))
+    assert torch.equal(chat(QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4)), expected)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2", "int8"])
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_models(dtype: str, model_dtype: torch.dtype) -> None:
+    model = tiny_llama("kvquant", dtype=model_dtype)
+    fused = generate(model, prompt(), cache_config={"kv_cache_dtype": dtype}, output_logits=True)
+    model.set_attn_implementation("eager")
+    stored = generate(
+        model, prompt(), cache_implementation="kvquant", cache_config={"kv_cache_dtype": dtype}, output_logits=True
+    )
+    # The same bytes, read by two routes that round differently: the first steps agree to the model's precision.
+    for one, other in list(zip(fused.logits, stored.logits, strict=True))[:2]:
+        bound = 32 * torch.finfo(model_dtype).eps * other.abs().amax().item()
+        assert (one - other).abs().amax().item() <= bound
+
+
+def test_left_padding_does_not_reach_first_batch_scales() -> None:
+    model = tiny_llama("kvquant")
+    short = prompt(batch_size=1, length=13)
+    padded = torch.cat([torch.zeros(1, 8, dtype=torch.int64), short], dim=1)
+    mask = (padded != 0).long()
+    options = {"kv_cache_dtype": "int8", "scales": "first_batch", "granularity": "channel"}
+    caches = []
+    for attention in ("kvquant", "sdpa"):
+        model.set_attn_implementation(attention)
+        for ids, attention_mask in ((short, torch.ones_like(short)), (padded, mask)):
+            out = generate(
+                model, ids, attention_mask=attention_mask, cache_implementation="kvquant", cache_config=options
+            )
+            caches.append(out.past_key_values)
+    source = caches[0].report().layers[0].scales
+    assert "13 tokens" in source[0]
+    for cache in caches[1:]:
+        assert cache.report().layers[0].scales == source
+        for layer, expected in zip(cache.layers, caches[0].layers, strict=True):
+            # Values do not turn with position. The padded prompt's lie elsewhere but are the same.
+            torch.testing.assert_close(layer.v.paged.scale, expected.v.paged.scale)
+
+
+def test_first_batch_waits_for_real_tokens() -> None:
+    model = tiny_llama("kvquant")
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="fp8", scales="first_batch")
+    zeros = torch.zeros(1, 2, 5, 16)
+    for layer in range(2):
+        cache.update(zeros, zeros, layer)[0].dense("test")
+    assert "none seen yet" in cache.report().layers[0].scales[0]
+    real = torch.randn(1, 2, 5, 16)
+    dense = [cache.update(real, real, layer)[0].dense("test") for layer in range(2)]
+    assert "per tensor, margin 1.5" in cache.report().layers[0].scales[0]
+    assert torch.equal(dense[0][:, :, :5], zeros)
+    torch.testing.assert_close(dense[0][:, :, 5:], real, rtol=2**-4, atol=real.abs().max().item() * 1.5 / 448)
+
+
+def test_gradients_flow_without_our_cache() -> None:
+    grads = []
+    for attention in ("sdpa", "kvquant"):
+        model = tiny_llama(attention)
+        model(prompt(), labels=prompt()).loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+def test_query_gradients_over_a_stored_past() -> None:
+    model = tiny_llama("kvquant")
+    results = []
+    for cache in (DynamicCache(config=model.config), QuantizedPagedCache.from_model(model, kv_cache_dtype="model")):
+        with torch.no_grad():
+            model(prompt(), past_key_values=cache)
+        new = prompt(length=3, seed=5)
+        model.zero_grad()
+        logits = model(new, past_key_values=cache).logits
+        logits.sum().backward()
+        results.append((logits.detach(), model.lm_head.weight.grad.clone()))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_custom_4d_mask() -> None:
+    """An arbitrary mask over a stored past and several new tokens."""
+    model = tiny_llama("kvquant")
+    outputs = []
+    for make in (
+        lambda: DynamicCache(config=model.config),
+        lambda: QuantizedPagedCache.from_model(model, kv_cache_dtype="model"),
+    ):
+        cache = make()
+        with torch.no_grad():
+            model(prompt(), past_key_values=cache)
+            mask = torch.rand(2, 1, 5, 26, generator=torch.Generator().manual_seed(3)) > 0.4
+            mask[..., -5:] &= torch.ones(5, 5, dtype=torch.bool).tril()
+            mask[..., 0] = True
+            additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+            outputs.append(
+                [
+                    model(prompt(length=5, seed=7), past_key_values=copy.deepcopy(cache), attention_mask=given).logits
+                    for given in (mask, additive)
+                ]
+            )
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other)
