@@ -19,7 +19,7 @@ help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
 
 demo: $(STAMP) ## generate with the 8-bit cache and compare it with others (MODEL=hub id or directory)
-	@TQDM_DISABLE=1 $(BIN)/python examples/demo.py $(MODEL) $(ARGS)
+	@$(BIN)/python examples/demo.py $(MODEL) $(ARGS)
 
 test: $(STAMP) ## run the tests (ARGS=... goes to pytest)
 	@$(BIN)/python -m pytest -q -n 2 $(ARGS)
@@ -40,6 +40,6 @@ clean: ## remove the virtual environments and everything generated
 $(STAMP): pyproject.toml
 	@echo "installing into $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q "$(TORCH)"
-	@$(BIN)/pip install -q -e ".[dev]"
+	@$(BIN)/pip install -qq "$(TORCH)"
+	@$(BIN)/pip install -qq -e ".[dev]"
 	@touch $@

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +25,10 @@ CHUNKS = (8, 24, 32, 64, 128, 256, 256, 256)
 def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model (on a GPU if there is one) whose attention reads 8-bit pages, and its tokenizer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="kvquant", dtype="auto")
+    # Progress bars are for downloads; they write to standard error.
+    silence = contextlib.redirect_stderr(io.StringIO()) if Path(path).is_dir() else contextlib.nullcontext()
+    with silence:
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="kvquant", dtype="auto")
     return model.to(device).eval(), AutoTokenizer.from_pretrained(path)
 
 
@@ -99,9 +104,9 @@ def _tensor_bytes(values: Iterable[Any]) -> int:
 
 
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Columns of equal width; the first is a name, the others are numbers."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) if column < len(line) else 0 for line in lines) for column in range(len(header))]
-    for name, *cells in lines:
-        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=False)]
-        print("  ".join([name.ljust(widths[0]), *cells]).rstrip())
+    """A name, then numbers in columns; a row of two cells is a name and a remark."""
+    full = [row for row in (header, *rows) if len(row) == len(header)]
+    widths = [max(len(row[column]) for row in full) for column in range(len(header))]
+    for name, *cells in (header, *rows):
+        aligned = cells if len(cells) < len(widths) - 1 else map(str.rjust, cells, widths[1:])
+        print("  ".join([name.ljust(widths[0]), *aligned]))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(name: str, *arguments: str) -> str:
     """Standard output of an example, which must succeed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "examples" / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
