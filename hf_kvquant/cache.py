@@ -21,7 +21,7 @@ from .checkpoints import CheckpointScales, read_scales
 from .config import KVQuantConfig
 from .fixed import FixedLayer
 from .growing import GrowingLayer
-from .hosts import attention_paths, checkpoint_of, disable_fake_quantization, layer_type_names
+from .hosts import attention_name, attention_paths, checkpoint_of, disable_fake_quantization, layer_type_names
 from .hybrid import HybridFixedLayer, HybridGrowingLayer
 from .layers import PagedLayer, SharedState, tokens_to_take_back
 from .pages import PageTable, PageTables
@@ -109,15 +109,15 @@ class QuantizedPagedCache(DynamicCache):
     ) -> QuantizedPagedCache:
         """`from_model` with what `generate` knows beside the user's `options`."""
         defaults: dict[str, Any] = {}
-        text_config = model.config.get_text_config(decoder=True)
-        implementation = text_config._attn_implementation or ""
+        implementation = attention_name(model.config.get_text_config(decoder=True))
         if implementation.startswith("kvquant_"):
             defaults["kv_cache_dtype"] = implementation.removeprefix("kvquant_")
         if max_cache_len is not None:
             defaults["max_cache_len"] = max_cache_len
         kvquant = KVQuantConfig.parse(options, **defaults)
-        checkpoint = _find_checkpoint(model, kvquant) if asks_for_files(kvquant) else None
-        cache = cls(model.config, kvquant, checkpoint=checkpoint, expected_length=expected_length)
+        notes: list[str] = []
+        checkpoint = _find_checkpoint(model, kvquant, notes) if asks_for_files(kvquant) else None
+        cache = cls(model.config, kvquant, checkpoint=checkpoint, notes=notes, expected_length=expected_length)
         cache.shared.rotary = rotary_layout(model)
         cache.notes += disable_fake_quantization(model)
         return cache
@@ -242,12 +242,18 @@ class QuantizedPagedCache(DynamicCache):
         return CacheReport(rows, list(self.notes), self.nbytes, self.nbytes_allocated, total)
 
 
-def _find_checkpoint(model: PreTrainedModel, kvquant: KVQuantConfig) -> CheckpointScales | None:
+def _find_checkpoint(model: PreTrainedModel, kvquant: KVQuantConfig, notes: list[str]) -> CheckpointScales | None:
     """The checkpoint whose scales are asked for. Raises ValueError if one is asked for by name and has none."""
     num_layers = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
     paths = attention_paths(model, num_layers)
     own = isinstance(kvquant.scales, str) and kvquant.scales in ("auto", "checkpoint")
     source, revision = checkpoint_of(model) if own else (kvquant.scales, None)
+    if source is not None and kvquant.scales == "auto":
+        try:  # nobody asked for a download, and a model may outlive the directory it came from
+            return read_scales(source, paths, revision=revision, fetch=False)
+        except FileNotFoundError as error:
+            notes.append(f"no KV scales were looked for: {error}; name a checkpoint with scales=... if it has some")
+            return None
     found = read_scales(source, paths, revision=revision) if source is not None else None
     if found is None and kvquant.scales != "auto":
         raise ValueError(

@@ -653,6 +653,23 @@ def test_scales_of_another_directory(tmp_path: Path) -> None:
         assert cache.report().layers[0].scales[0] == "checkpoint: model.layers.0.self_attn.k_scale"
 
 
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "some-org/not-on-this-machine"])
+def test_auto_fetches_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may have been made from a config alone, or its directory is gone; that is no reason to fail."""
+    from hf_kvquant.checkpoints import files
+
+    download, asked = files.snapshot_download, []
+    monkeypatch.setattr(files, "snapshot_download", lambda *a, **k: asked.append(k) or download(*a, **k))
+    model = tiny_llama()
+    model.config._name_or_path = name
+    cache = QuantizedPagedCache.from_model(model)
+    assert cache.report().layers[0].scales[0].startswith("dynamic")
+    assert any(f"{name} is not on this machine" in note for note in cache.report().notes)
+    assert [options["local_files_only"] for options in asked] == [True]
+    with pytest.raises(Exception, match="neither a directory nor a hub id|snapshot"):
+        QuantizedPagedCache.from_model(model, scales="checkpoint")
+
+
 def test_scales_are_asked_for_and_there_are_none(tmp_path: Path) -> None:
     model = tiny_llama()
     with pytest.raises(ValueError, match="scales='checkpoint', but a model that was not loaded from files"):

@@ -44,6 +44,7 @@ def read_scales(
     attention_paths: Sequence[Sequence[str]] | None = None,
     *,
     revision: str | None = None,
+    fetch: bool = True,
 ) -> CheckpointScales | None:
     """The KV scales of a checkpoint, or None if it neither declares nor holds any.
 
@@ -52,11 +53,12 @@ def read_scales(
         attention_paths: for each cache layer of the model the module paths its attention may have
             (`model.layers.0.self_attn`); without it layers are ordered by the number in their path.
         revision: of a hub id.
+        fetch: whether a hub id that is not on this machine may be fetched; if not, it is a FileNotFoundError.
 
     Raises ValueError naming file and key for scales that are NaN or infinite, for a declared scheme without a usable
     scale, for layers that cannot be matched and for schemes that are not 8-bit.
     """
-    files = CheckpointFiles.find(source, revision)
+    files = CheckpointFiles.find(source, revision, fetch)
     for read in READERS:
         found = read(files)
         if found is not None:

@@ -53,9 +53,13 @@ class CheckpointFiles:
     tensors: dict[str, str]
 
     @classmethod
-    def find(cls, source: str | os.PathLike[str], revision: str | None = None) -> CheckpointFiles:
-        """The files of a directory or hub id. Raises ValueError if there is no such thing or a file is broken."""
-        directory = _locate(source, revision)
+    def find(cls, source: str | os.PathLike[str], revision: str | None = None, fetch: bool = True) -> CheckpointFiles:
+        """The files of a directory or hub id.
+
+        Raises ValueError if there is no such thing or a file is broken, and FileNotFoundError if it is not on this
+        machine and must not be fetched.
+        """
+        directory = _locate(source, revision, fetch)
         config = directory / "config.json"
         return cls(str(directory), _read_json(config) if config.exists() else {}, _tensor_files(directory))
 
@@ -79,7 +83,7 @@ class CheckpointFiles:
         return f"{name} in {Path(self.path) / self.tensors[name]}"
 
 
-def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
+def _locate(source: str | os.PathLike[str], revision: str | None, fetch: bool) -> Path:
     directory = Path(source)
     if directory.is_dir():
         return directory
@@ -87,9 +91,11 @@ def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
     try:
         # What from_pretrained has fetched is enough, and asks nothing of the network.
         return Path(snapshot_download(str(source), local_files_only=True, **wanted))
-    except LocalEntryNotFoundError:
-        return Path(snapshot_download(str(source), **wanted))
-    except HFValidationError as error:
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        if not fetch:
+            raise FileNotFoundError(f"{source} is not on this machine") from error
+        if isinstance(error, LocalEntryNotFoundError):
+            return Path(snapshot_download(str(source), **wanted))
         raise ValueError(f"{source} is neither a directory nor a hub id; no KV scales can be read from it") from error
 
 
