@@ -140,7 +140,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": _LINEAR_AND_FULL,
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 8},
     "stablelm": {},
-    "whisper": {},
+    "whisper": {"num_mel_bins": 8, "suppress_tokens": None, "begin_suppress_tokens": None},
     "xglm": {"attention_heads": 4, "ffn_dim": 64},
     "zamba": _MAMBAS_AND_HYBRID | {"attention_head_dim": 32},
     "zamba2": _MAMBAS_AND_HYBRID,

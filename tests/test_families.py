@@ -9,7 +9,7 @@ import families
 import pytest
 import torch
 from families import EXPECTED_DENSE, FAMILIES, KEPT_BY_HOST, MORE_FAMILIES, NOT_TRIED, available, build
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, WhisperForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -178,3 +178,31 @@ def test_every_model_type_is_tried_or_says_why_not() -> None:
 
 def test_enough_families_are_tried_by_default() -> None:
     assert len(available(FAMILIES)) >= 45
+
+
+@pytest.mark.parametrize("attention", ["kvquant", "own-attention"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_speech_gives_the_same_text(num_beams: int, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whisper has a `generate` of its own, which hands out the cache in pieces of another kind."""
+    config = families.config_of("whisper")
+    features = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions)
+    updates = []
+    update = PagedLayer.update
+    monkeypatch.setattr(PagedLayer, "update", lambda *args: updates.append(args[0]) or update(*args))
+
+    def text(attn_implementation: str | None = None, **cache: Any) -> list[list[int]]:
+        torch.manual_seed(0)
+        model = WhisperForConditionalGeneration._from_config(config, attn_implementation=attn_implementation).eval()
+        model.generation_config.update(eos_token_id=None, no_timestamps_token_id=98, is_multilingual=False)
+        options = {"max_new_tokens": 12, "num_beams": num_beams, "no_repeat_ngram_size": 2, "do_sample": False}
+        return model.generate(input_features=features, **options, **cache).tolist()
+
+    expected = text(cache_implementation="dynamic")
+    assert len(set(expected[0])) > 4
+    assert not updates
+    options = {"kv_cache_dtype": "model", "page_size": PAGE_SIZE}
+    ours = text("kvquant" if attention == "kvquant" else None, cache_implementation="kvquant", cache_config=options)
+    assert ours == expected
+    assert updates
+    if attention == "kvquant":
+        assert not any(layer.dense_reasons for layer in updates)
