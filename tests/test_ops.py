@@ -83,7 +83,7 @@ def model_of_bytes(
             token_scales[b, h, t] = bf16_not_below(fitting)
             token = [np.float32(y * np.float32(one / token_scales[b, h, t])) for y in token]
         codes[b, h, t] = [nearest_code(name, float(y)) for y in token]
-        num_clipped += sum(abs(float(y)) > CLIP_LIMIT[name] for y in token)
+        num_clipped += sum(not abs(float(y)) <= CLIP_LIMIT[name] for y in token)  # NaN counts
     return torch.from_numpy(codes), torch.from_numpy(token_scales), num_clipped
 
 
@@ -320,7 +320,7 @@ def test_clipped_counts_numbers_beyond_the_limit(name: str) -> None:
     clipped = torch.zeros(2, dtype=torch.int64)
     for times in (1, 2):
         write_kv(key, value, *sides, *tables, clipped)
-        assert clipped.tolist() == [3 * times, 3 * times]
+        assert clipped.tolist() == [4 * times, 3 * times]  # two beyond the limit, infinity, NaN; three
     write_kv(key, value, *sides, *tables, None)
 
 
