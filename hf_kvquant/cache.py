@@ -27,7 +27,7 @@ from .layers import PagedLayer, SharedState, tokens_to_take_back
 from .pages import PageTable, PageTables
 from .policy import asks_for_files, plan_layers
 from .report import CacheReport, LayerReport
-from .rotary import rotary_layout
+from .rotary import rotary_layouts
 
 # The host's layer class -> ours, growing and fixed. Whatever is not here (linear attention, convolutions, dummies,
 # indexers of sparse attention) stays the host's own.
@@ -108,17 +108,11 @@ class QuantizedPagedCache(DynamicCache):
         cls, model: PreTrainedModel, options: Any, expected_length: int | None = None, max_cache_len: int | None = None
     ) -> QuantizedPagedCache:
         """`from_model` with what `generate` knows beside the user's `options`."""
-        defaults: dict[str, Any] = {}
-        implementation = attention_name(model.config.get_text_config(decoder=True))
-        if implementation.startswith("kvquant_"):
-            defaults["kv_cache_dtype"] = implementation.removeprefix("kvquant_")
-        if max_cache_len is not None:
-            defaults["max_cache_len"] = max_cache_len
-        kvquant = KVQuantConfig.parse(options, **defaults)
+        kvquant = options_for(model, options, max_cache_len)
         notes: list[str] = []
         checkpoint = _find_checkpoint(model, kvquant, notes) if asks_for_files(kvquant) else None
         cache = cls(model.config, kvquant, checkpoint=checkpoint, notes=notes, expected_length=expected_length)
-        cache.shared.rotary = rotary_layout(model)
+        cache.shared.rotary = rotary_layouts(model, cache._layer_types)
         cache.notes += disable_fake_quantization(model)
         return cache
 
@@ -240,6 +234,17 @@ class QuantizedPagedCache(DynamicCache):
                 )
         total = sum(row.model_dtype_bytes for row in rows)
         return CacheReport(rows, list(self.notes), self.nbytes, self.nbytes_allocated, total)
+
+
+def options_for(model: PreTrainedModel, options: Any, max_cache_len: int | None = None) -> KVQuantConfig:
+    """The user's `options` over what the model's attention implementation says."""
+    defaults: dict[str, Any] = {}
+    implementation = attention_name(model.config.get_text_config(decoder=True))
+    if implementation.startswith("kvquant_"):
+        defaults["kv_cache_dtype"] = implementation.removeprefix("kvquant_")
+    if max_cache_len is not None:
+        defaults["max_cache_len"] = max_cache_len
+    return KVQuantConfig.parse(options, **defaults)
 
 
 def _find_checkpoint(model: PreTrainedModel, kvquant: KVQuantConfig, notes: list[str]) -> CheckpointScales | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import transformers
@@ -16,9 +17,10 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import configuration_utils
 from transformers.utils import logging
 
-from .cache import QuantizedPagedCache
+from .cache import QuantizedPagedCache, options_for
 from .config import KVQuantConfig
 from .hosts import is_fused
+from .policy import asks_for_files
 
 CACHE_IMPLEMENTATION = "kvquant"
 _CACHE_NAMES = ("past_key_values", "cache_params")
@@ -117,16 +119,18 @@ def _replace(model: Any, model_kwargs: dict[str, Any], made: Any, generation_con
 
 
 def _cross_attention_cache(model: Any, options: Any, encoder_length: int) -> QuantizedPagedCache:
-    made = QuantizedPagedCache.for_generation(model, options, expected_length=encoder_length)
+    """The cache of what the encoder says: written once, never grown, with scales of its own."""
+    kvquant = options_for(model, options)
+    if asks_for_files(kvquant):  # a checkpoint's scales are for self-attention
+        kvquant = replace(kvquant, scales="dynamic")
 
     class CrossAttentionCache(QuantizedPagedCache):
         """A model may make the cache anew from its class, with a configuration of its own; the options must stay."""
 
         def __init__(self, config: Any, offloading: bool = False) -> None:
-            super().__init__(config, made.kvquant, expected_length=encoder_length)
+            super().__init__(config, kvquant, expected_length=encoder_length)
 
-    made.__class__ = CrossAttentionCache
-    return made
+    return CrossAttentionCache(model.config)
 
 
 def _will_compile(model: Any, generation_config: Any) -> bool:

@@ -58,9 +58,18 @@ def disable_fake_quantization(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def attention_name(config: PreTrainedConfig) -> str:
+    """The attention implementation that runs in the end, also where compressed-tensors has put its own before it."""
+    name = config._attn_implementation or ""
+    wrapper = sys.modules.get("compressed_tensors.modeling.attention")
+    if wrapper is not None and name == wrapper.HOOKED_ATTENTION_NAME:
+        name = wrapper.QuantizedAttentionImpl._original_impl
+    return str(name)
+
+
 def is_fused(config: PreTrainedConfig) -> bool:
     """Whether the model's attention is this package's, so that it reads pages itself."""
-    return (config._attn_implementation or "").startswith("kvquant")
+    return attention_name(config).startswith("kvquant")
 
 
 _uses_interface: dict[type, bool] = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,13 +33,13 @@ class SharedState:
     Attributes:
         model_config: the text model's; its attention implementation may change between calls.
         page_size: tokens per page.
-        rotary: how the model turns keys.
+        rotary: how the model turns the keys of each layer; empty if that is not known.
         padding_mask: `[B, T]` of the first prompt (True is a token), when `generate` knows it.
     """
 
     model_config: PreTrainedConfig
     page_size: int
-    rotary: RotaryLayout = field(default_factory=RotaryLayout)
+    rotary: Sequence[RotaryLayout] = ()
     padding_mask: torch.Tensor | None = None
 
     @property
@@ -89,7 +89,8 @@ class PagedLayer(CacheLayerMixin):
 
         def store(side: str, head_dim: int) -> PageStore:
             where = f"layer {self.index}: {side}"
-            plan, rotary = getattr(self.plan, side), self.shared.rotary if side == "k" else None
+            plan = getattr(self.plan, side)
+            rotary = None if side == "v" else self.shared.rotary[self.index] if self.shared.rotary else RotaryLayout()
             return PageStore(plan, num_heads, head_dim, self.shared.page_size, dtype, device, where, rotary)
 
         k, v = store("k", key_states.shape[-1]), store("v", value_states.shape[-1])
@@ -251,7 +252,8 @@ class PagedLayer(CacheLayerMixin):
 
     def note_dense(self, reason: str) -> None:
         """Remember for the report that the layer was read as dense tensors."""
-        self.dense_reasons[reason] = None
+        if not torch.compiler.is_compiling():  # a graph would be guarded on what is known; its prompt ran eagerly
+            self.dense_reasons[reason] = None
 
     @property
     def keys(self) -> Any:

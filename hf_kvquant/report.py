@@ -63,7 +63,11 @@ class CacheReport:
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
     def pair(values: tuple[object, object]) -> str:
-        return str(values[0]) if values[0] == values[1] else f"{values[0]} / {values[1]}"
+        one, other = (str(value) for value in values)
+        if one == other:
+            return one
+        module = one.rpartition(".")[0] + "."  # of two tensors of one module the module is named once
+        return f"{one} / {other.removeprefix(module)}"
 
     return (
         str(layer.layer), layer.layer_type, pair(layer.kv_cache_dtype), pair(layer.scales), _size(layer.stored_bytes),

@@ -8,6 +8,7 @@ and is large later.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,21 +17,21 @@ import torch
 
 @dataclass(frozen=True)
 class RotaryLayout:
-    """How keys are rotated.
+    """How the keys of a layer are rotated.
 
     Attributes:
         kind: `half` (channel i with i + R/2), `interleaved` (2i with 2i + 1), `none` (no rotation), or `unknown`.
-        share: the part of head_dim that is rotated, R / D; it comes first.
+        rotated: R, how many of the first channels are; None for all of them.
     """
 
     kind: Literal["half", "interleaved", "none", "unknown"] = "unknown"
-    share: float = 1.0
+    rotated: int | None = None
 
     def partners(self, head_dim: int) -> list[int] | None:
         """For each channel its partner (itself where nothing turns); None if there is nothing to pair."""
         if self.kind not in ("half", "interleaved"):
             return None
-        rotated = int(head_dim * self.share) // 2 * 2
+        rotated = min(self.rotated or head_dim, head_dim) // 2 * 2
         if self.kind == "half":
             first = [(channel + rotated // 2) % rotated for channel in range(rotated)]
         else:
@@ -38,35 +39,37 @@ class RotaryLayout:
         return first + list(range(rotated, head_dim))
 
 
-def rotary_layout(model: Any) -> RotaryLayout:
-    """The layout of `model`, found by trying the function with which its own code turns keys."""
+def rotary_layouts(model: Any, layer_types: Sequence[str]) -> list[RotaryLayout]:
+    """The layout of each cache layer, found by trying the function with which the model's own code turns keys."""
     config = model.config.get_text_config(decoder=True)
-    parameters = getattr(config, "rope_parameters", None)
-    if parameters is None and getattr(config, "rope_theta", None) is None and not hasattr(config, "rotary_dim"):
-        return RotaryLayout("none")
+    if all(getattr(config, name, None) is None for name in ("rope_parameters", "rope_theta", "rotary_dim")):
+        return [RotaryLayout("none")] * len(layer_types)
     if hasattr(config, "qk_rope_head_dim"):  # rotated and other channels are joined in ways of the model's own
-        return RotaryLayout("unknown")
+        return [RotaryLayout("unknown")] * len(layer_types)
+    kind = _kind(model)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return [RotaryLayout(kind, _rotated(decoder, config, name)) for name in layer_types]
+
+
+def _kind(model: Any) -> Literal["half", "interleaved", "unknown"]:
     for module in model.modules():
         if not isinstance(getattr(module, "layer_idx", None), int) or "attention" not in type(module).__name__.lower():
             continue
         code = sys.modules.get(type(module).__module__)
         rotate = getattr(code, "rotate_half", None) or getattr(code, "rotate_every_two", None)
-        return RotaryLayout(_kind(rotate), _share(config, parameters))
-    return RotaryLayout("unknown")
+        if rotate is None:
+            return "unknown"
+        turned = rotate(torch.arange(1.0, 9.0).reshape(1, 1, 1, 8)).abs().flatten().tolist()
+        if turned == [5, 6, 7, 8, 1, 2, 3, 4]:
+            return "half"
+        return "interleaved" if turned == [2, 1, 4, 3, 6, 5, 8, 7] else "unknown"
+    return "unknown"
 
 
-def _kind(rotate: Any) -> Literal["half", "interleaved", "unknown"]:
-    if rotate is None:
-        return "unknown"
-    turned = rotate(torch.arange(1.0, 9.0).reshape(1, 1, 1, 8)).abs().flatten().tolist()
-    if turned == [5, 6, 7, 8, 1, 2, 3, 4]:
-        return "half"
-    return "interleaved" if turned == [2, 1, 4, 3, 6, 5, 8, 7] else "unknown"
-
-
-def _share(config: Any, parameters: Any) -> float:
-    if (rotary_dim := getattr(config, "rotary_dim", None)) is not None:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return float(min(rotary_dim / head_dim, 1.0))
-    nested = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
-    return float(nested or getattr(config, "partial_rotary_factor", None) or 1.0)
+def _rotated(decoder: Any, config: Any, layer_type: str) -> int | None:
+    """How many channels turn: two for each frequency that the model has."""
+    for module in decoder.modules():
+        for name in (f"{layer_type}_inv_freq", "inv_freq"):
+            if isinstance(frequencies := getattr(module, name, None), torch.Tensor):
+                return 2 * frequencies.numel()
+    return getattr(config, "rotary_dim", None)

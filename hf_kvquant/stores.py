@@ -114,6 +114,8 @@ class PageStore:
         if valid is not None:
             largest = largest * valid[:, None, :, None]
         largest = largest.amax(dim=(0, 2))  # [H, D]
+        if self.rotary is not None and (partners := self.rotary.partners(largest.shape[1])):
+            largest = torch.maximum(largest, largest[:, partners])
         if self.plan.kind == "first_batch":
             self._freeze(largest, x.shape[0] * x.shape[2] if valid is None else int(valid.sum()))
         else:
@@ -125,8 +127,6 @@ class PageStore:
         share_of_median = _SHARE_OF_MEDIAN["value"]
         if self.rotary is not None:
             share_of_median = _SHARE_OF_MEDIAN["unknown" if self.rotary.kind == "unknown" else "key"]
-            if partners := self.rotary.partners(largest.shape[1]):
-                largest = torch.maximum(largest, largest[:, partners])
         highest = largest.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         median = largest.median(dim=1, keepdim=True).values
         lowest = torch.maximum(median * share_of_median, highest * _SHARE_OF_LARGEST)

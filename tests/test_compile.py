@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import families
 import pytest
 import torch
 from helpers import prompt, tiny_llama
@@ -47,6 +48,36 @@ def test_compiled_equals_eager(name: str, attention: str, dtype: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
     assert isinstance(out.past_key_values, QuantizedPagedCache)
     assert out.past_key_values.is_compileable
+
+
+# Latent attention, sinks, softcap, shared keys and values, linear-attention hybrids, an attention of its own,
+# and encoder-decoders.
+FAMILIES = [
+    "deepseek_v3", "gpt_oss", "gemma2", "gemma3n_text", "qwen3_next", "falcon_h1", "bloom", "t5", "bart",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", ["kvquant", "default"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_families_compile(model_type: str, attention: str) -> None:
+    model = families.build(model_type)
+    ids = prompt(2, 11, vocab_size=90)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, cache_implementation="dynamic", **options)
+    if attention == "kvquant":
+        model.set_attn_implementation("kvquant")
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got = model.generate(
+            ids,
+            cache_implementation="kvquant",
+            cache_config={"kv_cache_dtype": "model", "page_size": 4},
+            compile_config=compile_config("eager"),
+            **options,
+        )
+    assert torch.equal(got, expected)
+    assert counters["stats"]["unique_graphs"] >= 1
 
 
 def test_inductor() -> None:

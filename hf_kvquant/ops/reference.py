@@ -68,7 +68,7 @@ def quantize(
     if dynamic:
         token_scales = round_up_to_bf16((y.abs().amax(dim=-1) * (1.0 / row.qmax)).clamp(min=_TINY_SCALE))
         y = y * (1.0 / token_scales.to(torch.float32))[..., None]
-    return row.encode(y), token_scales, (y.abs() > row.clip_limit).sum()
+    return row.encode(y), token_scales, (~(y.abs() <= row.clip_limit)).sum()  # a NaN counts as well
 
 
 def round_up_to_bf16(x: torch.Tensor) -> torch.Tensor:
