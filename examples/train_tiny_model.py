@@ -91,9 +91,7 @@ def windows(stream: torch.Tensor, length: int, start_id: int) -> torch.Tensor:
     return torch.nn.functional.pad(rows, (1, 0), value=start_id)
 
 
-def sample_batch(
-    stream: torch.Tensor, length: int, start_id: int, generator: torch.Generator
-) -> torch.Tensor:
+def sample_batch(stream: torch.Tensor, length: int, start_id: int, generator: torch.Generator) -> torch.Tensor:
     """Draw windows at random places; each begins with the special token, as every prompt does."""
     offsets = torch.randint(len(stream) - length, (TOKENS_PER_STEP // length, 1), generator=generator)
     batch = stream[offsets + torch.arange(length)]
@@ -169,9 +167,7 @@ def train(
 
 
 @torch.no_grad()
-def measure_kv_amax(
-    model: LlamaForCausalLM, stream: torch.Tensor, count: int = 30
-) -> list[tuple[float, float]]:
+def measure_kv_amax(model: LlamaForCausalLM, stream: torch.Tensor, count: int = 30) -> list[tuple[float, float]]:
     """Largest magnitude of the keys (after RoPE) and values that each layer hands to its cache."""
     batches = windows(stream, EVAL_WINDOW, int(model.config.bos_token_id))
     # Spread over the whole text, so that both prose and code are seen.
@@ -243,9 +239,7 @@ def perplexity(model: LlamaForCausalLM, stream: torch.Tensor, count: int | None 
     return math.exp(sum(losses) / len(losses))
 
 
-def write_sample(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, greedy: bool
-) -> str:
+def write_sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, greedy: bool) -> str:
     """Continue a prompt by 160 tokens."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     options = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
@@ -255,9 +249,7 @@ def write_sample(
 
 def main() -> None:
     """Train, measure, save and show what the model writes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory to save to")
     parser.add_argument("--minutes", type=float, default=40, help="training time")
     parser.add_argument("--checkpoint-minutes", type=float, default=8, help="time between checkpoints")
@@ -274,9 +266,7 @@ def main() -> None:
     stream = encode(tokenizer, documents)
     held_out, calibration = encode(tokenizer, [held_out_text()]), encode(tokenizer, [calibration_text()])
     model = build_model(tokenizer)
-    print(
-        f"{model.num_parameters():,} parameters, {len(stream):,} training tokens, {len(held_out):,} held out"
-    )
+    print(f"{model.num_parameters():,} parameters, {len(stream):,} training tokens, {len(held_out):,} held out")
 
     start = saved = time.monotonic()
     for step, loss in train(model, stream, args.minutes, args.learning_rate, args.seed):

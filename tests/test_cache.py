@@ -152,28 +152,25 @@ def test_crop_then_continue_equals_never_having_gone_there() -> None:
 
 def test_crop_beyond_a_window_is_refused_unless_the_past_is_recorded() -> None:
     model = sliding_model(window=12)
-    for records in (False, True):
-        cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4)
-        dense = DynamicCache(config=model.config)
-        with torch.no_grad():
-            for each in (cache, dense):
-                model(prompt(1, 40), past_key_values=each)
+    with torch.no_grad():
+        straight = DynamicCache(config=model.config)
+        for new in (prompt(1, 40), prompt(1, 4, seed=0)):
+            model(new, past_key_values=straight)
+        expected = model(prompt(1, 4, seed=9), past_key_values=straight).logits
+        for records in (False, True):
+            cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4)
+            model(prompt(1, 40), past_key_values=cache)
             if records:
-                for each in (cache, dense):
-                    each.activate_past_recording()
+                cache.activate_past_recording()
             for seed in range(6):
-                for each in (cache, dense):
-                    model(prompt(1, 4, seed=seed), past_key_values=each)
+                model(prompt(1, 4, seed=seed), past_key_values=cache)
             if not records:
                 with pytest.raises(RuntimeError, match="sliding window of 12"):
                     cache.crop(-20)
                 assert [layer.get_seq_length() for layer in cache.layers] == [64, 64]
                 continue
-            logits = []
-            for each in (cache, dense):
-                each.crop(-20)
-                logits.append(model(prompt(1, 4, seed=9), past_key_values=each).logits)
-    torch.testing.assert_close(*logits)
+            cache.crop(-20)
+            torch.testing.assert_close(model(prompt(1, 4, seed=9), past_key_values=cache).logits, expected)
 
 
 def test_beams_share_pages() -> None:
