@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +71,10 @@ def _extended(prepare_cache: Any) -> Any:
         for cache in given:
             if isinstance(cache, QuantizedPagedCache):
                 cache.shared.padding_mask = _padding_mask(model_kwargs)
+        if given and asked and generation_config.is_assistant:
+            # An assistant is called again and again with the cache of its first call; the name was meant for that one.
+            with _without_name(generation_config):
+                return prepare_cache(self, generation_config, *arguments)
         wanted = asked or (fused and chosen is None)
         if given or not wanted or not self._supports_default_dynamic_cache():
             return prepare_cache(self, generation_config, *arguments)
@@ -81,11 +87,8 @@ def _extended(prepare_cache: Any) -> Any:
                 self.config._attn_implementation,
             )
         # The host makes a DynamicCache, with all it knows about models; ours takes its place.
-        generation_config.cache_implementation = None
-        try:
+        with _without_name(generation_config):
             result = prepare_cache(self, generation_config, *arguments)
-        finally:
-            generation_config.cache_implementation = chosen
         for name in _CACHE_NAMES:
             if name in model_kwargs:
                 model_kwargs[name] = _replace(
@@ -95,6 +98,16 @@ def _extended(prepare_cache: Any) -> Any:
 
     prepare._is_kvquant = True  # type: ignore[attr-defined]
     return prepare
+
+
+@contextmanager
+def _without_name(generation_config: Any) -> Iterator[None]:
+    chosen = generation_config.cache_implementation
+    generation_config.cache_implementation = None
+    try:
+        yield
+    finally:
+        generation_config.cache_implementation = chosen
 
 
 def _replace(model: Any, model_kwargs: dict[str, Any], made: Any, generation_config: Any, max_cache_length: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import prompt, tiny_llama
+from test_cache import sliding_model
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM
 
 from hf_kvquant import LayerScales, QuantizedPagedCache
@@ -180,6 +181,50 @@ def test_first_batch_waits_for_real_tokens() -> None:
     assert "per tensor, margin 1.5" in cache.report().layers[0].scales[0]
     assert torch.equal(dense[0][:, :, :5], zeros)
     torch.testing.assert_close(dense[0][:, :, 5:], real, rtol=2**-4, atol=real.abs().max().item() * 1.5 / 448)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["attention", "cache_implementation"])
+@pytest.mark.parametrize("make_model", [tiny_llama, sliding_model], ids=["full", "sliding"])
+def test_every_way_of_generating(make_model: Any, named: bool) -> None:
+    """Unquantized pages give DynamicCache's tokens however `generate` is asked."""
+    model, assistant = make_model(), make_model()
+    model.set_attn_implementation("kvquant")
+    ids = prompt(1, 24).repeat(1, 2)
+    dense = {"cache_implementation": "dynamic"}
+    ours = {"cache_config": {"kv_cache_dtype": "model", "page_size": 4}}
+    if named:
+        ours["cache_implementation"] = "kvquant"
+    greedy = generate(model, ids, **dense).sequences
+    for way in (
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": assistant},
+        {"prefill_chunk_size": 7},
+    ):
+        assert torch.equal(generate(model, ids, **ours, **way).sequences, greedy), way
+    embedded = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=NUM_NEW, **ours)
+    assert torch.equal(embedded, greedy[:, ids.shape[1] :])
+    sampled = []
+    for options in (dense, ours):
+        torch.manual_seed(0)
+        sampled.append(generate(model, ids, do_sample=True, num_return_sequences=3, **options).sequences)
+    assert torch.equal(*sampled)
+
+
+def test_right_padding() -> None:
+    """Scoring a right-padded batch, then going on."""
+    model = tiny_llama("kvquant")
+    ids, mask = prompt(3, 20), torch.ones(3, 20, dtype=torch.int64)
+    mask[0, 12:], mask[1, 17:] = 0, 0
+    longer = torch.cat([mask, torch.ones(3, 5, dtype=torch.int64)], dim=1)
+    outputs = []
+    for cache in (DynamicCache(config=model.config), QuantizedPagedCache.from_model(model, kv_cache_dtype="model")):
+        with torch.no_grad():
+            scored = model(ids, attention_mask=mask, past_key_values=cache).logits[mask.bool()]
+            positions = (longer.cumsum(-1) - 1)[:, -5:]
+            new = prompt(3, 5, seed=3)
+            went_on = model(new, attention_mask=longer, position_ids=positions, past_key_values=cache).logits
+        outputs.append((scored, went_on))
+    torch.testing.assert_close(outputs[1], outputs[0])
 
 
 def test_gradients_flow_without_our_cache() -> None:
