@@ -100,12 +100,11 @@ class FixedLayer(PagedLayer):
 
     def _read_at(self, store: PageStore, seq_lens: torch.Tensor) -> torch.Tensor:
         """Every token in its absolute place, zeros where none is held."""
-        positions = reference.read_positions(self._page_table, seq_lens, self.shared.page_size)
-        values = store.read(self._page_table, positions)
+        pages, positions = reference.by_age(self._page_table, seq_lens, self.shared.page_size)
         absolute = torch.arange(self.capacity, device=self.device)
         source = absolute - positions[0, 0]
         held = (source >= 0) & (absolute < seq_lens[0])
-        values = values.index_select(2, source.clamp(0, positions.shape[1] - 1))
+        values = store.read(pages).index_select(2, source.clamp(0, positions.shape[1] - 1))
         return values.masked_fill(~held[:, None], 0)
 
     def _view_start(self, num_new: int) -> int:

@@ -52,10 +52,9 @@ class GrowingLayer(PagedLayer):
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def _read(self, store: PageStore, num_new: int) -> torch.Tensor:
-        positions = reference.read_positions(self._page_table, self._seq_lens, self.shared.page_size)
+        pages, _ = reference.by_age(self._page_table, self._seq_lens, self.shared.page_size)
         oldest = self.table.first_position
-        values = store.read(self._page_table, positions)
-        return values[:, :, self._view_start(num_new) - oldest : self.length - oldest]
+        return store.read(pages)[:, :, self._view_start(num_new) - oldest : self.length - oldest]
 
     def _view_start(self, num_new: int) -> int:
         return 0 if self.window is None else max(self.length - num_new - (self.window - 1), 0)

@@ -148,11 +148,11 @@ class PageStore:
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def read(self, page_table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """`[B, H, N * S, D]` in the model's dtype, in the order of `positions`."""
+    def read(self, pages: torch.Tensor) -> torch.Tensor:
+        """The pages `[B, N]` as `[B, H, N * S, D]` in the model's dtype."""
         paged = self.paged
-        codes = reference.gather(paged.pages, page_table, positions)
-        token_scale = None if paged.token_scale is None else reference.gather(paged.token_scale, page_table, positions)
+        codes = reference.gather(paged.pages, pages)
+        token_scale = None if paged.token_scale is None else reference.gather(paged.token_scale, pages)
         return reference.dequantize(codes, paged.format, paged.scale, paged.zero, token_scale).to(self.dtype)
 
     @property

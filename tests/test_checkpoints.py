@@ -704,3 +704,21 @@ def test_scales_of_a_model_of_other_shape(tmp_path: Path) -> None:
 
 def test_attention_paths_of_a_loaded_model() -> None:
     assert attention_paths(tiny_llama(), 3) == [*PATHS, []]
+
+
+def test_scales_of_a_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model loaded by hub id finds its scales in the snapshot that from_pretrained has fetched."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--some-org--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    _save_model(repo / "snapshots" / commit, FP8)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for revision in (None, commit):
+        found = read_scales("some-org/tiny", revision=revision)
+        assert found is not None
+        assert found.kv_cache_dtype == "fp8_e4m3"
+    model = tiny_llama()
+    model.config._name_or_path = "some-org/tiny"
+    cache = QuantizedPagedCache.from_model(model)
+    assert cache.report().layers[0].scales[0] == "checkpoint: model.layers.0.self_attn.k_scale"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -25,3 +26,13 @@ def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lines_before = text.count("\n", 0, block.start(1))
         code = "\n" * lines_before + block[1]  # so that a traceback shows the README's line
         exec(compile(code, str(README), "exec"), namespace)
+
+
+def test_the_table_is_the_committed_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import readme
+
+    text = README.read_text(encoding="utf-8")
+    result = json.loads(readme.RESULT.read_text())
+    assert readme.table(result) in text
+    assert readme.render(text, result) == text

@@ -45,30 +45,29 @@ def write_kv(
         store[pages, :, slots] = codes.to(store.dtype).transpose(1, 2)
         if token_scale is not None and token_scales is not None:
             token_scale[pages, :, slots] = token_scales.transpose(1, 2)
-        elif clipped is not None:
+        elif clipped is not None and num_clipped is not None:
             clipped[side] += num_clipped
 
 
 def quantize(
     x: torch.Tensor, format_name: str, scale: torch.Tensor | None, zero: torch.Tensor | None, dynamic: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """`[B, H, T, D]` to codes of the same shape, bf16 token scales `[B, H, T]` if `dynamic`, and how many clipped.
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """`[B, H, T, D]` to codes of the same shape; bf16 token scales `[B, H, T]` if `dynamic`, else how many clipped.
 
     Multiplications by fp32 reciprocals, in this order, are part of the specification: they decide the bytes.
     """
     row = get_format(format_name)
     if not row.is_quantized:
-        return x, None, torch.zeros((), dtype=torch.int64, device=x.device)
+        return x, None, None
     y = x.to(torch.float32)
     if zero is not None:
         y = y - zero[:, None, :]
     if scale is not None:
         y = y * (1.0 / scale)[:, None, :]
-    token_scales = None
     if dynamic:
         token_scales = round_up_to_bf16((y.abs().amax(dim=-1) * (1.0 / row.qmax)).clamp(min=_TINY_SCALE))
-        y = y * (1.0 / token_scales.to(torch.float32))[..., None]
-    return row.encode(y), token_scales, (~(y.abs() <= row.clip_limit)).sum()  # a NaN counts as well
+        return row.encode(y * (1.0 / token_scales.to(torch.float32))[..., None]), token_scales, None
+    return row.encode(y), None, (~(y.abs() <= row.clip_limit)).sum()  # a NaN counts as well
 
 
 def round_up_to_bf16(x: torch.Tensor) -> torch.Tensor:
@@ -96,20 +95,22 @@ def dequantize(
     return x
 
 
-def read_positions(page_table: torch.Tensor, seq_lens: torch.Tensor, page_size: int) -> torch.Tensor:
-    """`[B, N * S]`: which token each slot of a sequence's pages holds, oldest page first; may lie beyond the length."""
+def by_age(page_table: torch.Tensor, seq_lens: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each sequence's pages `[B, N]`, oldest first, and which token each of their slots is for, `[B, N * S]`.
+
+    Slots may be for tokens that have not come yet.
+    """
     num_columns = page_table.shape[1]
     last_page = (seq_lens.long() - 1).clamp(min=0) // page_size
-    first_page = (last_page - num_columns + 1).clamp(min=0)
-    return first_page[:, None] * page_size + torch.arange(num_columns * page_size, device=page_table.device)
+    first_page = (last_page - num_columns + 1).clamp(min=0)[:, None]
+    columns = (first_page + torch.arange(num_columns, device=page_table.device)) % num_columns
+    positions = first_page * page_size + torch.arange(num_columns * page_size, device=page_table.device)
+    return page_table.gather(1, columns).long(), positions
 
 
-def gather(store: torch.Tensor, page_table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Pages `[P, H, S, ...]` as `[B, H, N * S, ...]`, in the order of `positions`."""
-    page_size, num_columns = store.shape[2], page_table.shape[1]
-    columns = (positions[:, ::page_size] // page_size) % num_columns
-    pages = store[page_table.long().gather(1, columns)]
-    return pages.transpose(1, 2).flatten(2, 3)
+def gather(store: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """The pages `[B, N]` of `store` `[P, H, S, ...]` as `[B, H, N * S, ...]`."""
+    return store[pages].transpose(1, 2).flatten(2, 3)
 
 
 def paged_attention(
@@ -136,7 +137,7 @@ def paged_attention(
 ) -> torch.Tensor:
     compute_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     num_tokens = query.shape[2]
-    kv_positions = read_positions(page_table, seq_lens, k_pages.shape[2])  # [B, L]
+    pages, kv_positions = by_age(page_table, seq_lens, k_pages.shape[2])  # [B, N], [B, L]
     q_positions = seq_lens[:, None].long() - num_tokens + torch.arange(num_tokens, device=query.device)  # [B, T]
 
     def load(
@@ -146,8 +147,8 @@ def paged_attention(
         zero: torch.Tensor | None,
         token_scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        codes = gather(store, page_table, kv_positions)
-        token_scale = None if token_scale is None else gather(token_scale, page_table, kv_positions)
+        codes = gather(store, pages)
+        token_scale = None if token_scale is None else gather(token_scale, pages)
         return dequantize(codes, format_name, scale, zero, token_scale).to(compute_dtype)
 
     key = load(k_pages, k_format, k_scale, k_zero, k_token_scale)
