@@ -68,7 +68,7 @@ def kvquant_attention(
     reason = "the model passes one of keys and values dense"
     if isinstance(key, PagedKV) and isinstance(value, PagedKV):
         layer = key.layer
-        if key.raw is not None:
+        if layer.holds_tokens and key.raw is not None:
             layer.settle(_valid_tokens(attention_mask, key))
         readable = True
         if query.requires_grad or (dropout and module.training):

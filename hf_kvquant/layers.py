@@ -156,6 +156,11 @@ class PagedLayer(CacheLayerMixin):
         """The window that attention has to keep to."""
         return self.window
 
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether there are tokens that `settle` would write."""
+        return self._held is not None
+
     def settle(self, valid: torch.Tensor | None) -> None:
         """Write tokens that were held back, taking scales from them where none are known yet.
 

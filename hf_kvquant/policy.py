@@ -14,7 +14,7 @@ from .formats import get_format
 from .scales import LayerScales
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SidePlan:
     """How K or V of one layer is stored.
 
@@ -36,7 +36,7 @@ class SidePlan:
     margin: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerPlan:
     """The plans of K and V of one layer."""
 

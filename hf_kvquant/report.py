@@ -16,7 +16,7 @@ class LayerReport:
         scales: where K's and V's scales come from.
         stored_bytes: bytes in use.
         model_dtype_bytes: what the same tokens take in the model's dtype.
-        clipped: numbers of K and V that did not fit under static scales.
+        clipped: how many numbers of K and V did not fit under static scales, NaN among them.
         dense: why the layer was read as dense tensors; empty if it never was.
     """
 

@@ -14,7 +14,7 @@ import torch
 GRANULARITIES = ("tensor", "head", "channel")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerScales:
     """Scales and zeros of K and V of one layer, fp32.
 

@@ -23,7 +23,7 @@ from ..formats import get_format
 from . import reference
 
 
-@dataclass
+@dataclass(eq=False)
 class PagedTensor:
     """K or V of one layer in pages.
 
@@ -87,7 +87,8 @@ def write_kv(
         k, v: where they go; pages, and dynamic token scales, are written.
         page_table: int32 `[B, N]`.
         seq_lens: int32 `[B]`, lengths that already count the new tokens.
-        clipped: int64 `[2]`, incremented by the numbers of K and V that did not fit under static scales; or None.
+        clipped: int64 `[2]`, incremented by how many numbers of K and V did not fit under static scales, NaN among
+            them; or None.
 
     Raises ValueError naming the argument for shapes and dtypes that do not go together.
     """
