@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import llama_config, prompt, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, PreTrainedConfig
 
 from hf_kvquant import KVQuantConfig, LayerScales, OutOfPagesError, QuantizedPagedCache
@@ -131,6 +132,34 @@ def test_sliding_layers_keep_their_window_only() -> None:
     sliding, full = cache.report().layers
     assert sliding.layer_type == "sliding_attention"
     assert sliding.stored_bytes < full.stored_bytes / 4
+
+
+class CountSyncs(TorchDispatchMode):
+    """Counts the numbers that the host reads back from tensors, each a wait for the device on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 200}], ids=["growing", "fixed"])
+@pytest.mark.parametrize("dtype", ["int8", "fp8", "model"])
+def test_a_decode_step_reads_nothing_back(dtype: str, options: dict[str, Any]) -> None:
+    for model in (tiny_llama("kvquant"), sliding_model()):
+        cache = QuantizedPagedCache.from_model(model, kv_cache_dtype=dtype, page_size=4, **options)
+        with torch.no_grad():
+            model(prompt(2, 30), past_key_values=cache)
+            with CountSyncs() as syncs:
+                for step in range(9):  # new pages among them
+                    model(prompt(2, 1, seed=step), past_key_values=cache)
+        assert syncs.count == 0
+        with CountSyncs() as syncs:
+            int(cache.get_seq_length() + torch.ones(1))
+        assert syncs.count == 1  # the counter counts
 
 
 # -- operations -----------------------------------------------------------------------------------------------------
