@@ -87,7 +87,7 @@ class QuantizedPagedCache(DynamicCache):
             if capacity is None:
                 layers.append(growing(*arguments, table=tables.for_window(window), **options))
             else:
-                layers.append(fixed(*arguments, capacity=capacity, **options))
+                layers.append(fixed(*arguments, capacity=capacity, num_pages=kvquant.num_pages, **options))
         Cache.__init__(self, layers=layers)
 
     @classmethod
@@ -155,11 +155,19 @@ class QuantizedPagedCache(DynamicCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens. Raises RuntimeError where a window has moved on."""
         num_tokens = tokens_to_take_back(tokens_to_remove, self.get_seq_length)
+        self._settle()
+        # Whoever may refuse comes first, so that a refusal leaves the cache as it was.
         for table in self._tables:
             table.check_crop(num_tokens)
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer):
+                layer.check_crop(num_tokens)
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.crop(-num_tokens)
         for table in self._tables:
             table.crop(num_tokens)
-        for layer in self.layers:
+        for layer in self._paged_layers:
             if isinstance(layer, GrowingLayer):
                 layer.follow_crop(num_tokens)
             else:
@@ -180,19 +188,27 @@ class QuantizedPagedCache(DynamicCache):
         self._select(kept, lambda layer: layer.batch_select_indices(indices))
 
     def _select(self, indices: Sequence[int], change_host_layer: Any) -> None:
-        for table in self._tables:
-            table.select(indices)
+        self._settle()
+        filled = [layer for layer in self._paged_layers if not layer.is_empty]
+        for layer in filled:
+            layer.check_select(indices)
         for layer in self.layers:
             if not isinstance(layer, PagedLayer):
                 change_host_layer(layer)
-            elif not layer.is_empty:
-                layer.follow_select(indices)
+        for table in self._tables:
+            table.select(indices)
+        for layer in filled:
+            layer.follow_select(indices)
+
+    def _settle(self) -> None:
+        for layer in self._paged_layers:
+            layer.settle(None)
 
     def __iter__(self) -> Iterator[Any]:
         for layer in self.layers:
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if isinstance(layer, PagedLayer) and not layer.is_empty:
-                keys, values = (layer.read(side, 0, None) for side in ("key", "value"))
+                keys, values = (layer.read(side, 0) for side in ("key", "value"))
             yield keys, values, getattr(layer, "_sliding_window_tensor", None)
 
     # -- what it holds ---------------------------------------------------------------------------------------------

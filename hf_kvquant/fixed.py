@@ -9,6 +9,7 @@ import torch
 
 from .layers import PagedLayer
 from .ops import reference
+from .pages import OutOfPagesError
 from .static_pages import StaticPageTable
 from .stores import PageStore
 
@@ -25,20 +26,26 @@ class FixedLayer(PagedLayer):
 
     Args:
         capacity: tokens a sequence may reach.
+        num_pages: most pages that may be reserved, None for no bound.
         args, kwargs: of `PagedLayer`.
     """
 
     is_compileable = True
     table: StaticPageTable
 
-    def __init__(self, *args: Any, capacity: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, capacity: int, num_pages: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.capacity = capacity
+        self.num_pages = num_pages
         self.record_past = False
-        self._dense: dict[str, torch.Tensor] = {}
 
     def _reserve(self, batch_size: int) -> None:
         self.table = StaticPageTable(batch_size, self.shared.page_size, self.capacity, self.device, self.window, _SLACK)
+        if self.num_pages is not None and self.table.pool_size > self.num_pages:
+            raise OutOfPagesError(
+                f"layer {self.index}: max_cache_len={self.capacity} for {batch_size} sequence(s) takes "
+                f"{self.table.pool_size} pages of {self.shared.page_size} tokens, but num_pages={self.num_pages}"
+            )
         for store in (self.k, self.v):
             store.resize(self.table.pool_size)
         if not torch.compiler.is_compiling():
@@ -49,6 +56,8 @@ class FixedLayer(PagedLayer):
                     torch._dynamo.mark_static_address(tensor)
 
     def _advance(self, num_new: int, batch_size: int) -> None:
+        if self.is_empty and num_new > self.capacity:  # what can be known without asking the device
+            raise OutOfPagesError(f"layer {self.index}: {num_new} tokens, but max_cache_len={self.capacity}")
         self.table.append(num_new)
 
     def _check_shapes(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -83,15 +92,20 @@ class FixedLayer(PagedLayer):
             outputs.append(self._attend(query[:, :, rows], seq_lens, num_new, mask, **options))
         return torch.cat(outputs, dim=2)
 
-    def read(self, side: str, num_new: int, raw: torch.Tensor | None) -> torch.Tensor:
-        if self._held is not None and raw is None and num_new > self.table.most_at_once:
-            # Writing them overwrites what the first of them see: take both sides before.
-            seq_lens = self._seq_lens - num_new
-            new = (seq_lens[0] + torch.arange(num_new, device=self.device)).long()
-            for name, tensor in zip(("key", "value"), self._held, strict=True):
-                self._dense[name] = self._read_at(self._store(name), seq_lens).index_copy(2, new, tensor)
-            self.settle(None)
-        return self._dense.pop(side) if side in self._dense else super().read(side, num_new, raw)
+    def read(self, side: str, num_new: int) -> torch.Tensor:
+        if self._held is None or num_new <= self.table.most_at_once:
+            return super().read(side, num_new)
+        # Writing them would overwrite what the first of them see: they stay held until the next update.
+        held = self._held[0] if side == "key" else self._held[1]
+        return self._put(self._read_at(self._store(side), self._seq_lens - num_new), held)
+
+    def with_new(self, dense: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return self._put(dense, new)
+
+    def _put(self, dense: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """`dense` with the newest tokens in their places."""
+        places = self._seq_lens[0].long() - new.shape[2] + torch.arange(new.shape[2], device=self.device)
+        return dense.index_copy(2, places, new)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -127,12 +141,19 @@ class FixedLayer(PagedLayer):
 
     # -- operations ------------------------------------------------------------------------------------------------
 
-    def follow_select(self, indices: Sequence[int]) -> None:
+    def check_crop(self, num_tokens: int) -> None:
+        if not self.is_empty:
+            self.table.check_crop(num_tokens)
+
+    def check_select(self, indices: Sequence[int]) -> None:
         if len(indices) != self.table.batch_size:
             raise ValueError(
                 f"layer {self.index}: a cache at fixed addresses keeps its {self.table.batch_size} sequence(s); it "
                 f"cannot be changed to {len(indices)}"
             )
+
+    def follow_select(self, indices: Sequence[int]) -> None:
+        self.check_select(indices)
         order = torch.tensor(list(indices), dtype=torch.int64)
         for store in (self.k, self.v):
             store.select_rows(order, len(indices))

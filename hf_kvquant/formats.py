@@ -4,8 +4,8 @@
 inverse. Both are plain torch and define the bytes: every kernel must produce exactly these.
 
 * fp8 pages hold the bits of float8_e4m3fn or float8_e5m2 (OCP 8-bit floating point specification).
-* int8 pages hold `q + 128` (offset binary), q in [-127, 127]. Byte 0 is never written for a number; it stands for NaN
-  under a static scale, and for slots that were never written.
+* int8 pages hold `q + 128` (offset binary), q in [-127, 127]. Byte 0 is never written for a number: it marks slots that
+  were never written. int8 cannot keep a NaN under a static scale; it becomes byte 0 and is counted as clipped.
 """
 
 from __future__ import annotations

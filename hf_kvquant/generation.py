@@ -147,14 +147,21 @@ def _cross_attention_cache(model: Any, options: Any, encoder_length: int) -> Qua
 
 
 def _will_compile(model: Any, generation_config: Any) -> bool:
-    """Whether `generate` would compile decoding with a cache that allows it (the host's criteria)."""
+    """Whether `generate` is to get a cache at fixed addresses, with which it compiles decoding.
+
+    On an accelerator it would do so by itself. That suits a cache that is gone afterwards; one that is returned may have to
+    grow, and one with a bound on its pages must not reserve more.
+    """
     if generation_config.disable_compile:
         return False
     compile_config = generation_config.compile_config
     if compile_config is not None and compile_config._compile_all_devices:
         return True
-    fused = is_fused(model.config.get_text_config(decoder=True))
-    return fused and model.device.type in ("cuda", "xpu")
+    if compile_config is None and (
+        generation_config.return_dict_in_generate or options_for(model, generation_config.cache_config).num_pages
+    ):
+        return False
+    return is_fused(model.config.get_text_config(decoder=True)) and model.device.type in ("cuda", "xpu")
 
 
 def _padding_mask(model_kwargs: dict[str, Any]) -> Any:

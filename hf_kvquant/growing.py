@@ -10,7 +10,7 @@ import torch
 from .layers import PagedLayer
 from .ops import reference
 from .pages import PageTable
-from .stores import PageStore
+from .stores import PageStore, mutable_everywhere
 
 
 class GrowingLayer(PagedLayer):
@@ -44,6 +44,11 @@ class GrowingLayer(PagedLayer):
     @property
     def _num_kept(self) -> int:
         return self.length - self.table.first_position
+
+    @property
+    def _seq_lens(self) -> torch.Tensor:
+        # A step that broke off may have left the table ahead of this layer.
+        return self.table.seq_lens(self.device, self.length)
 
     def _attended_window(self, attn_mask: torch.Tensor | None) -> int | None:
         # A mask says all; without the window in it, tokens see whatever the host would hold.
@@ -104,8 +109,9 @@ class GrowingLayer(PagedLayer):
     # -- what the page table asks (pages.PageUser) -----------------------------------------------------------------
 
     def resize_pages(self, num_pages: int) -> None:
-        for store in (self.k, self.v):
-            store.resize(num_pages)
+        with mutable_everywhere():
+            for store in (self.k, self.v):
+                store.resize(num_pages)
 
     def clear_pages(self, pages: Sequence[int]) -> None:
         for store in (self.k, self.v):
@@ -116,8 +122,9 @@ class GrowingLayer(PagedLayer):
             store.copy(sources, targets)
 
     def keep_pages(self, pages: Sequence[int], num_pages: int) -> None:
-        for store in (self.k, self.v):
-            store.keep(pages, num_pages)
+        with mutable_everywhere():
+            for store in (self.k, self.v):
+                store.keep(pages, num_pages)
 
     def leave_table(self) -> None:
         """Go on with a table of its own."""

@@ -22,29 +22,35 @@ class PagedKV:
     Args:
         layer: whose pages they are.
         side: `key` or `value`.
-        num_new: tokens that this step has added.
-        raw: this side as the model made it, when nothing else is in the cache (a fresh prompt).
+        new: the tokens that this step has added, as the model made them; None if it only reads.
+        is_all: whether nothing else is in the cache (a fresh prompt).
     """
 
-    def __init__(self, layer: PagedLayer, side: str, num_new: int, raw: torch.Tensor | None) -> None:
+    def __init__(self, layer: PagedLayer, side: str, new: torch.Tensor | None = None, is_all: bool = False) -> None:
         self.layer = layer
         self.side = side
-        self.num_new = num_new
-        self.raw = raw
+        self.num_new = 0 if new is None else new.shape[2]
+        self.raw = new if is_all else None
+        self._new = new if new is not None and new.requires_grad else None
         self._dense: torch.Tensor | None = None
 
     def dense(self, reason: str) -> torch.Tensor:
         """`[B, H, L, D]` in the model's dtype; `reason` goes into the report."""
         self.layer.note_dense(reason)
+        if self.raw is not None:
+            self.layer.settle(None)
+            return self.raw
         if self._dense is None:
-            self._dense = self.layer.read(self.side, self.num_new, self.raw)
+            self._dense = self.layer.read(self.side, self.num_new)
+            if self._new is not None:
+                self._dense = self.layer.with_new(self._dense, self._new)
         return self._dense
 
     # What can be answered without reading a page.
 
     @property
     def shape(self) -> torch.Size:
-        return self.layer.shape_of(self.side, self.num_new, self.raw)
+        return self.layer.shape_of(self.side, self.num_new) if self.raw is None else self.raw.shape
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,7 +126,25 @@ def _forward_reflected(name: str) -> Callable[..., Any]:
 
 
 # Python looks operators up on the class, so __getattr__ does not see them.
-for _name in ("getitem", "add", "sub", "mul", "truediv", "matmul", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge"):
+for _name in (
+    "getitem",
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "matmul",
+    "neg",
+    "abs",
+    "pow",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+):
     setattr(PagedKV, f"__{_name}__", _forward_operator(_name))
 for _name in ("add", "sub", "mul", "truediv", "matmul"):
     setattr(PagedKV, f"__r{_name}__", _forward_reflected(_name))

@@ -35,6 +35,18 @@ class _Hybrid(PagedLayer):
     def is_croppable(self) -> bool:  # type: ignore[override]
         return LinearAttentionCacheLayerMixin.is_croppable.fget(self)
 
+    def check_crop(self, num_tokens: int) -> None:
+        super().check_crop(num_tokens)
+        if not self.record_past:
+            raise RuntimeError(
+                f"layer {self.index}: a linear-attention state cannot be taken back unless it was recorded; call "
+                "activate_past_recording() before the tokens are added"
+            )
+
+    def activate_past_recording(self) -> None:
+        super().activate_past_recording()
+        LinearAttentionLayer.activate_past_recording(self)
+
     def follow_reset(self) -> None:
         LinearAttentionLayer.reset(self)
         super().follow_reset()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from .pages import PageTable
 from .policy import LayerPlan
 from .rotary import RotaryLayout
 from .static_pages import StaticPageTable
-from .stores import PageStore
+from .stores import PageStore, mutable_everywhere
 
 
 @dataclass
@@ -46,6 +46,10 @@ class SharedState:
     def is_fused(self) -> bool:
         """Whether the model's attention reads the pages itself."""
         return is_fused(self.model_config)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedState:
+        # A copy of a cache is for the same model: it has to see the configuration that the model goes by.
+        return replace(self)
 
 
 class PagedLayer(CacheLayerMixin):
@@ -84,6 +88,10 @@ class PagedLayer(CacheLayerMixin):
 
         Raises ValueError if static scales do not fit them; the layer is then as before.
         """
+        with mutable_everywhere():
+            self._initialize(key_states, value_states)
+
+    def _initialize(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch_size, num_heads = key_states.shape[:2]
         dtype, device = key_states.dtype, key_states.device
 
@@ -114,6 +122,7 @@ class PagedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_shapes(key_states, value_states)
+        self.settle(None)  # tokens that no attention has asked for
         num_new = key_states.shape[2]
         was_empty = self.is_empty
         self._advance(num_new, key_states.shape[0])
@@ -125,8 +134,7 @@ class PagedLayer(CacheLayerMixin):
         else:
             self._write(*raw)
         key, value = (
-            PagedKV(self, side, num_new, tensor if was_empty else None)
-            for side, tensor in zip(("key", "value"), raw, strict=True)
+            PagedKV(self, side, tensor, is_all=was_empty) for side, tensor in zip(("key", "value"), raw, strict=True)
         )
         if self.shared.is_fused:
             return key, value
@@ -196,6 +204,11 @@ class PagedLayer(CacheLayerMixin):
     def _check_shapes(self, key: torch.Tensor, value: torch.Tensor) -> None:
         expected = tuple((self.num_heads, store.paged.pages.shape[3]) for store in (self.k, self.v))
         got = tuple((side.shape[1], side.shape[3]) for side in (key, value))
+        if key.shape[:3] != value.shape[:3]:
+            raise ValueError(
+                f"layer {self.index}: keys are {list(key.shape)} and values {list(value.shape)}; "
+                "both must be [B, H, T, D]"
+            )
         if got != expected:
             raise ValueError(
                 f"layer {self.index}: keys and values of {got[0]} and {got[1]} (heads, head_dim) do not fit this "
@@ -228,19 +241,22 @@ class PagedLayer(CacheLayerMixin):
 
     # -- reading as dense tensors ----------------------------------------------------------------------------------
 
-    def read(self, side: str, num_new: int, raw: torch.Tensor | None) -> torch.Tensor:
+    def read(self, side: str, num_new: int) -> torch.Tensor:
         """The dense keys or values `[B, H, L, D]` that the host's mask is made for."""
         self.settle(None)
-        return self._read(self._store(side), num_new) if raw is None else raw
+        return self._read(self._store(side), num_new)
+
+    def with_new(self, dense: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """`dense` with its newest tokens as the model made them, so that gradients reach them."""
+        start = self._view_length(new.shape[2]) - new.shape[2]
+        return torch.cat([dense[:, :, :start], new], dim=2)
 
     @abstractmethod
     def _read(self, store: PageStore, num_new: int) -> torch.Tensor:
         """What `store` holds, as the newest `num_new` tokens see it."""
 
-    def shape_of(self, side: str, num_new: int, raw: torch.Tensor | None) -> torch.Size:
+    def shape_of(self, side: str, num_new: int) -> torch.Size:
         """Shape of what `read` returns."""
-        if raw is not None:
-            return raw.shape
         pages = self._store(side).paged.pages
         return torch.Size((self.batch_size, pages.shape[1], self._view_length(num_new), pages.shape[3]))
 
@@ -272,7 +288,7 @@ class PagedLayer(CacheLayerMixin):
     def _stored(self, side: str) -> Any:
         if self.is_empty:
             return None
-        handle = PagedKV(self, side, 0, None)
+        handle = PagedKV(self, side)
         return handle if self.shared.is_fused else handle.dense(f"layer.{side}s is read")
 
     # -- operations ------------------------------------------------------------------------------------------------
@@ -295,10 +311,17 @@ class PagedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens (a positive number is the final length before 5.18)."""
         num_tokens = tokens_to_take_back(tokens_to_remove, self.get_seq_length)
+        self.settle(None)
         self._own_table()
         if self.table is not None:
             self.table.crop(num_tokens)
         self.follow_crop(num_tokens)
+
+    def check_crop(self, num_tokens: int) -> None:
+        """Raise what a crop would raise beside its table."""
+
+    def check_select(self, indices: Sequence[int]) -> None:
+        """Raise what a selection of sequences would raise."""
 
     def follow_crop(self, num_tokens: int) -> None:
         """Nothing: the table says it all."""
@@ -307,6 +330,7 @@ class PagedLayer(CacheLayerMixin):
         """Sequence i becomes a copy of sequence `indices[i]`."""
         if self.is_empty:
             return
+        self.settle(None)
         self._own_table()
         if isinstance(self.table, PageTable):
             self.table.select(indices)

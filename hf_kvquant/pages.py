@@ -107,15 +107,17 @@ class PageTable:
             self._tables[device] = torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
         return self._tables[device]
 
-    def seq_lens(self, device: torch.device) -> torch.Tensor:
-        """int32 `[B]` on `device`."""
-        if device not in self._seq_lens:
-            self._seq_lens[device] = torch.full((len(self.rows),), self.length, dtype=torch.int32, device=device)
-        return self._seq_lens[device]
+    def seq_lens(self, device: torch.device, length: int | None = None) -> torch.Tensor:
+        """int32 `[B]` on `device`: the table's length, or what a user has written of it."""
+        length = self.length if length is None else length
+        if (device, length) not in self._seq_lens:
+            lens = torch.full((len(self.rows),), length, dtype=torch.int32, device=device)
+            self._seq_lens[device, length] = lens
+        return self._seq_lens[device, length]
 
     def _forget_tensors(self) -> None:
         self._tables: dict[torch.device, torch.Tensor] = {}
-        self._seq_lens: dict[torch.device, torch.Tensor] = {}
+        self._seq_lens: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     # -- sizes -----------------------------------------------------------------------------------------------------
 
@@ -136,7 +138,7 @@ class PageTable:
     @property
     def nbytes(self) -> int:
         """Bytes of the device copies."""
-        return sum(t.nbytes for tensors in (self._tables, self._seq_lens) for t in tensors.values())
+        return sum(t.nbytes for t in (*self._tables.values(), *self._seq_lens.values()))
 
     @property
     def first_position(self) -> int:
@@ -163,27 +165,33 @@ class PageTable:
             user.leave_table()
 
         step = self._plan(num_tokens, batch_size)
-        evicted = [page for row in self.rows for page in row[: step.num_evicted]]
-        self.rows = [row[step.num_evicted :] for row in self.rows] or [[] for _ in range(batch_size)]
-        self._release(evicted)
-        self._shrink()
+        self._grow(step.num_more)  # the part that can run out of memory comes before anything is changed
+        if step.num_evicted:
+            self._release([page for row in self.rows for page in row[: step.num_evicted]])
+            self.rows = [row[step.num_evicted :] for row in self.rows]
         if step.to_copy:
             self._copy_tails(step.to_copy)
+        self.rows = self.rows or [[] for _ in range(batch_size)]
         for row in self.rows:
             row.extend(self._take(step.num_missing))
-        if step.num_missing or step.num_evicted or step.to_copy:
-            self._tables.clear()
         self.first_page = step.first_page
         self.length += num_tokens
         self._seq_lens.clear()
+        if step.num_missing or step.num_evicted or step.to_copy:
+            self._tables.clear()
+        if step.num_evicted:
+            self._shrink()
 
     def crop(self, num_tokens: int) -> None:
         """Take the last `num_tokens` tokens back. Raises RuntimeError if a window has moved past what remains."""
         self.check_crop(num_tokens)
         new_length = max(self.length - num_tokens, 0)
-        kept = max(-(-new_length // self.page_size) - self.first_page, 0)
-        self._release([page for row in self.rows for page in row[kept:]])
-        self.rows = [row[:kept] for row in self.rows]
+        # What a window has left behind was only kept for this.
+        oldest = max(self.first_page, self._oldest_visible(new_length))
+        held = slice(oldest - self.first_page, max(-(-new_length // self.page_size) - self.first_page, 0))
+        self._release([page for row in self.rows for page in (*row[: held.start], *row[held.stop :])])
+        self.rows = [row[held] for row in self.rows]
+        self.first_page = oldest
         self.length = new_length
         self._shrink()
         self._forget_tensors()
@@ -241,9 +249,13 @@ class PageTable:
 
     def _oldest_page(self, length: int) -> int:
         """The oldest page that tokens after the first `length` can see."""
-        if self.window is None or self.keeps_past:
+        return self.first_page if self.keeps_past else self._oldest_visible(length)
+
+    def _oldest_visible(self, length: int) -> int:
+        if self.window is None:
             return self.first_page
-        return max(length - (self.window - 1), 0) // self.page_size
+        # A window of one token sees nothing old, but the newest page is still being filled.
+        return max(min(length - (self.window - 1), length - 1), 0) // self.page_size
 
     def _shared_tails(self, num_evicted: int) -> list[int]:
         """Rows whose last page is about to be written but belongs to another row as well."""
@@ -292,25 +304,26 @@ class PageTable:
                 heapq.heappush(self._free, page)
 
     def _take(self, num: int) -> list[int]:
-        """`num` zeroed pages, referred to once."""
-        if not num:
-            return []
-        recycled = [heapq.heappop(self._free) for _ in range(min(num, len(self._free)))]
-        if recycled:
-            for user in self.users:
-                user.clear_pages(recycled)
-        if missing := num - len(recycled):
-            size = self._target_size(self.pool_size + missing)
-            for user in self.users:
-                user.resize_pages(size)
-            new = range(self.pool_size, size)
-            self._counts.extend([0] * len(new))
-            recycled += new[:missing]
-            self._free.extend(new[missing:])
-            heapq.heapify(self._free)
-        for page in recycled:
+        """`num` zeroed pages, referred to once; `_grow` has seen to it that they are there."""
+        pages = [heapq.heappop(self._free) for _ in range(num)]
+        for page in pages:
             self._counts[page] = 1
-        return recycled
+        if pages:
+            for user in self.users:
+                user.clear_pages(pages)
+        return pages
+
+    def _grow(self, num_more: int) -> None:
+        """Have `num_more` free pages, beside those that become free in this step."""
+        missing = num_more - len(self._free)
+        if missing <= 0:
+            return
+        size = self._target_size(self.pool_size + missing)
+        for user in self.users:
+            user.resize_pages(size)
+        self._free.extend(range(self.pool_size, size))
+        heapq.heapify(self._free)
+        self._counts.extend([0] * (size - len(self._counts)))
 
     def _target_size(self, need: int) -> int:
         size = int(need * _GROWTH)

@@ -69,6 +69,11 @@ class StaticPageTable:
 
     def crop(self, num_tokens: int) -> None:
         """Take the last `num_tokens` tokens back. Raises RuntimeError if a window has moved past what remains."""
+        self.check_crop(num_tokens)
+        self._seq_lens.sub_(num_tokens).clamp_(min=0)
+
+    def check_crop(self, num_tokens: int) -> None:
+        """Raise what `crop` would raise; reads the lengths from the device where there is a window."""
         if self.window is not None:
             length = int(self._seq_lens.max())
             lost = max(self._first_lost, length - self._table.shape[1] * self.page_size)
@@ -78,7 +83,6 @@ class StaticPageTable:
                     f"addresses keeps only the tokens from {lost} on"
                 )
             self._first_lost = lost
-        self._seq_lens.sub_(num_tokens).clamp_(min=0)
 
     def clear(self) -> None:
         self._seq_lens.zero_()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -100,7 +102,7 @@ class PageStore:
             lambda store: store.copy_(store.unflatten(0, (batch_size, -1))[indices.to(store.device)].flatten(0, 1))
         )
 
-    def _each(self, change) -> None:  # type: ignore[no-untyped-def]
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.paged.pages = change(self.paged.pages)
         if self.paged.token_scale is not None:
             self.paged.token_scale = change(self.paged.token_scale)
@@ -127,10 +129,10 @@ class PageStore:
         share_of_median = _SHARE_OF_MEDIAN["value"]
         if self.rotary is not None:
             share_of_median = _SHARE_OF_MEDIAN["unknown" if self.rotary.kind == "unknown" else "key"]
-        highest = largest.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        median = largest.median(dim=1, keepdim=True).values
-        lowest = torch.maximum(median * share_of_median, highest * _SHARE_OF_LARGEST)
-        return torch.maximum(largest, lowest.clamp(max=highest)) / highest
+        highest = largest.amax(dim=1, keepdim=True)
+        relative = torch.where(highest > 0, largest / highest, 1.0)
+        lowest = (relative.median(dim=1, keepdim=True).values * share_of_median).clamp(_SHARE_OF_LARGEST, 1.0)
+        return torch.maximum(relative, lowest)
 
     def _freeze(self, largest: torch.Tensor, num_tokens: int) -> None:
         granularity, margin = self.plan.granularity, self.plan.margin
@@ -168,6 +170,11 @@ class PageStore:
     @property
     def scale_nbytes(self) -> int:
         return sum(t.nbytes for t in (self.paged.scale, self.paged.zero) if t is not None)
+
+
+def mutable_everywhere() -> AbstractContextManager[Any]:
+    """Tensors made here can be written to later, even if this is inference mode and that is not."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _index(pages: Sequence[int], device: torch.device) -> torch.Tensor:

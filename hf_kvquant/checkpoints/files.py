@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from ..config import SCALE_SOURCES
 from ..scales import LayerScales
 
 _INDEX = "model.safetensors.index.json"
@@ -94,9 +95,14 @@ def _locate(source: str | os.PathLike[str], revision: str | None, fetch: bool) -
     except (LocalEntryNotFoundError, HFValidationError) as error:
         if not fetch:
             raise FileNotFoundError(f"{source} is not on this machine") from error
-        if isinstance(error, LocalEntryNotFoundError):
-            return Path(snapshot_download(str(source), **wanted))
-        raise ValueError(f"{source} is neither a directory nor a hub id; no KV scales can be read from it") from error
+        message = f"{source} is neither a directory nor a hub id; no KV scales can be read from it"
+        message += f" (sources with a name of their own: {', '.join(SCALE_SOURCES)})"
+        if not isinstance(error, LocalEntryNotFoundError):
+            raise ValueError(message) from error
+    try:
+        return Path(snapshot_download(str(source), **wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"{message}, or it cannot be fetched: {error}") from error
 
 
 def _tensor_files(directory: Path) -> dict[str, str]:
