@@ -149,8 +149,8 @@ def _cross_attention_cache(model: Any, options: Any, encoder_length: int) -> Qua
 def _will_compile(model: Any, generation_config: Any) -> bool:
     """Whether `generate` is to get a cache at fixed addresses, with which it compiles decoding.
 
-    On an accelerator it would do so by itself. That suits a cache that is gone afterwards; one that is returned may have to
-    grow, and one with a bound on its pages must not reserve more.
+    On an accelerator it would do so by itself. That suits a cache that is gone afterwards; one that is returned may
+    have to grow, and one with a bound on its pages must not reserve more.
     """
     if generation_config.disable_compile:
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import families
 import pytest
 import torch
 from helpers import llama_config, prompt, tiny_llama
@@ -245,6 +246,168 @@ def test_a_layer_that_is_skipped_goes_its_own_way() -> None:
         assert torch.equal(one[1], other[1])
 
 
+def both_contents_equal(one: Any, other: Any) -> bool:
+    pairs = zip(contents(one), contents(other), strict=True)
+    return all(torch.equal(x, y) for old, new in pairs for x, y in zip(old, new, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_copies_of_sequences_keep_their_scales(dtype: str) -> None:
+    """Copying a shared page, renumbering pages and reordering fixed ones move token scales with the codes."""
+    expected = []
+    for row in (0, 1):
+        alone = make_cache(kv_cache_dtype=dtype, page_size=4, equalize=False)
+        for step in range(3):
+            for index in range(2):
+                key, value = keys_and_values(5, batch_size=2, seed=10 * step + index, scale=10.0**step)
+                alone.update(key[row : row + 1], value[row : row + 1], index)
+        expected.append(contents(alone))
+    for options in ({}, {"max_cache_len": 40}):
+        cache = make_cache(kv_cache_dtype=dtype, page_size=4, equalize=False, **options)
+        for step in range(3):
+            for index in range(2):
+                cache.update(*keys_and_values(5, batch_size=2, seed=10 * step + index, scale=10.0**step), index)
+            cache.reorder_cache(torch.tensor([1, 0]))
+        for index, (keys, values) in enumerate(contents(cache)):
+            # After steps 0, 1, 2 and three swaps, row 0 holds row 1's last tokens; earlier ones were swapped too.
+            for position, row in ((4, 1), (9, 0), (14, 1)):
+                assert torch.equal(keys[0, :, position], expected[row][index][0][0, :, position])
+                assert torch.equal(values[0, :, position], expected[row][index][1][0, :, position])
+        if not options:
+            cache.batch_repeat_interleave(6)
+            add(cache, 1, batch_size=12)
+            cache.batch_select_indices(torch.tensor([0]))  # pages are renumbered
+            assert torch.equal(contents(cache)[0][0][0, :, 14], expected[1][0][0][0, :, 14])
+
+
+def test_tokens_that_attention_never_asked_for_are_written() -> None:
+    """Equalized int8 waits for attention to see the first tokens; filling a prefix by hand must not lose them."""
+    results = []
+    for attention in ("kvquant", "sdpa"):
+        model = tiny_llama(attention)
+        cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8", page_size=4)
+        add(cache, 10)
+        cache.crop(-4)
+        add(cache, 5)
+        cache.batch_repeat_interleave(2)
+        add(cache, 1, batch_size=2)
+        results.append(cache)
+    assert both_contents_equal(*results)
+    keys = keys_and_values(10)[0]
+    assert (contents(results[0])[0][0][:1, :, :6] - keys[:, :, :6]).abs().max() < 0.05
+
+
+def hybrid_model() -> Any:
+    model = families.build("qwen3_next")
+    model.set_attn_implementation("kvquant")
+    return model
+
+
+def test_a_hybrid_follows_crop_and_reset() -> None:
+    model = hybrid_model()
+    cache, dense = QuantizedPagedCache.from_model(model, kv_cache_dtype="model"), DynamicCache(config=model.config)
+    with torch.no_grad():
+        for each in (cache, dense):
+            model(prompt(1, 9, vocab_size=90), past_key_values=each)
+        with pytest.raises(RuntimeError):
+            cache.crop(-2)
+        logits = [model(prompt(1, 3, 90, seed=2), past_key_values=each).logits for each in (cache, dense)]
+        torch.testing.assert_close(*logits)  # the refusal changed nothing
+        for each in (cache, dense):
+            each.reset()
+        logits = [model(prompt(1, 5, 90, seed=3), past_key_values=each).logits for each in (cache, dense)]
+        torch.testing.assert_close(*logits)
+
+
+def test_a_fixed_window_refuses_what_it_has_overwritten() -> None:
+    model = sliding_model(window=12)
+    fixed = QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4, max_cache_len=300)
+    straight = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for each in (fixed, straight):
+            model(prompt(1, 200), past_key_values=each)
+        model(prompt(1, 20, seed=2), past_key_values=fixed)
+        with pytest.raises(RuntimeError, match="sliding window of 12 at fixed addresses"):
+            fixed.crop(-150)
+        assert [int(layer.get_seq_length()) for layer in fixed.layers] == [220, 220]
+        fixed.crop(-20)
+        with pytest.raises(RuntimeError, match="sliding window of 12"):
+            fixed.crop(-60)  # what was overwritten stays lost
+        logits = [model(prompt(1, 3, seed=4), past_key_values=each).logits for each in (fixed, straight)]
+    torch.testing.assert_close(*logits)
+
+
+@pytest.mark.parametrize("attention", ["kvquant", "sdpa"])
+def test_a_fixed_window_takes_long_turns(attention: str) -> None:
+    model = sliding_model(window=12)
+    model.set_attn_implementation(attention)
+    fixed = QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4, max_cache_len=300)
+    dense = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for length in (30, 100, 1):
+            new = prompt(2, length, seed=length)
+            logits = [model(new, past_key_values=each).logits for each in (fixed, dense)]
+            torch.testing.assert_close(*logits)
+
+
+def test_recorded_past_is_given_back_by_crop() -> None:
+    model = sliding_model(window=12)
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4)
+    with torch.no_grad():
+        model(prompt(1, 20), past_key_values=cache)
+        cache.activate_past_recording()
+        for seed in range(12):
+            model(prompt(1, 4, seed=seed), past_key_values=cache)
+            cache.crop(-1)
+            assert cache.layers[0].table.pages_in_use <= 4
+
+
+def test_a_window_of_one_token() -> None:
+    """Every token sees itself alone (transformers' own cache keeps everything then, so there is no twin)."""
+    model = sliding_model(window=1)
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4)
+    with torch.no_grad():
+        for length in (8, 1, 3, 4, 1):
+            assert model(prompt(1, length), past_key_values=cache).logits.isfinite().all()
+    assert cache.layers[0].table.pages_in_use <= 2
+    assert cache.layers[0].get_mask_sizes(1) == (1, 17)
+
+
+@pytest.mark.parametrize("window", [2, 4])
+def test_the_smallest_windows(window: int) -> None:
+    model = sliding_model(window=window)
+    cache, dense = (
+        QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4),
+        DynamicCache(config=model.config),
+    )
+    with torch.no_grad():
+        for length in (8, 1, 3, 4, 1, 1):
+            new = prompt(1, length, seed=length)
+            logits = [model(new, past_key_values=each).logits for each in (cache, dense)]
+            torch.testing.assert_close(*logits)
+
+
+def test_inference_mode_and_then_not() -> None:
+    model = tiny_llama("kvquant")
+    for options in ({}, {"max_cache_len": 64}):
+        cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8", page_size=4, **options)
+        with torch.inference_mode():
+            model(prompt(), past_key_values=cache)
+        with torch.no_grad():
+            model(prompt(length=9), past_key_values=cache)
+        assert int(cache.get_seq_length()) == 30
+
+
+def test_a_copy_goes_by_the_models_attention() -> None:
+    model = tiny_llama("sdpa")
+    cache = QuantizedPagedCache.from_model(model)
+    other = copy.deepcopy(cache)
+    model.set_attn_implementation("kvquant")
+    with torch.no_grad():
+        model(prompt(), past_key_values=other)
+    assert other.report().layers[0].dense == ()
+
+
 # -- scales ---------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +493,45 @@ def test_wrong_batch_and_wrong_model_leave_the_cache_as_it_was() -> None:
     assert [layer.get_seq_length() for layer in cache.layers] == [9, 9]
     after = contents(cache)
     assert all(torch.equal(x, y) for old, new in zip(before, after, strict=True) for x, y in zip(old, new, strict=True))
+
+
+def test_keys_and_values_of_different_lengths_are_refused() -> None:
+    cache = make_cache(kv_cache_dtype="int8")
+    add(cache, 5)
+    key, value = keys_and_values(3)
+    with pytest.raises(ValueError, match=r"layer 0: keys are \[1, 2, 3, 16\] and values \[1, 2, 2, 16\]"):
+        cache.update(key, value[:, :, :2], 0)
+    assert cache.get_seq_length() == 5
+
+
+def test_fixed_addresses_have_bounds() -> None:
+    with pytest.raises(OutOfPagesError, match="max_cache_len=320 for 1 .* takes 20 pages.*num_pages=2"):
+        add(make_cache(num_pages=2, max_cache_len=320), 5)
+    cache = make_cache(max_cache_len=16)
+    with pytest.raises(OutOfPagesError, match="layer 0: 17 tokens, but max_cache_len=16"):
+        add(cache, 17)
+    add(cache, 16)
+    with pytest.raises(RuntimeError, match="more than max_cache_len=16"):
+        add(cache, 1)
+
+
+def test_running_out_of_memory_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(kv_cache_dtype="int8", page_size=4)
+    add(cache, 17)
+    before = contents(cache)
+
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_kvquant.stores.PageStore.resize", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            add(cache, 100)
+    assert [layer.get_seq_length() for layer in cache.layers] == [17, 17]
+    after = contents(cache)
+    assert all(torch.equal(x, y) for old, new in zip(before, after, strict=True) for x, y in zip(old, new, strict=True))
+    add(cache, 100)
+    assert cache.get_seq_length() == 117
 
 
 def test_a_first_update_that_is_refused_leaves_an_empty_cache() -> None:
