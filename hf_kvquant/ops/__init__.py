@@ -140,54 +140,50 @@ def paged_attention(
     )  # fmt: skip
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+# Messages are only put together when they are needed: these run in every layer of every step.
 
 
-def _require_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    _require(tensor.dtype == dtype, f"{name} is {tensor.dtype}; expected {dtype}")
+def _check_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}; expected {dtype}")
+
+
+def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} is {list(tensor.shape)}; expected {list(expected)}")
 
 
 def _check_paged(name: str, side: PagedTensor, num_heads: int, head_dim: int) -> None:
-    row = get_format(side.format)
-    pages = side.pages
-    _require(
-        pages.ndim == 4 and pages.shape[1] == num_heads and pages.shape[3] == head_dim,
-        f"{name}.pages is {list(pages.shape)}; expected [P, {num_heads}, S, {head_dim}]",
-    )
-    if row.storage_dtype is not None:
-        wanted = row.storage_dtype
-        _require(pages.dtype == wanted, f"{name}.pages is {pages.dtype}; {row.name} is stored as {wanted}")
+    row, pages = get_format(side.format), side.pages
+    if pages.ndim != 4 or pages.shape[1] != num_heads or pages.shape[3] != head_dim:
+        raise ValueError(f"{name}.pages is {list(pages.shape)}; expected [P, {num_heads}, S, {head_dim}]")
+    if row.storage_dtype is not None and pages.dtype != row.storage_dtype:
+        raise ValueError(f"{name}.pages is {pages.dtype}; {row.name} is stored as {row.storage_dtype}")
     for field in ("scale", "zero"):
         tensor = getattr(side, field)
-        if tensor is not None:
-            fits = tensor.ndim == 2 and tensor.shape[0] in (1, num_heads) and tensor.shape[1] in (1, head_dim)
-            _require(fits, f"{name}.{field} is {list(tensor.shape)}; expected [1 or {num_heads}, 1 or {head_dim}]")
-            _require_dtype(f"{name}.{field}", tensor, torch.float32)
+        if tensor is None:
+            continue
+        if tensor.ndim != 2 or tensor.shape[0] not in (1, num_heads) or tensor.shape[1] not in (1, head_dim):
+            expected = f"[1 or {num_heads}, 1 or {head_dim}]"
+            raise ValueError(f"{name}.{field} is {list(tensor.shape)}; expected {expected}")
+        _check_dtype(f"{name}.{field}", tensor, torch.float32)
     if side.token_scale is not None:
-        _require(
-            side.token_scale.shape == pages.shape[:3],
-            f"{name}.token_scale is {list(side.token_scale.shape)}; expected {list(pages.shape[:3])}",
-        )
-        _require_dtype(f"{name}.token_scale", side.token_scale, torch.bfloat16)
+        _check_shape(f"{name}.token_scale", side.token_scale, tuple(pages.shape[:3]))
+        _check_dtype(f"{name}.token_scale", side.token_scale, torch.bfloat16)
 
 
 def _check_pair(k: PagedTensor, v: PagedTensor) -> None:
-    _require(
-        k.pages.shape[:3] == v.pages.shape[:3],
-        f"k.pages is {list(k.pages.shape)} and v.pages is {list(v.pages.shape)}; both must be [P, H, S, D]",
-    )
+    if k.pages.shape[:3] != v.pages.shape[:3]:
+        shapes = f"k.pages is {list(k.pages.shape)} and v.pages is {list(v.pages.shape)}"
+        raise ValueError(f"{shapes}; both must be [P, H, S, D]")
 
 
 def _check_table(batch_size: int, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
-    _require(
-        page_table.ndim == 2 and page_table.shape[0] == batch_size,
-        f"page_table is {list(page_table.shape)}; expected [{batch_size}, N]",
-    )
-    _require(seq_lens.shape == (batch_size,), f"seq_lens is {list(seq_lens.shape)}; expected [{batch_size}]")
-    _require_dtype("page_table", page_table, torch.int32)
-    _require_dtype("seq_lens", seq_lens, torch.int32)
+    if page_table.ndim != 2 or page_table.shape[0] != batch_size:
+        raise ValueError(f"page_table is {list(page_table.shape)}; expected [{batch_size}, N]")
+    _check_shape("seq_lens", seq_lens, (batch_size,))
+    _check_dtype("page_table", page_table, torch.int32)
+    _check_dtype("seq_lens", seq_lens, torch.int32)
 
 
 def _check_write(
@@ -199,17 +195,15 @@ def _check_write(
     seq_lens: torch.Tensor,
     clipped: torch.Tensor | None,
 ) -> None:
-    _require(
-        key.ndim == value.ndim == 4 and key.shape[:3] == value.shape[:3],
-        f"key is {list(key.shape)} and value is {list(value.shape)}; both must be [B, H, T, D]",
-    )
+    if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"key is {list(key.shape)} and value is {list(value.shape)}; both must be [B, H, T, D]")
     _check_paged("k", k, key.shape[1], key.shape[3])
     _check_paged("v", v, value.shape[1], value.shape[3])
     _check_pair(k, v)
     _check_table(key.shape[0], page_table, seq_lens)
     if clipped is not None:
-        _require(clipped.shape == (2,), f"clipped is {list(clipped.shape)}; expected [2]")
-        _require_dtype("clipped", clipped, torch.int64)
+        _check_shape("clipped", clipped, (2,))
+        _check_dtype("clipped", clipped, torch.int64)
 
 
 def _check_attention(
@@ -222,11 +216,13 @@ def _check_attention(
     sinks: torch.Tensor | None,
 ) -> None:
     for name, tensor in (("query", query), ("k.pages", k.pages), ("v.pages", v.pages)):
-        _require(tensor.ndim == 4, f"{name} is {list(tensor.shape)}; expected four dimensions")
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} is {list(tensor.shape)}; expected four dimensions")
     batch_size, num_q_heads, num_tokens, head_dim = query.shape
     num_kv_heads = k.pages.shape[1]
-    divides = num_q_heads % num_kv_heads == 0
-    _require(divides, f"query is {list(query.shape)}; its heads do not divide over {num_kv_heads} of keys and values")
+    if num_q_heads % num_kv_heads:
+        heads = f"its heads do not divide over {num_kv_heads} of keys and values"
+        raise ValueError(f"query is {list(query.shape)}; {heads}")
     _check_paged("k", k, num_kv_heads, head_dim)
     _check_paged("v", v, num_kv_heads, v.pages.shape[3])
     _check_pair(k, v)
@@ -238,9 +234,10 @@ def _check_attention(
             and attn_mask.shape[1] in (1, num_q_heads)
             and attn_mask.shape[2] == num_tokens
         )
-        expected = f"[1 or {batch_size}, 1 or {num_q_heads}, {num_tokens}, M]"
-        _require(fits, f"attn_mask is {list(attn_mask.shape)}; expected {expected}")
-        boolean_or_float = attn_mask.dtype == torch.bool or attn_mask.is_floating_point()
-        _require(boolean_or_float, f"attn_mask is {attn_mask.dtype}; expected bool (True attends) or float (added)")
+        if not fits:
+            expected = f"[1 or {batch_size}, 1 or {num_q_heads}, {num_tokens}, M]"
+            raise ValueError(f"attn_mask is {list(attn_mask.shape)}; expected {expected}")
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            raise ValueError(f"attn_mask is {attn_mask.dtype}; expected bool (True attends) or float (added)")
     if sinks is not None:
-        _require(sinks.shape == (num_q_heads,), f"sinks is {list(sinks.shape)}; expected [{num_q_heads}]")
+        _check_shape("sinks", sinks, (num_q_heads,))
