@@ -96,7 +96,8 @@ class QuantizedPagedCache(DynamicCache):
 
         Args:
             model: a loaded transformers model.
-            options: the fields of `KVQuantConfig`. Without a `kv_cache_dtype` the model's attention implementation
+            options: the fields of `KVQuantConfig`. Where compressed-tensors rounds K and V inside the model, that is
+                switched off for the life of the model. Without a `kv_cache_dtype` the model's attention implementation
                 decides (`kvquant_fp8`, ...), then its checkpoint.
 
         Raises ValueError or TypeError for options that are unknown or do not fit the model.
@@ -184,7 +185,9 @@ class QuantizedPagedCache(DynamicCache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these sequences."""
-        kept = torch.arange(max(self.batch_size, 0))[indices.cpu()].tolist()
+        if self.batch_size < 1:
+            return
+        kept = torch.arange(self.batch_size)[indices.cpu()].tolist()
         self._select(kept, lambda layer: layer.batch_select_indices(indices))
 
     def _select(self, indices: Sequence[int], change_host_layer: Any) -> None:

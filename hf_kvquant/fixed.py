@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .hosts import uses_attention_interface
 from .layers import PagedLayer
 from .ops import reference
 from .pages import OutOfPagesError
@@ -67,6 +68,11 @@ class FixedLayer(PagedLayer):
                 f"layer {self.index}: the cache holds {self.table.batch_size} sequence(s) at fixed addresses but got "
                 f"keys and values of {key.shape[0]}; make a new cache for another batch size"
             )
+
+    @property
+    def _returns_prompt(self) -> bool:
+        # A model with attention of its own may make masks for the whole capacity.
+        return uses_attention_interface(self.shared.model_config)
 
     @property
     def _num_kept(self) -> int:
@@ -133,7 +139,7 @@ class FixedLayer(PagedLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and first token of the host's mask."""
-        return (query_length if self.is_empty else self.capacity), 0
+        return (query_length if self.is_empty and self._returns_prompt else self.capacity), 0
 
     def get_max_length(self) -> int:
         """The capacity."""

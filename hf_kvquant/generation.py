@@ -76,6 +76,11 @@ def _extended(prepare_cache: Any) -> Any:
             with _without_name(generation_config):
                 return prepare_cache(self, generation_config, *arguments)
         wanted = asked or (fused and chosen is None)
+        if not given and not wanted and chosen is None and generation_config.cache_config:
+            logger.warning_once(
+                "`cache_config` is ignored: it takes cache_implementation='kvquant' or a kvquant attention to make the "
+                "8-bit cache."
+            )
         if given or not wanted or not self._supports_default_dynamic_cache():
             return prepare_cache(self, generation_config, *arguments)
         options = generation_config.cache_config
@@ -133,7 +138,7 @@ def _replace(model: Any, model_kwargs: dict[str, Any], made: Any, generation_con
 
 def _cross_attention_cache(model: Any, options: Any, encoder_length: int) -> QuantizedPagedCache:
     """The cache of what the encoder says: written once, never grown, with scales of its own."""
-    kvquant = options_for(model, options)
+    kvquant = replace(options_for(model, options), max_cache_len=None)  # its length is the encoder's
     if asks_for_files(kvquant):  # a checkpoint's scales are for self-attention
         kvquant = replace(kvquant, scales="dynamic")
 

@@ -30,9 +30,10 @@ class GrowingLayer(PagedLayer):
         self.length = 0  # tokens that this layer has written
 
     def _reserve(self, batch_size: int) -> None:
-        self.table.users.append(self)
+        self.table.add_user(self)
         self.resize_pages(self.table.pool_size)
 
+    @torch.compiler.disable  # bookkeeping on the host; a graph would be guarded on every length
     def _advance(self, num_new: int, batch_size: int) -> None:
         if self.length == self.table.length:
             self.table.append(num_new, batch_size)
@@ -128,5 +129,5 @@ class GrowingLayer(PagedLayer):
 
     def leave_table(self) -> None:
         """Go on with a table of its own."""
-        self.table.users.remove(self)
+        self.table.remove_user(self)
         self.table = self.table.detached(self)

@@ -24,14 +24,22 @@ class PagedKV:
         side: `key` or `value`.
         new: the tokens that this step has added, as the model made them; None if it only reads.
         is_all: whether nothing else is in the cache (a fresh prompt).
+        keeps_new: whether the dense tensor has the new tokens as the model made them.
     """
 
-    def __init__(self, layer: PagedLayer, side: str, new: torch.Tensor | None = None, is_all: bool = False) -> None:
+    def __init__(
+        self,
+        layer: PagedLayer,
+        side: str,
+        new: torch.Tensor | None = None,
+        is_all: bool = False,
+        keeps_new: bool = False,
+    ) -> None:
         self.layer = layer
         self.side = side
         self.num_new = 0 if new is None else new.shape[2]
         self.raw = new if is_all else None
-        self._new = new if new is not None and new.requires_grad else None
+        self._new = new if keeps_new else None
         self._dense: torch.Tensor | None = None
 
     def dense(self, reason: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 
@@ -75,6 +76,7 @@ def is_fused(config: PreTrainedConfig) -> bool:
 _uses_interface: dict[type, bool] = {}
 
 
+@torch.compiler.assume_constant_result
 def uses_attention_interface(config: PreTrainedConfig) -> bool:
     """Whether models of this configuration call the attention function they are configured with.
 

@@ -134,7 +134,8 @@ class PagedLayer(CacheLayerMixin):
         else:
             self._write(*raw)
         key, value = (
-            PagedKV(self, side, tensor, is_all=was_empty) for side, tensor in zip(("key", "value"), raw, strict=True)
+            PagedKV(self, side, tensor, was_empty and self._returns_prompt, was_empty or tensor.requires_grad)
+            for side, tensor in zip(("key", "value"), raw, strict=True)
         )
         if self.shared.is_fused:
             return key, value
@@ -223,6 +224,11 @@ class PagedLayer(CacheLayerMixin):
     def _must_hold(self, num_new: int, was_empty: bool) -> bool:
         """Whether new tokens may only be written piece by piece while attention reads."""
         return False
+
+    @property
+    def _returns_prompt(self) -> bool:
+        """Whether a fresh prompt is all that its own attention gets to see."""
+        return True
 
     @property
     @abstractmethod

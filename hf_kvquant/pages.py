@@ -12,8 +12,9 @@ lives on the device.
 from __future__ import annotations
 
 import heapq
+import weakref
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -23,7 +24,7 @@ _GROWTH, _SLACK = 1.2, 1.25
 
 
 class OutOfPagesError(RuntimeError):
-    """A sequence needs more pages than `num_pages` or `max_cache_len` allow; nothing was changed."""
+    """A sequence needs more pages than `num_pages` allows, or more than were reserved; nothing was changed."""
 
 
 class PageUser(Protocol):
@@ -81,9 +82,30 @@ class PageTable:
         self.num_pages = num_pages
         self.expected_length = expected_length
         self.keeps_past = False  # while speculation may take tokens back, pages before the window stay
-        self.users: list[PageUser] = []
+        self._users: list[weakref.ref[PageUser]] = []
         self.siblings: tuple[PageTable, ...] = ()  # an append that one of these has no room for is refused by all
         self.clear()
+
+    # Users hold their table and not the other way round: a cache is freed when the last reference to it goes, without
+    # waiting for a garbage collection that a full GPU does not trigger.
+
+    @property
+    def users(self) -> list[PageUser]:
+        """Those whose pages this table manages."""
+        return [user for reference in self._users if (user := reference()) is not None]
+
+    def add_user(self, user: PageUser) -> None:
+        self._users.append(weakref.ref(user))
+
+    def remove_user(self, user: PageUser) -> None:
+        self._users = [reference for reference in self._users if reference() is not user]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_users": self.users}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._users = [weakref.ref(user) for user in state["_users"]]
 
     def clear(self) -> None:
         """Forget all sequences and give all pages back."""
@@ -222,7 +244,7 @@ class PageTable:
         """A table of its own for a user that went another way, with the tokens that the user has written."""
         other = PageTable(self.page_size, self.window, self.num_pages, self.expected_length)
         other.keeps_past = self.keeps_past
-        other.users.append(user)
+        other.add_user(user)
         if not user.length:
             user.resize_pages(0)
             return other

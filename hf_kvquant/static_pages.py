@@ -63,7 +63,7 @@ class StaticPageTable:
         """Count `num_tokens` more tokens. Beyond the capacity it is an error, on a GPU when the device gets there."""
         torch._assert_async(
             self._seq_lens[0] + num_tokens <= self.capacity,
-            f"more than max_cache_len={self.capacity} tokens a sequence; make the cache with a larger max_cache_len",
+            "more tokens a sequence than max_cache_len; make the cache with a larger max_cache_len",
         )
         self._seq_lens += num_tokens
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import families
@@ -217,6 +219,23 @@ def test_beams_share_pages() -> None:
     cache.batch_select_indices(torch.tensor([0, 4]))
     assert cache.batch_size == 2
     assert cache.layers[0].table.pages_in_use == 10 + 2
+
+
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 64}], ids=["growing", "fixed"])
+def test_memory_goes_with_the_last_reference(options: dict[str, Any]) -> None:
+    """Not with the next garbage collection: a full GPU does not trigger one."""
+    gc.disable()
+    try:
+        model = sliding_model()
+        cache = QuantizedPagedCache.from_model(model, **options)
+        with torch.no_grad():
+            model(prompt(), past_key_values=cache)
+        pages = [weakref.ref(layer.k.paged.pages) for layer in cache.layers]
+        assert all(reference() is not None for reference in pages)
+        del cache
+        assert all(reference() is None for reference in pages)
+    finally:
+        gc.enable()
 
 
 def test_a_copy_is_independent() -> None:
@@ -511,7 +530,7 @@ def test_fixed_addresses_have_bounds() -> None:
     with pytest.raises(OutOfPagesError, match="layer 0: 17 tokens, but max_cache_len=16"):
         add(cache, 17)
     add(cache, 16)
-    with pytest.raises(RuntimeError, match="more than max_cache_len=16"):
+    with pytest.raises(RuntimeError, match="more tokens a sequence than max_cache_len"):
         add(cache, 1)
 
 

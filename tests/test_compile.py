@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import families
@@ -78,6 +82,66 @@ def test_families_compile(model_type: str, attention: str) -> None:
         )
     assert torch.equal(got, expected)
     assert counters["stats"]["unique_graphs"] >= 1
+
+
+def test_other_lengths_need_no_graph_each() -> None:
+    """Calls of other lengths reserve other capacities; after a few calls they share one graph for all of them."""
+    model = tiny_llama("kvquant")
+    torch._dynamo.reset()
+    counters.clear()
+    for num_new in (5, 9, 13, 20, 26, 33):
+        expected = model.generate(prompt(), max_new_tokens=num_new, do_sample=False)
+        got = model.generate(prompt(), max_new_tokens=num_new, do_sample=False, compile_config=compile_config("eager"))
+        assert torch.equal(got, expected)
+    assert counters["stats"]["unique_graphs"] <= 3
+
+
+FIRST_FORWARD = """
+import torch
+from helpers import prompt, tiny_llama
+import hf_kvquant
+
+model = tiny_llama("kvquant")
+compiled = torch.compile(model, backend="eager", fullgraph=True)
+torch.testing.assert_close(compiled(prompt(), use_cache=False).logits, tiny_llama("sdpa")(prompt()).logits)
+"""
+
+
+def test_the_first_forward_may_be_compiled() -> None:
+    """In a process of its own: what the mask function has to find out of the model is not known yet."""
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    subprocess.run([sys.executable, "-c", FIRST_FORWARD], check=True, env=environment)
+
+
+def test_attention_of_its_own_over_reserved_pages() -> None:
+    """Bloom makes its mask for the whole capacity."""
+    model = families.build("bloom")
+    ids, mask = prompt(2, 30, vocab_size=90), torch.ones(2, 30, dtype=torch.int64)
+    mask[0, :9] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, cache_implementation="dynamic", **options)
+    for fixed in ({"max_cache_len": 64}, {}):
+        got = model.generate(
+            ids,
+            cache_implementation="kvquant",
+            cache_config={"kv_cache_dtype": "model", **fixed},
+            compile_config=None if fixed else compile_config("eager"),
+            **options,
+        )
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("model_type", ["bart", "t5", "mbart"])
+def test_encoder_decoders_over_reserved_pages(model_type: str) -> None:
+    model = families.build(model_type)
+    ids, mask = prompt(2, 30, vocab_size=90), torch.ones(2, 30, dtype=torch.int64)
+    mask[0, 20:] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, cache_implementation="dynamic", **options)
+    config = {"kv_cache_dtype": "model", "max_cache_len": 64}
+    got = model.generate(ids, cache_implementation="kvquant", cache_config=config, **options)
+    assert torch.equal(got, expected)
 
 
 def test_inductor() -> None:

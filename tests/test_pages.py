@@ -28,7 +28,7 @@ class FakeLayer:
         self.length = 0
         self.pool = np.zeros((0, table.page_size), dtype=np.int64)
         self.expected: list[list[int]] = []
-        table.users.append(self)
+        table.add_user(self)
         self.resize_pages(table.pool_size)
 
     # What the table asks.
@@ -51,7 +51,7 @@ class FakeLayer:
         self.pool[: len(pages)] = kept
 
     def leave_table(self) -> None:
-        self.table.users.remove(self)
+        self.table.remove_user(self)
         self.table = self.table.detached(self)
 
     # What a layer does.
