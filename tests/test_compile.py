@@ -11,7 +11,9 @@ from typing import Any
 import families
 import pytest
 import torch
+import transformers
 from helpers import prompt, tiny_llama
+from packaging.version import Version
 from test_cache import sliding_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
@@ -54,6 +56,9 @@ def test_compiled_equals_eager(name: str, attention: str, dtype: str) -> None:
     assert out.past_key_values.is_compileable
 
 
+# Before 5.18 Bloom prepares its mask for one class of fixed caches, the host's.
+BLOOM_TAKES_FIXED = Version(transformers.__version__) >= Version("5.18")
+
 # Latent attention, sinks, softcap, shared keys and values, linear-attention hybrids, an attention of its own,
 # and encoder-decoders.
 FAMILIES = [
@@ -62,7 +67,7 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize("attention", ["kvquant", "default"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "bloom" or BLOOM_TAKES_FIXED])
 def test_families_compile(model_type: str, attention: str) -> None:
     model = families.build(model_type)
     ids = prompt(2, 11, vocab_size=90)
@@ -98,6 +103,7 @@ def test_other_lengths_need_no_graph_each() -> None:
 
 FIRST_FORWARD = """
 import torch
+import transformers
 from helpers import prompt, tiny_llama
 import hf_kvquant
 
@@ -114,6 +120,7 @@ def test_the_first_forward_may_be_compiled() -> None:
     subprocess.run([sys.executable, "-c", FIRST_FORWARD], check=True, env=environment)
 
 
+@pytest.mark.skipif(not BLOOM_TAKES_FIXED, reason="this transformers knows Bloom with its own StaticCache only")
 def test_attention_of_its_own_over_reserved_pages() -> None:
     """Bloom makes its mask for the whole capacity."""
     model = families.build("bloom")
