@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import get_format
-from . import reference
+from . import gpu, reference
 
 
 @dataclass(eq=False)
@@ -57,6 +57,8 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("write_kv", reference.write_kv, "CompositeExplicitAutograd")
 _LIBRARY.impl("paged_attention", reference.paged_attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("write_kv", gpu.write_kv, "CUDA")
+_LIBRARY.impl("paged_attention", gpu.paged_attention, "CUDA")
 
 
 @torch.library.register_fake("hf_kvquant::write_kv")

@@ -1,0 +1,388 @@
+"""`paged_attention` as kernels: one that reads pages, for any number of new tokens, and one that merges its splits.
+
+Rows of a tile are query tokens times the query heads of a group, so that K and V are read once for all of them. Tiles of
+BLOCK_N tokens are taken from the pages, which are smaller or larger; the ids of the next tile's pages are loaded while
+this one is computed, since a load whose address waits for another load cannot be started ahead.
+
+Nothing is scaled inside the loop but logits: a K scale per tensor, head or channel is in the query, a V scale in the
+output. A token's own V scale w weighs its probability. It is applied as 2^(logit + log2 w), with the running maximum of
+that sum, so that what is rounded to fp16 for the tensor cores is at most 1 whatever the scales are; the sum of
+probabilities divides it out again.
+
+The sequence is split over programs. Each works out its part from the true length, read on the device, so that one grid
+serves every length.
+"""
+
+import triton
+import triton.language as tl
+
+from .codes import MODEL, bf16_bits_to_fp32, decode_factor, decode_pair
+from .write import load_scale
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def attention_kernel(
+    query_ptr, output_ptr, page_table_ptr, seq_lens_ptr,
+    k_ptr, k_scale_ptr, k_zero_ptr, k_token_scale_ptr,
+    v_ptr, v_scale_ptr, v_zero_ptr, v_token_scale_ptr,
+    mask_ptr, sinks_ptr, partial_ptr, stats_ptr,
+    softmax_scale, softcap,
+    query_stride_b, query_stride_h, query_stride_t, output_stride_b, output_stride_h, output_stride_t,
+    mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_n,
+    mask_start, mask_len, window, num_tokens, num_columns, num_splits,
+    H: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    K_FORMAT: tl.constexpr, K_DIM: tl.constexpr, K_BLOCK: tl.constexpr,
+    K_SCALE: tl.constexpr, K_ZERO: tl.constexpr, K_DYNAMIC: tl.constexpr,
+    V_FORMAT: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
+    V_SCALE: tl.constexpr, V_ZERO: tl.constexpr, V_DYNAMIC: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    SPLIT: tl.constexpr, ISA: tl.constexpr, DOT_DTYPE: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program attends BLOCK_M rows of one key/value head to one part of one sequence.
+
+    Grid: row blocks * H * num_splits, B. MASK: 0 none, 1 bool by key alone, 2 bool, 3 added.
+    K_BLOCK and V_BLOCK are head_dim padded to a power of two. DOT_DTYPE is what quantized operands are multiplied in.
+    """
+    num_rows = num_tokens * GROUP
+    split = tl.program_id(0) % num_splits
+    head = (tl.program_id(0) // num_splits) % H
+    # The last rows see the longest past: they begin first.
+    block = tl.cdiv(num_rows, BLOCK_M) - 1 - tl.program_id(0) // (num_splits * H)
+    sequence = tl.program_id(1)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_inside = rows < num_rows
+    row_token = tl.minimum(rows // GROUP, num_tokens - 1)
+    row_head = head * GROUP + rows % GROUP
+
+    # Which tokens: written and still held; seen by any row; seen by all rows.
+    length = tl.load(seq_lens_ptr + sequence)
+    first_held = tl.maximum((length - 1) // PAGE_SIZE - num_columns + 1, 0) * PAGE_SIZE
+    positions = length - num_tokens + row_token
+    first_position = length - num_tokens + tl.minimum(block * BLOCK_M // GROUP, num_tokens - 1)
+    last_position = length - num_tokens + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, num_tokens - 1)
+    begin = first_held
+    end = length
+    all_begin = first_held
+    all_end = length
+    if CAUSAL:
+        end = last_position + 1
+        all_end = first_position + 1
+    if WINDOW:
+        begin = tl.maximum(begin, first_position - window + 1)
+        all_begin = tl.maximum(begin, last_position - window + 1)
+    if MASK:
+        begin = tl.maximum(begin, mask_start)
+        end = tl.minimum(end, mask_start + mask_len)
+        all_end = begin
+
+    # This program's tiles, and those among them that need no mask.
+    first_tile = begin // BLOCK_N
+    num_tiles = tl.maximum(tl.cdiv(end, BLOCK_N) - first_tile, 0)
+    tiles_per_split = tl.cdiv(num_tiles, num_splits)
+    tile_begin = first_tile + tl.minimum(split * tiles_per_split, num_tiles)
+    tile_end = first_tile + tl.minimum((split + 1) * tiles_per_split, num_tiles)
+    full_begin = tl.minimum(tl.maximum(tl.cdiv(all_begin, BLOCK_N), tile_begin), tile_end)
+    full_end = tl.maximum(tl.minimum(all_end // BLOCK_N, tile_end), full_begin)
+
+    # The query: channels in pairs for 8-bit pages, with K's scale per channel, made at most 2 by a power of two a row.
+    query_offsets = (
+        sequence.to(tl.int64) * query_stride_b
+        + row_head.to(tl.int64) * query_stride_h
+        + row_token.to(tl.int64) * query_stride_t
+    )
+    logit_offset = tl.zeros([BLOCK_M], tl.float32)
+    K_PAIRS: tl.constexpr = K_BLOCK // 2
+    if K_FORMAT == MODEL:
+        channels = tl.arange(0, K_BLOCK)
+        q_mask = row_inside[:, None] & (channels < K_DIM)[None, :]
+        q_even = tl.load(query_ptr + query_offsets[:, None] + channels[None, :], mask=q_mask, other=0.0)
+        q_even = q_even.to(k_ptr.dtype.element_ty)
+        q_odd = q_even
+        logit_scale = tl.zeros([BLOCK_M], tl.float32) + softmax_scale
+    else:
+        pairs = tl.arange(0, K_PAIRS)
+        q_mask = row_inside[:, None] & (2 * pairs < K_DIM)[None, :]
+        q_pointers = query_ptr + query_offsets[:, None] + 2 * pairs[None, :]
+        q_even = tl.load(q_pointers, mask=q_mask, other=0.0).to(tl.float32)
+        q_odd = tl.load(q_pointers + 1, mask=q_mask, other=0.0).to(tl.float32)
+        if K_ZERO and (SOFTCAP or SINKS):
+            # The same number for every token of a row: without softcap and sinks the softmax drops it.
+            zero_even = load_scale(k_zero_ptr, head, 2 * pairs, K_DIM, K_ZERO)
+            zero_odd = load_scale(k_zero_ptr, head, 2 * pairs + 1, K_DIM, K_ZERO)
+            logit_offset = tl.sum(q_even * zero_even + q_odd * zero_odd, axis=1) * softmax_scale
+        if K_SCALE:
+            q_even = q_even * load_scale(k_scale_ptr, head, 2 * pairs, K_DIM, K_SCALE)
+            q_odd = q_odd * load_scale(k_scale_ptr, head, 2 * pairs + 1, K_DIM, K_SCALE)
+        largest = tl.max(tl.maximum(tl.abs(q_even), tl.abs(q_odd)), axis=1)
+        exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 1), 253)
+        q_even = (q_even * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]).to(DOT_DTYPE)
+        q_odd = (q_odd * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]).to(DOT_DTYPE)
+        logit_scale = (exponent << 23).to(tl.float32, bitcast=True) * (softmax_scale * decode_factor(K_FORMAT, ISA))
+    if not SOFTCAP:
+        logit_scale = logit_scale * LOG2_E
+        logit_offset = logit_offset * LOG2_E
+
+    V_PAIRS: tl.constexpr = V_BLOCK if V_FORMAT == MODEL else V_BLOCK // 2
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    even = tl.zeros([BLOCK_M, V_PAIRS], tl.float32)
+    odd = tl.zeros([BLOCK_M, V_PAIRS], tl.float32)
+
+    table_ptr = page_table_ptr + sequence.to(tl.int64) * num_columns
+    in_tile = tl.arange(0, BLOCK_N)
+    PAGES_PER_TILE: tl.constexpr = (BLOCK_N + PAGE_SIZE - 1) // PAGE_SIZE
+
+    # Tiles that all rows see whole. Their pages are distinct, so a column past the end of the ring wraps once.
+    if not MASK:
+        columns = (full_begin * BLOCK_N + in_tile) // PAGE_SIZE % num_columns
+        pages = tl.load(table_ptr + columns, mask=in_tile < (full_end - full_begin) * BLOCK_N, other=0)
+        for tile in tl.range(full_begin, full_end, num_stages=NUM_STAGES):
+            slots = (pages.to(tl.int64) * H + head) * PAGE_SIZE + (tile * BLOCK_N + in_tile) % PAGE_SIZE
+            if PAGE_SIZE <= BLOCK_N:
+                columns = columns + PAGES_PER_TILE
+                columns = tl.where(columns >= num_columns, columns - num_columns, columns)
+            else:
+                columns = ((tile + 1) * BLOCK_N + in_tile) // PAGE_SIZE % num_columns
+            pages = tl.load(table_ptr + columns)
+            highest, total, even, odd = _attend_tile(
+                q_even, q_odd, logit_scale, logit_offset, softcap, highest, total, even, odd, slots, slots >= 0, None,
+                k_ptr, k_token_scale_ptr, v_ptr, v_token_scale_ptr,
+                BLOCK_M, BLOCK_N, K_FORMAT, K_DIM, K_BLOCK, K_DYNAMIC, V_FORMAT, V_DIM, V_BLOCK, V_DYNAMIC,
+                False, False, SOFTCAP, ISA, DOT_DTYPE,
+            )  # fmt: skip
+
+    # Those at the edges, or all of them under a mask.
+    num_before = full_begin - tile_begin
+    for index in tl.range(0, num_before + tile_end - full_end, num_stages=NUM_STAGES):
+        tile = tl.where(index < num_before, tile_begin + index, full_end + index - num_before)
+        tokens = tile * BLOCK_N + in_tile
+        written = (tokens >= first_held) & (tokens < length)
+        pages = tl.load(table_ptr + tokens // PAGE_SIZE % num_columns, mask=written, other=0)
+        slots = (pages.to(tl.int64) * H + head) * PAGE_SIZE + tokens % PAGE_SIZE
+        visible = (written & (tokens < end))[None, :] & row_inside[:, None]
+        if CAUSAL:
+            visible = visible & (tokens[None, :] <= positions[:, None])
+        if WINDOW:
+            visible = visible & (tokens[None, :] > positions[:, None] - window)
+        bias = None
+        if MASK:
+            key = tokens - mask_start
+            in_mask = written & (key >= 0) & (key < mask_len)
+            mask_offsets = sequence.to(tl.int64) * mask_stride_b + key.to(tl.int64) * mask_stride_n
+            if MASK == 1:
+                allowed = tl.load(mask_ptr + mask_offsets, mask=in_mask, other=0)
+                visible = visible & (allowed != 0)[None, :]
+            else:
+                row_offsets = row_head.to(tl.int64) * mask_stride_h + row_token.to(tl.int64) * mask_stride_t
+                pointers = mask_ptr + mask_offsets[None, :] + row_offsets[:, None]
+                in_mask = in_mask[None, :] & row_inside[:, None]
+                if MASK == 2:
+                    visible = visible & (tl.load(pointers, mask=in_mask, other=0) != 0)
+                else:
+                    bias = tl.load(pointers, mask=in_mask, other=float("-inf")).to(tl.float32)
+        highest, total, even, odd = _attend_tile(
+            q_even, q_odd, logit_scale, logit_offset, softcap, highest, total, even, odd, slots, written, (visible, bias),
+            k_ptr, k_token_scale_ptr, v_ptr, v_token_scale_ptr,
+            BLOCK_M, BLOCK_N, K_FORMAT, K_DIM, K_BLOCK, K_DYNAMIC, V_FORMAT, V_DIM, V_BLOCK, V_DYNAMIC,
+            True, MASK == 3, SOFTCAP, ISA, DOT_DTYPE,
+        )  # fmt: skip
+
+    v_channels = tl.arange(0, V_PAIRS)
+    even = even * decode_factor(V_FORMAT, ISA)
+    odd = odd * decode_factor(V_FORMAT, ISA)
+    if SPLIT:
+        # Which row of which sequence; then its splits; then even channels before odd ones.
+        partial_rows = ((sequence * H + head).to(tl.int64) * num_rows + rows) * num_splits + split
+        tl.store(stats_ptr + partial_rows * 2, highest, mask=row_inside)
+        tl.store(stats_ptr + partial_rows * 2 + 1, total, mask=row_inside)
+        if tile_begin < tile_end:
+            targets = partial_ptr + partial_rows[:, None] * V_BLOCK + v_channels[None, :]
+            tl.store(targets, even, mask=row_inside[:, None])
+            if V_FORMAT != MODEL:
+                tl.store(targets + V_PAIRS, odd, mask=row_inside[:, None])
+    else:
+        share, ratio = _normalize(highest, total, sinks_ptr, row_head, SINKS)
+        output_pointers = (
+            output_ptr
+            + (
+                sequence.to(tl.int64) * output_stride_b
+                + row_head.to(tl.int64) * output_stride_h
+                + row_token.to(tl.int64) * output_stride_t
+            )[:, None]
+        )
+        if V_FORMAT == MODEL:
+            result = even * share[:, None]
+            channels = tl.arange(0, V_BLOCK)
+        else:
+            even = even * share[:, None]
+            odd = odd * share[:, None]
+            result = tl.reshape(tl.join(even, odd), [BLOCK_M, V_BLOCK])
+            channels = tl.arange(0, V_BLOCK)
+        if V_SCALE:
+            result = result * load_scale(v_scale_ptr, head, channels, V_DIM, V_SCALE)
+        if V_ZERO:
+            result = result + load_scale(v_zero_ptr, head, channels, V_DIM, V_ZERO) * ratio[:, None]
+        tl.store(
+            output_pointers + channels[None, :],
+            result.to(output_ptr.dtype.element_ty),
+            mask=row_inside[:, None] & (channels < V_DIM)[None, :],
+        )
+
+
+@triton.jit
+def _attend_tile(
+    q_even, q_odd, logit_scale, logit_offset, softcap, highest, total, even, odd, slots, written, seen,
+    k_ptr, k_token_scale_ptr, v_ptr, v_token_scale_ptr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    K_FORMAT: tl.constexpr, K_DIM: tl.constexpr, K_BLOCK: tl.constexpr, K_DYNAMIC: tl.constexpr,
+    V_FORMAT: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_DYNAMIC: tl.constexpr,
+    MASKED: tl.constexpr, BIASED: tl.constexpr, SOFTCAP: tl.constexpr, ISA: tl.constexpr, DOT_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over BLOCK_N tokens, which lie at `slots`."""
+    k = _load_tile(k_ptr, slots, written, K_FORMAT, K_DIM, K_BLOCK, MASKED)
+    v = _load_tile(v_ptr, slots, written, V_FORMAT, V_DIM, V_BLOCK, MASKED)
+    if K_FORMAT == MODEL:
+        logits = tl.dot(q_even, tl.trans(k), input_precision="ieee")
+    else:
+        k_even, k_odd = decode_pair(k, K_FORMAT, ISA)
+        logits = tl.dot(q_even, tl.trans(k_even.to(DOT_DTYPE)), input_precision="ieee")
+        logits = tl.dot(q_odd, tl.trans(k_odd.to(DOT_DTYPE)), logits, input_precision="ieee")
+    if K_DYNAMIC:
+        logits = logits * _load_token_scale(k_token_scale_ptr, slots, written, MASKED)[None, :]
+    logits = logits * logit_scale[:, None] + logit_offset[:, None]
+    if SOFTCAP:
+        # tanh by way of the logistic function
+        logits = (2.0 / (1.0 + tl.exp2(logits * (-2.0 * LOG2_E / softcap))) - 1.0) * (softcap * LOG2_E)
+    if MASKED:
+        visible, bias = seen
+        if BIASED:
+            logits = logits + bias * LOG2_E
+        logits = tl.where(visible, logits, float("-inf"))
+    if V_DYNAMIC:
+        v_token_scale = _load_token_scale(v_token_scale_ptr, slots, written, MASKED)
+        logits = logits + tl.log2(v_token_scale)[None, :]
+    new_highest = tl.maximum(highest, tl.max(logits, axis=1))
+    base = new_highest
+    if MASKED:
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # a row that has seen nothing yet
+    weights = tl.exp2(logits - base[:, None])
+    decay = tl.exp2(highest - base)
+    if V_DYNAMIC:
+        total = total * decay + tl.sum(weights * (1.0 / v_token_scale)[None, :], axis=1)
+    else:
+        total = total * decay + tl.sum(weights, axis=1)
+    even = even * decay[:, None]
+    if V_FORMAT == MODEL:
+        even = tl.dot(weights.to(v.dtype), v, even, input_precision="ieee")
+    else:
+        odd = odd * decay[:, None]
+        v_even, v_odd = decode_pair(v, V_FORMAT, ISA)
+        weights = weights.to(DOT_DTYPE)
+        even = tl.dot(weights, v_even.to(DOT_DTYPE), even, input_precision="ieee")
+        odd = tl.dot(weights, v_odd.to(DOT_DTYPE), odd, input_precision="ieee")
+    return new_highest, total, even, odd
+
+
+@triton.jit
+def _load_tile(
+    ptr, slots, written, FORMAT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
+):
+    """`[BLOCK_N, BLOCK]` elements of unquantized pages, or `[BLOCK_N, BLOCK / 2]` pairs of codes."""
+    if FORMAT == MODEL:
+        WIDTH: tl.constexpr = DIM
+        COLUMNS: tl.constexpr = BLOCK
+        columns = tl.arange(0, COLUMNS)
+        pointers = ptr + slots[:, None] * WIDTH + columns[None, :]
+    else:
+        WIDTH: tl.constexpr = DIM // 2
+        COLUMNS: tl.constexpr = BLOCK // 2
+        columns = tl.arange(0, COLUMNS)
+        pointers = ptr.to(tl.pointer_type(tl.uint16)) + slots[:, None] * WIDTH + columns[None, :]
+    # Slots that hold no token may hold a NaN, and so may whatever lies behind the last channel.
+    if MASKED:
+        return tl.load(pointers, mask=written[:, None] & (columns < WIDTH)[None, :], other=0)
+    elif WIDTH < COLUMNS:
+        return tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _load_token_scale(ptr, slots, written, MASKED: tl.constexpr):
+    pointers = ptr.to(tl.pointer_type(tl.int16)) + slots
+    if MASKED:
+        return bf16_bits_to_fp32(tl.load(pointers, mask=written, other=0x3F80))
+    else:
+        return bf16_bits_to_fp32(tl.load(pointers))
+
+
+@triton.jit
+def _normalize(highest, total, sinks_ptr, row_head, SINKS: tl.constexpr):
+    """What a row's weighted values are multiplied by, and which share of its weight lies on values, not on its sink."""
+    if SINKS:
+        sink = tl.load(sinks_ptr + row_head).to(tl.float32) * LOG2_E
+        base = tl.maximum(highest, sink)
+        base = tl.where(base == float("-inf"), 0.0, base)
+        scale = tl.exp2(highest - base)
+        denominator = total * scale + tl.exp2(sink - base)
+        share = tl.where(denominator > 0, scale / denominator, 0.0)
+    else:
+        share = tl.where(total > 0, 1.0 / total, 0.0)
+    return share, share * total
+
+
+@triton.jit
+def merge_kernel(
+    output_ptr, partial_ptr, stats_ptr, v_scale_ptr, v_zero_ptr, sinks_ptr,
+    output_stride_b, output_stride_h, output_stride_t, num_tokens, num_splits,
+    H: tl.constexpr, GROUP: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, PAIRED: tl.constexpr,
+    V_SCALE: tl.constexpr, V_ZERO: tl.constexpr, SINKS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """A program merges the splits of one row: one token of one query head. Grid: B * H * T * GROUP."""
+    row = tl.program_id(0)
+    num_rows = num_tokens * GROUP
+    token = (row % num_rows) // GROUP
+    head = (row // num_rows) % H
+    row_head = head * GROUP + row % GROUP
+    sequence = row // (num_rows * H)
+
+    columns = tl.arange(0, V_BLOCK)  # even channels before odd ones
+    highest = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    result = tl.zeros([V_BLOCK], tl.float32)
+    for start in range(0, num_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        places = row.to(tl.int64) * num_splits + splits
+        split_highest = tl.load(stats_ptr + places * 2, mask=splits < num_splits, other=float("-inf"))
+        split_total = tl.load(stats_ptr + places * 2 + 1, mask=splits < num_splits, other=0.0)
+        used = split_total != 0  # NaN counts as used
+        values = tl.load(partial_ptr + places[:, None] * V_BLOCK + columns[None, :], mask=used[:, None], other=0.0)
+        new_highest = tl.maximum(highest, tl.max(split_highest, axis=0))
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weights = tl.exp2(split_highest - base)
+        decay = tl.exp2(highest - base)
+        total = total * decay + tl.sum(weights * split_total, axis=0)
+        result = result * decay + tl.sum(weights[:, None] * values, axis=0)
+        highest = new_highest
+
+    share, ratio = _normalize(highest, total, sinks_ptr, row_head, SINKS)
+    result = result * share
+    channels = columns
+    if PAIRED:
+        channels = (columns % (V_BLOCK // 2)) * 2 + columns // (V_BLOCK // 2)
+    if V_SCALE:
+        scale = load_scale(v_scale_ptr, head, channels, V_DIM, V_SCALE)
+        result = result * tl.reshape(scale, [V_BLOCK])
+    if V_ZERO:
+        zero = load_scale(v_zero_ptr, head, channels, V_DIM, V_ZERO)
+        result = result + tl.reshape(zero, [V_BLOCK]) * ratio
+    targets = (
+        output_ptr
+        + sequence.to(tl.int64) * output_stride_b
+        + row_head.to(tl.int64) * output_stride_h
+        + token.to(tl.int64) * output_stride_t
+        + channels
+    )
+    tl.store(targets, result.to(output_ptr.dtype.element_ty), mask=channels < V_DIM)

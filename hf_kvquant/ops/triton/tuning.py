@@ -1,0 +1,57 @@
+"""Which tiles a kernel uses: a table, not a search at run time."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes of the attention kernel.
+
+    Attributes:
+        block_m: rows (new tokens times query heads of a group).
+        block_n: tokens of the past.
+        programs_per_core: how many programs run on a multiprocessor at once, by registers and shared memory.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_core: int
+
+
+def attention_tiles(num_rows: int, head_dim: int, element_size: int, is_exact: bool) -> Tiles:
+    """Tiles for `num_rows` rows over pages of `element_size` bytes; `is_exact` for fp32 arithmetic."""
+    if is_exact:
+        return Tiles(16, 32, 4, 2, 2)
+    if num_rows <= 16:
+        return Tiles(16, 64, 4, 3, 4 if head_dim <= 128 else 2)
+    if num_rows <= 32:
+        return Tiles(32, 64, 4, 3, 3 if head_dim <= 128 else 2)
+    if num_rows <= 64 or head_dim > 128:
+        return Tiles(64, 64, 4, 3, 2 if head_dim <= 128 else 1)
+    return Tiles(128, 64, 8, 3, 1)
+
+
+def num_splits(num_programs: int, max_tiles: int, tiles: Tiles, num_cores: int) -> int:
+    """Into how many parts every sequence is split so that `num_programs` fill the device in whole waves."""
+    return max(1, min(num_cores * tiles.programs_per_core // num_programs, max_tiles))
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has (1 for the interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def instruction_set(device: torch.device) -> int:
+    """How codes are converted on the device: a constant of `codes.py`."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    return 2 if torch.cuda.get_device_capability(device) >= (8, 9) else 1
