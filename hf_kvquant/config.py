@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -53,6 +54,7 @@ class KVQuantConfig:
             set_(self, "kv_cache_dtype", _parse_dtype(self.kv_cache_dtype))
         set_(self, "equalize", _parse_equalize(self.equalize))
         set_(self, "skip_layers", _parse_skip_layers(self.skip_layers))
+        set_(self, "scales", _parse_scales(self.scales))
         _check_scales(self.scales)
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity={self.granularity!r}; choose one of {', '.join(GRANULARITIES)}")
@@ -79,6 +81,11 @@ class KVQuantConfig:
         if unknown := sorted(str(key) for key in given if key not in known):
             raise ValueError(f"unknown cache_config key(s) {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that are not the default's, ready for JSON; `parse` takes them back."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return {f.name: values[f.name] for f in fields(self) if values[f.name] != _plain(f.default)}
 
     def equalizes(self, format_name: str) -> bool:
         """Whether dynamic scales of this format lie over equalized channels."""
@@ -113,6 +120,28 @@ def _parse_skip_layers(value: Any) -> tuple[int | str, ...]:
     if bad := [item for item in items if isinstance(item, bool) or not isinstance(item, (int, str))]:
         raise ValueError(f"skip_layers holds {bad[0]!r}; give layer indices or layer types such as 'sliding_attention'")
     return items
+
+
+def _parse_scales(value: Any) -> Any:
+    """`value` with `LayerScales` where it holds what `to_dict` wrote, or JSON made of that."""
+    if isinstance(value, Mapping) and ("k_scale" in value or "v_scale" in value):
+        return LayerScales.from_dict(value)
+    if isinstance(value, Mapping) and any(isinstance(entry, Mapping) for entry in value.values()):
+        return {int(key) if str(key).isdecimal() else key: _parse_scales(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and any(isinstance(entry, Mapping) for entry in value):
+        return [_parse_scales(entry) for entry in value]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types of JSON."""
+    if isinstance(value, LayerScales):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(entry) for entry in value]
+    return os.fspath(value) if hasattr(value, "__fspath__") else value
 
 
 def _check_scales(value: Any) -> None:

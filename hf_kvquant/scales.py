@@ -6,8 +6,9 @@ per tensor `[1]`, per head `[num_kv_heads]`, per channel `[num_kv_heads, head_di
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -43,6 +44,18 @@ class LayerScales:
 
     def _given(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None)
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> LayerScales:
+        """What `to_dict` gave. Raises ValueError for names that are not fields."""
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(str(name) for name in entries if name not in known):
+            raise ValueError(f"unknown entry {', '.join(unknown)} of LayerScales; known: {', '.join(known)}")
+        return cls(**{"k_scale": None, "v_scale": None, **entries})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As numbers in lists, for JSON; fp32 survives it exactly."""
+        return {name: value.tolist() for name, value in self._given()}
 
     @property
     def granularity(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,44 @@ def test_skip_layers_beyond_the_model(given: Any) -> None:
 def test_skip_layers_of_an_unknown_type_lists_the_types() -> None:
     with pytest.raises(ValueError, match="'conv'; this model's layer types: full_attention"):
         QuantizedPagedCache(llama_config(), KVQuantConfig(skip_layers="conv"))
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        "first_batch",
+        Path("somewhere"),
+        LayerScales(torch.tensor([0.1, 1 / 3]), torch.rand(2, 5) + 0.1, k_zero=torch.tensor([-0.7])),
+        {3: SCALES, 0: SCALES},
+        [SCALES, None, SCALES],
+    ],
+    ids=["name", "path", "scales", "dict", "list"],
+)
+def test_a_config_survives_json(scales: Any) -> None:
+    options = {"kv_cache_dtype": ("fp8", "int8"), "scales": scales, "skip_layers": (0, "sliding_attention")}
+    config = KVQuantConfig(page_size=7, **options)
+    assert KVQuantConfig().to_dict() == {}
+    assert set(config.to_dict()) == {*options, "page_size"}
+    back = KVQuantConfig.parse(json.loads(json.dumps(config.to_dict())))
+    assert back.to_dict() == config.to_dict()
+    plain = [f.name for f in dataclasses.fields(KVQuantConfig) if f.name != "scales"]
+    assert all(getattr(back, name) == getattr(config, name) for name in plain)
+    if isinstance(scales, LayerScales):
+        assert torch.equal(back.scales.k_scale, scales.k_scale)
+        assert torch.equal(back.scales.v_scale, scales.v_scale)
+        assert torch.equal(back.scales.k_zero, scales.k_zero)
+        assert back.scales.v_zero is None
+    elif not isinstance(scales, (str, Path)):
+        assert type(back.scales) is type(scales)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [({"k_scale": [1.0]}, "both k_scale and v_scale"), ({"k_scale": [1.0], "v": [1.0]}, "unknown entry v .*v_scale")],
+)
+def test_entries_that_are_no_scales(entries: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KVQuantConfig(scales=entries)
 
 
 @pytest.mark.parametrize(

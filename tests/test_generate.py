@@ -11,7 +11,7 @@ from helpers import prompt, tiny_llama
 from test_cache import sliding_model
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM
 
-from hf_kvquant import LayerScales, QuantizedPagedCache
+from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache
 from hf_kvquant.attention import NAMES
 
 NUM_NEW = 20
@@ -65,6 +65,19 @@ def test_from_pretrained_and_saved_generation_config(tmp_path: Any) -> None:
     cache = generate(loaded, prompt()).past_key_values
     assert formats(cache) == {("fp8_e4m3", "fp8_e4m3")}
     assert cache.kvquant.page_size == 4
+
+
+@pytest.mark.parametrize("as_dict", [False, True], ids=["config", "dict"])
+def test_scales_in_memory_survive_a_saved_generation_config(as_dict: bool, tmp_path: Any) -> None:
+    scales = LayerScales(torch.tensor([0.125, 0.25]), torch.rand(2, 16) + 0.01)
+    options: Any = {"kv_cache_dtype": "fp8", "scales": scales}
+    model = tiny_llama("kvquant")
+    model.generation_config.cache_config = options if as_dict else KVQuantConfig(**options)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="kvquant")
+    one, other = (generate(each, prompt()).past_key_values.report() for each in (model, loaded))
+    assert one.layers == other.layers
+    assert one.layers[0].scales == ("given", "given")
 
 
 def test_another_cache_stays_the_hosts() -> None:
