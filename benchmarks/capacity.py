@@ -85,5 +85,3 @@ def measure(results: Results, quick: bool = False, tiny: bool = False) -> None:
 
             asked = f"batch at {context}" if batch is None else "context at batch 1"
             results.row({"what": asked, "cache": way.name}, measured)
-    del model
-    free(results.device)

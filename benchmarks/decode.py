@@ -96,7 +96,7 @@ def measure(results: Results, quick: bool = False, tiny: bool = False) -> None:
                 results, shape, batch, context, format_name, scales, num_tokens, more.get("order") != "in order"
             )
             cell = (shape, batch, context, num_tokens)
-            known[*cell, format_name, scales] = seconds
+            known[(*cell, format_name, scales)] = seconds
             ratios = {"vs_bf16_pages": (*cell, "model", ""), "vs_sdpa": (*cell, "sdpa", "")}
             return {
                 "us": seconds * 1e6,
@@ -112,7 +112,8 @@ def measure(results: Results, quick: bool = False, tiny: bool = False) -> None:
             seconds = peer_seconds(results, shape, batch, context, make_call)
             cell = (shape, batch, context, 1)
             if name.startswith("sdpa"):  # the better of its ways is what we are compared with
-                known[*cell, "sdpa", ""] = min(seconds, known.get((*cell, "sdpa", ""), seconds))
+                best = (*cell, "sdpa", "")
+                known[best] = min(seconds, known.get(best, seconds))
             nbytes = 4 * batch * context * shape.num_kv_heads * shape.head_dim
             return {"us": seconds * 1e6, "share": nbytes / seconds / read, "vs_bf16_pages": None, "vs_sdpa": None}
 

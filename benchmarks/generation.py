@@ -1,7 +1,7 @@
 """`generate` end to end over a long past: seconds of a decode step, of the first calls, and memory.
 
-The past is random and put into the cache directly. `generate` then gets its ids and the cache, as in a further turn of a
-chat, so everything that a user's step does is in the time. Steps are timed by a stopping criterion; the first ones,
+The past is random and put into the cache directly. `generate` then gets its ids and the cache, as in a further turn of
+a chat, so everything that a user's step does is in the time. Steps are timed by a stopping criterion; the first ones,
 which compile and capture, are left out of the median.
 """
 
@@ -104,6 +104,4 @@ def measure(results: Results, model_name: str, quick: bool = False, tiny: bool =
                 }
 
             results.row({"model": model_name, "batch": batch, "context": context, "cache": way.name}, measured)
-    del model
     torch._dynamo.reset()
-    free(results.device)
