@@ -10,9 +10,10 @@ Importing registers names with transformers and does nothing else.
 from . import attention, generation
 from ._version import __version__
 from .cache import QuantizedPagedCache
-from .checkpoints import CheckpointScales, read_scales
+from .checkpoints import CheckpointScales
 from .config import KVQuantConfig
 from .pages import OutOfPagesError
+from .reading import read_scales
 from .report import CacheReport, LayerReport
 from .scales import LayerScales
 

@@ -17,15 +17,16 @@ from transformers.cache_utils import (
     StaticCache,
 )
 
-from .checkpoints import CheckpointScales, read_scales
+from .checkpoints import CheckpointScales
 from .config import KVQuantConfig
 from .fixed import FixedLayer
 from .growing import GrowingLayer
-from .hosts import attention_name, attention_paths, checkpoint_of, disable_fake_quantization, layer_type_names
+from .hosts import attention_name, checkpoint_of, disable_fake_quantization, layer_type_names
 from .hybrid import HybridFixedLayer, HybridGrowingLayer
 from .layers import PagedLayer, SharedState, tokens_to_take_back
 from .pages import PageTable, PageTables
 from .policy import asks_for_files, plan_layers
+from .reading import read_scales
 from .report import CacheReport, LayerReport
 from .rotary import rotary_layouts
 
@@ -268,20 +269,19 @@ def options_for(model: PreTrainedModel, options: Any, max_cache_len: int | None 
 
 def _find_checkpoint(model: PreTrainedModel, kvquant: KVQuantConfig, notes: list[str]) -> CheckpointScales | None:
     """The checkpoint whose scales are asked for. Raises ValueError if one is asked for by name and has none."""
-    num_layers = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
-    paths = attention_paths(model, num_layers)
     own = isinstance(kvquant.scales, str) and kvquant.scales in ("auto", "checkpoint")
-    source, revision = checkpoint_of(model) if own else (kvquant.scales, None)
-    if source is not None and kvquant.scales == "auto":
-        try:  # nobody asked for a download, and a model may outlive the directory it came from
-            return read_scales(source, paths, revision=revision, fetch=False)
-        except FileNotFoundError as error:
-            notes.append(f"no KV scales were looked for: {error}; name a checkpoint with scales=... if it has some")
-            return None
-    found = read_scales(source, paths, revision=revision) if source is not None else None
+    source = model if own else kvquant.scales
+    try:  # with `auto` nobody asked for a download, and a model may outlive the directory it came from
+        found = read_scales(source, model, fetch=kvquant.scales != "auto")
+    except FileNotFoundError as error:
+        if kvquant.scales != "auto":
+            raise
+        notes.append(f"no KV scales were looked for: {error}; name a checkpoint with scales=... if it has some")
+        return None
     if found is None and kvquant.scales != "auto":
+        where = (checkpoint_of(model)[0] or "a model that was not loaded from files") if own else source
         raise ValueError(
-            f"scales={kvquant.scales!r}, but {source or 'a model that was not loaded from files'} has no KV scales; "
+            f"scales={kvquant.scales!r}, but {where} has no KV scales; "
             "use scales='dynamic' (no calibration needed), or name a checkpoint that has some"
         )
     return found

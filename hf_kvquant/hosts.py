@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from .checkpoints import ModelLayers
 
 
 def layer_type_names(config: PreTrainedConfig, layers: Sequence[Any]) -> list[str]:
@@ -29,6 +32,25 @@ def attention_paths(model: PreTrainedModel, num_layers: int) -> list[list[str]]:
         if isinstance(index, int) and "attention" in type(module).__name__.lower():
             paths.setdefault(index, []).append(path)
     return [paths.get(index, []) for index in range(num_layers)]
+
+
+def model_layers(model: PreTrainedModel) -> ModelLayers:
+    """What reading scales needs to know of the layers of `model`."""
+    config = model.config.get_text_config(decoder=True)
+    paths = attention_paths(model, len(DynamicCache(config=config).layers))
+    modules = dict(model.named_modules())
+    return ModelLayers(paths, [_num_kv_heads(config, [modules[path] for path in of_layer]) for of_layer in paths],
+                       model.config.model_type)  # fmt: skip
+
+
+def _num_kv_heads(config: PreTrainedConfig, modules: Sequence[torch.nn.Module]) -> int | None:
+    num_heads = getattr(config, "num_attention_heads", None)
+    for module in modules:  # layers may differ
+        groups = getattr(module, "num_key_value_groups", None)
+        if isinstance(groups, int) and groups > 0 and isinstance(num_heads, int):
+            return num_heads // groups
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    return num_kv_heads if isinstance(num_kv_heads, int) else None
 
 
 def checkpoint_of(model: PreTrainedModel) -> tuple[str | None, str | None]:

@@ -158,8 +158,8 @@ def _checkpoint_scales(
             raise ValueError(f"scales='checkpoint', but {message}; use kv_cache_dtype={declared!r} or other scales")
         notes.append(message)
     return [
-        (scales, f"checkpoint: {k_key}", f"checkpoint: {v_key}")
-        for scales, (k_key, v_key) in zip(checkpoint.layers, checkpoint.keys, strict=True)
+        _NOT_GIVEN if scales is None else (scales, *(f"checkpoint: {source[f'{side}_scale'].key}" for side in "kv"))
+        for scales, source in zip(checkpoint.layers, checkpoint.sources, strict=True)
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache, read_scales
-from hf_kvquant.hosts import attention_paths
+from hf_kvquant.checkpoints import ModelLayers, ScaleSource
+from hf_kvquant.hosts import attention_paths, model_layers
 
 FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 INT8 = {**FP8, "type": "int"}
-PATHS = [[f"model.layers.{index}.self_attn"] for index in range(2)]
+
+
+def layers_at(*paths: str) -> ModelLayers:
+    """A model whose cache layers have their attention at `paths` ("" for none), with two key/value heads."""
+    return ModelLayers([[path] if path else [] for path in paths], [2] * len(paths))
+
+
+PATHS = layers_at("model.layers.0.self_attn", "model.layers.1.self_attn")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -81,7 +90,7 @@ def _no_surprising_warnings() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("scheme", "name"), [(FP8, "fp8_e4m3"), (INT8, "int8")], ids=["fp8", "int8"])
 def test_tensor_strategy(
-    tmp_path: Path, scheme: dict[str, Any], name: str, dtype: torch.dtype, paths: list[list[str]] | None
+    tmp_path: Path, scheme: dict[str, Any], name: str, dtype: torch.dtype, paths: ModelLayers | None
 ) -> None:
     given = {key: tensor.to(dtype) for key, tensor in scales_of_layers().items()}
     found = read_scales(write(tmp_path, given, scheme), paths)
@@ -98,7 +107,14 @@ def test_tensor_strategy(
             assert torch.equal(scale, given[key].to(torch.float32))
         assert layer.k_zero is layer.v_zero is layer.q_scale is None
         assert layer.granularity == "tensor"
-    assert found.keys == [tuple(f"model.layers.{i}.self_attn.{side}_scale" for side in "kv") for i in range(2)]
+    assert found.sources == [
+        {
+            f"{side}_scale": ScaleSource("model.safetensors", f"model.layers.{index}.self_attn.{side}_scale")
+            for side in "kv"
+        }
+        for index in range(2)
+    ]
+    assert found.ignored == []
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
@@ -208,7 +224,7 @@ def test_garbage_in_q_scale_is_ignored(tmp_path: Path, bad: float) -> None:
 
 @pytest.mark.parametrize("strategy", [None, "tensor", "token", "attn_head"])
 @pytest.mark.parametrize("paths", [None, PATHS], ids=["by_number", "by_path"])
-def test_dynamic(tmp_path: Path, strategy: str | None, paths: list[list[str]] | None) -> None:
+def test_dynamic(tmp_path: Path, strategy: str | None, paths: ModelLayers | None) -> None:
     found = read_scales(write(tmp_path, {}, {**FP8, "strategy": strategy, "dynamic": True}), paths)
     assert found is not None
     assert found.dynamic
@@ -290,7 +306,7 @@ def test_one_side_missing_takes_the_other(tmp_path: Path, missing: str, how: str
     layer = layers_of(found)[1]
     assert torch.equal(layer.k_scale, layer.v_scale)
     assert torch.equal(layer.k_scale, given[f"model.layers.1.self_attn.{other}_scale"])
-    assert found.keys[1] == (f"model.layers.1.self_attn.{other}_scale",) * 2
+    assert {source.key for source in found.sources[1].values()} == {f"model.layers.1.self_attn.{other}_scale"}
     assert len(found.notes) == 1
     assert f"{other}_scale is used for both" in found.notes[0]
 
@@ -463,17 +479,17 @@ WRAPPERS = {
 @pytest.mark.parametrize("stored", WRAPPERS.values(), ids=WRAPPERS.keys())
 def test_prefixes_of_wrappers(tmp_path: Path, stored: str, loaded: str) -> None:
     write(tmp_path, scales_of_layers(prefix=stored))
-    found = read_scales(tmp_path, [[loaded.format(index)] for index in range(2)])
+    found = read_scales(tmp_path, layers_at(*[loaded.format(index) for index in range(2)]))
     assert found is not None
     assert [layer.v_scale.item() for layer in layers_of(found)] == [0.5, 1.0]
-    assert found.keys[1][0] == stored.format(1) + ".k_scale"
+    assert found.sources[1]["k_scale"].key == stored.format(1) + ".k_scale"
 
 
 def test_layers_are_matched_by_path_not_by_order(tmp_path: Path) -> None:
     """Layer 10 comes before layer 2 in the alphabet, and some layers have no attention."""
     write(tmp_path, scales_of_layers(12))
-    paths = [[f"model.layers.{index}.self_attn"] for index in (10, 2, 11)]
-    found = read_scales(tmp_path, [paths[0], [], paths[1], paths[2]])
+    paths = [f"model.layers.{index}.self_attn" for index in (10, 2, 11)]
+    found = read_scales(tmp_path, layers_at(paths[0], "", paths[1], paths[2]))
     assert found is not None
     assert [layer and layer.v_scale.item() for layer in found.layers] == [5.5, None, 1.5, 6.0]
     by_number = layers_of(read_scales(tmp_path))
@@ -484,7 +500,7 @@ def test_a_vision_tower_with_the_same_numbers_is_another_module(tmp_path: Path) 
     tensors = scales_of_layers(prefix="model.language_model.layers.{}.self_attn")
     tensors |= {key: scale * 3 for key, scale in scales_of_layers(prefix="model.visual.layers.{}.self_attn").items()}
     write(tmp_path, tensors)
-    found = read_scales(tmp_path, [[f"model.language_model.layers.{index}.self_attn"] for index in range(2)])
+    found = read_scales(tmp_path, layers_at(*[f"model.language_model.layers.{index}.self_attn" for index in range(2)]))
     assert [layer.v_scale.item() for layer in layers_of(found)] == [0.5, 1.0]
     with pytest.raises(ValueError, match="both look like layer 0; name the model"):
         read_scales(tmp_path)
@@ -506,7 +522,7 @@ def test_prefixes_without_a_number_need_the_model(tmp_path: Path) -> None:
     write(tmp_path, scales_of_layers(1, "decoder.attention"))
     with pytest.raises(ValueError, match="no layer number in decoder.attention"):
         read_scales(tmp_path)
-    assert len(layers_of(read_scales(tmp_path, [["decoder.attention"]]))) == 1
+    assert len(layers_of(read_scales(tmp_path, layers_at("decoder.attention")))) == 1
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
@@ -703,7 +719,8 @@ def test_scales_of_a_model_of_other_shape(tmp_path: Path) -> None:
 
 
 def test_attention_paths_of_a_loaded_model() -> None:
-    assert attention_paths(tiny_llama(), 3) == [*PATHS, []]
+    assert attention_paths(tiny_llama(), 3) == [*PATHS.paths, []]
+    assert model_layers(tiny_llama()) == replace(PATHS, model_type="llama")
 
 
 def test_scales_of_a_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(hf_kvquant.__file__).parent
 FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"_version", "formats", "scales"}, {"config"}),
     ({"checkpoints", "ops"},),
-    ({"rotary", "hosts", "pages", "static_pages", "policy"}, {"stores"}),
+    ({"rotary", "hosts", "pages", "static_pages", "policy"}, {"stores", "reading"}),
     ({"handle", "report"}, {"layers"}, {"growing", "fixed"}, {"hybrid"}, {"cache"}),
     ({"attention"},),
     ({"generation"},),
@@ -106,7 +106,7 @@ def test_what_is_imported_from_outside(module: str) -> None:
     outside = {name.split(".")[0] for name in _imports(module)} - {"hf_kvquant"} - set(sys.stdlib_module_names)
     assert outside <= THIRD_PARTY
     if "transformers" in outside:
-        assert module == "hosts" or HEIGHT[_unit(module)][0] >= FIRST_FLOOR_WITH_TRANSFORMERS
+        assert module in ("hosts", "reading") or HEIGHT[_unit(module)][0] >= FIRST_FLOOR_WITH_TRANSFORMERS
     if "triton" in outside:
         assert module.startswith("ops.triton")
 
