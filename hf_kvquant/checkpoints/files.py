@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ..config import SCALE_SOURCES
 from ..scales import LayerScales
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _locate(source: str | os.PathLike[str], revision: str | None, fetch: bool) -
 
 
 def _tensor_files(directory: Path) -> dict[str, str]:
-    index = directory / _INDEX
+    index = directory / INDEX
     if index.exists():
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):

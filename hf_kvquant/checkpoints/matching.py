@@ -18,15 +18,15 @@ def match_layers(
     """
     if attention_paths is None:
         return _by_number(prefixes, where)
-    known = {_bare(prefix): prefix for prefix in prefixes}
+    known = {bare(prefix): prefix for prefix in prefixes}
     if len(known) != len(prefixes):
-        doubled = [prefix for prefix in prefixes if known[_bare(prefix)] != prefix]
+        doubled = [prefix for prefix in prefixes if known[bare(prefix)] != prefix]
         raise ValueError(
-            f"{where} holds two sets of scales for one module: {doubled[0]} and {known[_bare(doubled[0])]}"
+            f"{where} holds two sets of scales for one module: {doubled[0]} and {known[bare(doubled[0])]}"
         )
     matched: list[str | None] = []
     for paths in attention_paths:
-        hits = [known[_bare(path)] for path in paths if _bare(path) in known]
+        hits = [known[bare(path)] for path in paths if bare(path) in known]
         matched.append(hits[0] if hits else None)
     if prefixes and not any(matched):
         example = next((paths[0] for paths in attention_paths if paths), "none")
@@ -37,7 +37,8 @@ def match_layers(
     return matched
 
 
-def _bare(path: str) -> str:
+def bare(path: str) -> str:
+    """`path` without wrappers."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
