@@ -1,13 +1,16 @@
 """`paged_attention` as kernels: one that reads pages, for any number of new tokens, and one that merges its splits.
 
-Rows of a tile are query tokens times the query heads of a group, so that K and V are read once for all of them. Tiles of
-BLOCK_N tokens are taken from the pages, which are smaller or larger; the ids of the next tile's pages are loaded while
-this one is computed, since a load whose address waits for another load cannot be started ahead.
+Rows are query tokens times the query heads of a group, so that K and V are read once for all of them. Logits are computed
+transposed, [tokens, rows]: tokens of the past are many and fill the 64 or 16 rows of a matrix instruction, a few queries
+fill its 8 columns. K and V are then its first operand, which comes from registers, where codes are converted.
+
+Tiles of BLOCK_N tokens are taken from the pages, which are smaller or larger; the ids of the next tile's pages are loaded
+while this one is computed, since a load whose address waits for another load cannot be started ahead.
 
 Nothing is scaled inside the loop but logits: a K scale per tensor, head or channel is in the query, a V scale in the
-output. A token's own V scale w weighs its probability. It is applied as 2^(logit + log2 w), with the running maximum of
-that sum, so that what is rounded to fp16 for the tensor cores is at most 1 whatever the scales are; the sum of
-probabilities divides it out again.
+output. A token's own V scale weighs its probability. Its power of two goes into the exponent, 2^(logit + e), with the
+running maximum of that sum, so that what is rounded to fp16 for the tensor cores is at most 2 whatever the scales are;
+the sum of probabilities takes it out again.
 
 The sequence is split over programs. Each works out its part from the true length, read on the device, so that one grid
 serves every length.
@@ -45,6 +48,7 @@ def attention_kernel(
     Grid: row blocks * H * num_splits, B. MASK: 0 none, 1 bool by key alone, 2 bool, 3 added.
     K_BLOCK and V_BLOCK are head_dim padded to a power of two. DOT_DTYPE is what quantized operands are multiplied in.
     """
+    OFFSET: tl.constexpr = K_ZERO > 0 and (SOFTCAP or SINKS)
     num_rows = num_tokens * GROUP
     split = tl.program_id(0) % num_splits
     head = (tl.program_id(0) // num_splits) % H
@@ -86,39 +90,36 @@ def attention_kernel(
     full_begin = tl.minimum(tl.maximum(tl.cdiv(all_begin, BLOCK_N), tile_begin), tile_end)
     full_end = tl.maximum(tl.minimum(all_end // BLOCK_N, tile_end), full_begin)
 
-    # The query: channels in pairs for 8-bit pages, with K's scale per channel, made at most 2 by a power of two a row.
-    query_offsets = (
-        sequence.to(tl.int64) * query_stride_b
-        + row_head.to(tl.int64) * query_stride_h
-        + row_token.to(tl.int64) * query_stride_t
-    )
+    # The query [D, rows]: channels in pairs for 8-bit pages, with K's scale per channel, made at most 2 by a power of two
+    # a row.
+    query_ptr += sequence.to(tl.int64) * query_stride_b
+    query_offsets = row_head.to(tl.int64) * query_stride_h + row_token.to(tl.int64) * query_stride_t
     logit_offset = tl.zeros([BLOCK_M], tl.float32)
-    K_PAIRS: tl.constexpr = K_BLOCK // 2
     if K_FORMAT == MODEL:
         channels = tl.arange(0, K_BLOCK)
-        q_mask = row_inside[:, None] & (channels < K_DIM)[None, :]
-        q_even = tl.load(query_ptr + query_offsets[:, None] + channels[None, :], mask=q_mask, other=0.0)
+        q_mask = (channels < K_DIM)[:, None] & row_inside[None, :]
+        q_even = tl.load(query_ptr + query_offsets[None, :] + channels[:, None], mask=q_mask, other=0.0)
         q_even = q_even.to(k_ptr.dtype.element_ty)
         q_odd = q_even
         logit_scale = tl.zeros([BLOCK_M], tl.float32) + softmax_scale
     else:
-        pairs = tl.arange(0, K_PAIRS)
-        q_mask = row_inside[:, None] & (2 * pairs < K_DIM)[None, :]
-        q_pointers = query_ptr + query_offsets[:, None] + 2 * pairs[None, :]
+        pairs = tl.arange(0, K_BLOCK // 2)
+        q_mask = (2 * pairs < K_DIM)[:, None] & row_inside[None, :]
+        q_pointers = query_ptr + query_offsets[None, :] + 2 * pairs[:, None]
         q_even = tl.load(q_pointers, mask=q_mask, other=0.0).to(tl.float32)
         q_odd = tl.load(q_pointers + 1, mask=q_mask, other=0.0).to(tl.float32)
-        if K_ZERO and (SOFTCAP or SINKS):
+        if OFFSET:
             # The same number for every token of a row: without softcap and sinks the softmax drops it.
-            zero_even = load_scale(k_zero_ptr, head, 2 * pairs, K_DIM, K_ZERO)
-            zero_odd = load_scale(k_zero_ptr, head, 2 * pairs + 1, K_DIM, K_ZERO)
-            logit_offset = tl.sum(q_even * zero_even + q_odd * zero_odd, axis=1) * softmax_scale
+            zero_even = load_scale(k_zero_ptr, head, 2 * pairs, K_DIM, K_ZERO)[:, None]
+            zero_odd = load_scale(k_zero_ptr, head, 2 * pairs + 1, K_DIM, K_ZERO)[:, None]
+            logit_offset = tl.sum(q_even * zero_even + q_odd * zero_odd, axis=0) * softmax_scale
         if K_SCALE:
-            q_even = q_even * load_scale(k_scale_ptr, head, 2 * pairs, K_DIM, K_SCALE)
-            q_odd = q_odd * load_scale(k_scale_ptr, head, 2 * pairs + 1, K_DIM, K_SCALE)
-        largest = tl.max(tl.maximum(tl.abs(q_even), tl.abs(q_odd)), axis=1)
+            q_even = q_even * load_scale(k_scale_ptr, head, 2 * pairs, K_DIM, K_SCALE)[:, None]
+            q_odd = q_odd * load_scale(k_scale_ptr, head, 2 * pairs + 1, K_DIM, K_SCALE)[:, None]
+        largest = tl.max(tl.maximum(tl.abs(q_even), tl.abs(q_odd)), axis=0)
         exponent = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 1), 253)
-        q_even = (q_even * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]).to(DOT_DTYPE)
-        q_odd = (q_odd * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]).to(DOT_DTYPE)
+        q_even = (q_even * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[None, :]).to(DOT_DTYPE)
+        q_odd = (q_odd * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[None, :]).to(DOT_DTYPE)
         logit_scale = (exponent << 23).to(tl.float32, bitcast=True) * (softmax_scale * decode_factor(K_FORMAT, ISA))
     if not SOFTCAP:
         logit_scale = logit_scale * LOG2_E
@@ -127,8 +128,8 @@ def attention_kernel(
     V_PAIRS: tl.constexpr = V_BLOCK if V_FORMAT == MODEL else V_BLOCK // 2
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    even = tl.zeros([BLOCK_M, V_PAIRS], tl.float32)
-    odd = tl.zeros([BLOCK_M, V_PAIRS], tl.float32)
+    even = tl.zeros([V_PAIRS, BLOCK_M], tl.float32)
+    odd = tl.zeros([V_PAIRS, BLOCK_M], tl.float32)
 
     table_ptr = page_table_ptr + sequence.to(tl.int64) * num_columns
     in_tile = tl.arange(0, BLOCK_N)
@@ -136,21 +137,31 @@ def attention_kernel(
 
     # Tiles that all rows see whole. Their pages are distinct, so a column past the end of the ring wraps once.
     if not MASK:
+        # What lies in the table behind the last page need not be a page: nothing is looked up there.
         columns = (full_begin * BLOCK_N + in_tile) // PAGE_SIZE % num_columns
-        pages = tl.load(table_ptr + columns, mask=in_tile < (full_end - full_begin) * BLOCK_N, other=0)
+        columns = tl.where(full_begin < full_end, columns, 0)
+        pages = tl.load(table_ptr + columns)
+        k_next = _load_token_scale(k_token_scale_ptr, _slots(pages, head, full_begin * BLOCK_N + in_tile, H, PAGE_SIZE), None, K_DYNAMIC)
+        v_next = _load_token_scale(v_token_scale_ptr, _slots(pages, head, full_begin * BLOCK_N + in_tile, H, PAGE_SIZE), None, V_DYNAMIC)
         for tile in tl.range(full_begin, full_end, num_stages=NUM_STAGES):
-            slots = (pages.to(tl.int64) * H + head) * PAGE_SIZE + (tile * BLOCK_N + in_tile) % PAGE_SIZE
+            slots = _slots(pages, head, tile * BLOCK_N + in_tile, H, PAGE_SIZE)
+            next_tile = tl.minimum(tile + 1, full_end - 1)
             if PAGE_SIZE <= BLOCK_N:
-                columns = columns + PAGES_PER_TILE
+                columns += (next_tile - tile) * PAGES_PER_TILE
                 columns = tl.where(columns >= num_columns, columns - num_columns, columns)
             else:
-                columns = ((tile + 1) * BLOCK_N + in_tile) // PAGE_SIZE % num_columns
+                columns = (next_tile * BLOCK_N + in_tile) // PAGE_SIZE % num_columns
             pages = tl.load(table_ptr + columns)
+            k_token_scale = k_next
+            v_token_scale = v_next
+            next_slots = _slots(pages, head, next_tile * BLOCK_N + in_tile, H, PAGE_SIZE)
+            k_next = _load_token_scale(k_token_scale_ptr, next_slots, None, K_DYNAMIC)
+            v_next = _load_token_scale(v_token_scale_ptr, next_slots, None, V_DYNAMIC)
             highest, total, even, odd = _attend_tile(
-                q_even, q_odd, logit_scale, logit_offset, softcap, highest, total, even, odd, slots, slots >= 0, None,
-                k_ptr, k_token_scale_ptr, v_ptr, v_token_scale_ptr,
+                q_even, q_odd, logit_scale, logit_offset, softcap, highest, total, even, odd, slots, None, None, None,
+                k_ptr, k_token_scale, v_ptr, v_token_scale,
                 BLOCK_M, BLOCK_N, K_FORMAT, K_DIM, K_BLOCK, K_DYNAMIC, V_FORMAT, V_DIM, V_BLOCK, V_DYNAMIC,
-                False, False, SOFTCAP, ISA, DOT_DTYPE,
+                False, False, OFFSET, SOFTCAP, ISA, DOT_DTYPE,
             )  # fmt: skip
 
     # Those at the edges, or all of them under a mask.
@@ -160,12 +171,12 @@ def attention_kernel(
         tokens = tile * BLOCK_N + in_tile
         written = (tokens >= first_held) & (tokens < length)
         pages = tl.load(table_ptr + tokens // PAGE_SIZE % num_columns, mask=written, other=0)
-        slots = (pages.to(tl.int64) * H + head) * PAGE_SIZE + tokens % PAGE_SIZE
-        visible = (written & (tokens < end))[None, :] & row_inside[:, None]
+        slots = _slots(pages, head, tokens, H, PAGE_SIZE)
+        visible = (written & (tokens < end))[:, None] & row_inside[None, :]
         if CAUSAL:
-            visible = visible & (tokens[None, :] <= positions[:, None])
+            visible = visible & (tokens[:, None] <= positions[None, :])
         if WINDOW:
-            visible = visible & (tokens[None, :] > positions[:, None] - window)
+            visible = visible & (tokens[:, None] > positions[None, :] - window)
         bias = None
         if MASK:
             key = tokens - mask_start
@@ -173,20 +184,21 @@ def attention_kernel(
             mask_offsets = sequence.to(tl.int64) * mask_stride_b + key.to(tl.int64) * mask_stride_n
             if MASK == 1:
                 allowed = tl.load(mask_ptr + mask_offsets, mask=in_mask, other=0)
-                visible = visible & (allowed != 0)[None, :]
+                visible = visible & (allowed != 0)[:, None]
             else:
                 row_offsets = row_head.to(tl.int64) * mask_stride_h + row_token.to(tl.int64) * mask_stride_t
-                pointers = mask_ptr + mask_offsets[None, :] + row_offsets[:, None]
-                in_mask = in_mask[None, :] & row_inside[:, None]
+                pointers = mask_ptr + mask_offsets[:, None] + row_offsets[None, :]
+                in_mask = in_mask[:, None] & row_inside[None, :]
                 if MASK == 2:
                     visible = visible & (tl.load(pointers, mask=in_mask, other=0) != 0)
                 else:
                     bias = tl.load(pointers, mask=in_mask, other=float("-inf")).to(tl.float32)
         highest, total, even, odd = _attend_tile(
-            q_even, q_odd, logit_scale, logit_offset, softcap, highest, total, even, odd, slots, written, (visible, bias),
-            k_ptr, k_token_scale_ptr, v_ptr, v_token_scale_ptr,
+            q_even, q_odd, logit_scale, logit_offset, softcap, highest, total, even, odd, slots, written, visible, bias,
+            k_ptr, _load_token_scale(k_token_scale_ptr, slots, written, K_DYNAMIC),
+            v_ptr, _load_token_scale(v_token_scale_ptr, slots, written, V_DYNAMIC),
             BLOCK_M, BLOCK_N, K_FORMAT, K_DIM, K_BLOCK, K_DYNAMIC, V_FORMAT, V_DIM, V_BLOCK, V_DYNAMIC,
-            True, MASK == 3, SOFTCAP, ISA, DOT_DTYPE,
+            True, MASK == 3, OFFSET, SOFTCAP, ISA, DOT_DTYPE,
         )  # fmt: skip
 
     v_channels = tl.arange(0, V_PAIRS)
@@ -198,124 +210,132 @@ def attention_kernel(
         tl.store(stats_ptr + partial_rows * 2, highest, mask=row_inside)
         tl.store(stats_ptr + partial_rows * 2 + 1, total, mask=row_inside)
         if tile_begin < tile_end:
-            targets = partial_ptr + partial_rows[:, None] * V_BLOCK + v_channels[None, :]
-            tl.store(targets, even, mask=row_inside[:, None])
+            targets = partial_ptr + partial_rows[None, :] * V_BLOCK + v_channels[:, None]
+            tl.store(targets, even, mask=row_inside[None, :])
             if V_FORMAT != MODEL:
-                tl.store(targets + V_PAIRS, odd, mask=row_inside[:, None])
+                tl.store(targets + V_PAIRS, odd, mask=row_inside[None, :])
     else:
         share, ratio = _normalize(highest, total, sinks_ptr, row_head, SINKS)
-        output_pointers = (
-            output_ptr
-            + (
-                sequence.to(tl.int64) * output_stride_b
-                + row_head.to(tl.int64) * output_stride_h
-                + row_token.to(tl.int64) * output_stride_t
-            )[:, None]
-        )
+        output_ptr += sequence.to(tl.int64) * output_stride_b
+        output_offsets = row_head.to(tl.int64) * output_stride_h + row_token.to(tl.int64) * output_stride_t
+        even = tl.trans(even * share[None, :])
         if V_FORMAT == MODEL:
-            result = even * share[:, None]
-            channels = tl.arange(0, V_BLOCK)
+            result = even
         else:
-            even = even * share[:, None]
-            odd = odd * share[:, None]
-            result = tl.reshape(tl.join(even, odd), [BLOCK_M, V_BLOCK])
-            channels = tl.arange(0, V_BLOCK)
+            result = tl.reshape(tl.join(even, tl.trans(odd * share[None, :])), [BLOCK_M, V_BLOCK])
+        channels = tl.arange(0, V_BLOCK)
         if V_SCALE:
-            result = result * load_scale(v_scale_ptr, head, channels, V_DIM, V_SCALE)
+            result = result * load_scale(v_scale_ptr, head, channels, V_DIM, V_SCALE)[None, :]
         if V_ZERO:
-            result = result + load_scale(v_zero_ptr, head, channels, V_DIM, V_ZERO) * ratio[:, None]
+            result = result + load_scale(v_zero_ptr, head, channels, V_DIM, V_ZERO)[None, :] * ratio[:, None]
         tl.store(
-            output_pointers + channels[None, :],
+            output_ptr + output_offsets[:, None] + channels[None, :],
             result.to(output_ptr.dtype.element_ty),
             mask=row_inside[:, None] & (channels < V_DIM)[None, :],
         )
 
 
 @triton.jit
+def _slots(pages, head, tokens, H: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Where tokens lie, counted in tokens of one head over all pages."""
+    return (pages * H + head) * PAGE_SIZE + tokens % PAGE_SIZE
+
+
+@triton.jit
 def _attend_tile(
-    q_even, q_odd, logit_scale, logit_offset, softcap, highest, total, even, odd, slots, written, seen,
-    k_ptr, k_token_scale_ptr, v_ptr, v_token_scale_ptr,
+    q_even, q_odd, logit_scale, logit_offset, softcap, highest, total, even, odd, slots, written, visible, bias,
+    k_ptr, k_token_scale, v_ptr, v_token_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     K_FORMAT: tl.constexpr, K_DIM: tl.constexpr, K_BLOCK: tl.constexpr, K_DYNAMIC: tl.constexpr,
     V_FORMAT: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_DYNAMIC: tl.constexpr,
-    MASKED: tl.constexpr, BIASED: tl.constexpr, SOFTCAP: tl.constexpr, ISA: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    MASKED: tl.constexpr, BIASED: tl.constexpr, OFFSET: tl.constexpr, SOFTCAP: tl.constexpr, ISA: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over BLOCK_N tokens, which lie at `slots`."""
-    k = _load_tile(k_ptr, slots, written, K_FORMAT, K_DIM, K_BLOCK, MASKED)
-    v = _load_tile(v_ptr, slots, written, V_FORMAT, V_DIM, V_BLOCK, MASKED)
+    k = _load_tile(k_ptr, slots, written, K_FORMAT, K_DIM, K_BLOCK, MASKED, False)
+    v = _load_tile(v_ptr, slots, written, V_FORMAT, V_DIM, V_BLOCK, MASKED, True)
     if K_FORMAT == MODEL:
-        logits = tl.dot(q_even, tl.trans(k), input_precision="ieee")
+        logits = tl.dot(k, q_even, input_precision="ieee")
     else:
         k_even, k_odd = decode_pair(k, K_FORMAT, ISA)
-        logits = tl.dot(q_even, tl.trans(k_even.to(DOT_DTYPE)), input_precision="ieee")
-        logits = tl.dot(q_odd, tl.trans(k_odd.to(DOT_DTYPE)), logits, input_precision="ieee")
+        logits = tl.dot(k_even.to(DOT_DTYPE), q_even, input_precision="ieee")
+        logits = tl.dot(k_odd.to(DOT_DTYPE), q_odd, logits, input_precision="ieee")
     if K_DYNAMIC:
-        logits = logits * _load_token_scale(k_token_scale_ptr, slots, written, MASKED)[None, :]
-    logits = logits * logit_scale[:, None] + logit_offset[:, None]
+        logits = logits * bf16_bits_to_fp32(k_token_scale)[:, None]
+    logits = logits * logit_scale[None, :]
+    if OFFSET:
+        logits = logits + logit_offset[None, :]
     if SOFTCAP:
         # tanh by way of the logistic function
         logits = (2.0 / (1.0 + tl.exp2(logits * (-2.0 * LOG2_E / softcap))) - 1.0) * (softcap * LOG2_E)
+    if BIASED:
+        logits = logits + bias * LOG2_E
     if MASKED:
-        visible, bias = seen
-        if BIASED:
-            logits = logits + bias * LOG2_E
         logits = tl.where(visible, logits, float("-inf"))
     if V_DYNAMIC:
-        v_token_scale = _load_token_scale(v_token_scale_ptr, slots, written, MASKED)
-        logits = logits + tl.log2(v_token_scale)[None, :]
-    new_highest = tl.maximum(highest, tl.max(logits, axis=1))
+        # scale = 2^exponent * mantissa
+        bits = v_token_scale.to(tl.int32)
+        exponent = bits >> 7
+        logits = logits + (exponent - 127).to(tl.float32)[:, None]
+    new_highest = tl.maximum(highest, tl.max(logits, axis=0))
     base = new_highest
     if MASKED:
         base = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # a row that has seen nothing yet
-    weights = tl.exp2(logits - base[:, None])
+    weights = tl.exp2(logits - base[None, :])
     decay = tl.exp2(highest - base)
     if V_DYNAMIC:
-        total = total * decay + tl.sum(weights * (1.0 / v_token_scale)[None, :], axis=1)
+        total = total * decay + tl.sum(weights * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None], axis=0)
+        mantissa = ((bits << 16) & 0x7F0000 | 0x3F800000).to(tl.float32, bitcast=True)
+        mantissa = tl.where(exponent == 255, float("nan"), mantissa)
+        weights = weights * mantissa[:, None]
     else:
-        total = total * decay + tl.sum(weights, axis=1)
-    even = even * decay[:, None]
+        total = total * decay + tl.sum(weights, axis=0)
+    even = even * decay[None, :]
     if V_FORMAT == MODEL:
-        even = tl.dot(weights.to(v.dtype), v, even, input_precision="ieee")
+        even = tl.dot(v, weights.to(v.dtype), even, input_precision="ieee")
     else:
-        odd = odd * decay[:, None]
+        odd = odd * decay[None, :]
         v_even, v_odd = decode_pair(v, V_FORMAT, ISA)
         weights = weights.to(DOT_DTYPE)
-        even = tl.dot(weights, v_even.to(DOT_DTYPE), even, input_precision="ieee")
-        odd = tl.dot(weights, v_odd.to(DOT_DTYPE), odd, input_precision="ieee")
+        even = tl.dot(v_even.to(DOT_DTYPE), weights, even, input_precision="ieee")
+        odd = tl.dot(v_odd.to(DOT_DTYPE), weights, odd, input_precision="ieee")
     return new_highest, total, even, odd
 
 
 @triton.jit
 def _load_tile(
-    ptr, slots, written, FORMAT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
-):
-    """`[BLOCK_N, BLOCK]` elements of unquantized pages, or `[BLOCK_N, BLOCK / 2]` pairs of codes."""
+    ptr, slots, written,
+    FORMAT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """`[tokens, BLOCK]` elements of unquantized pages, or `[tokens, BLOCK / 2]` pairs of codes; or their transpose."""
     if FORMAT == MODEL:
         WIDTH: tl.constexpr = DIM
         COLUMNS: tl.constexpr = BLOCK
-        columns = tl.arange(0, COLUMNS)
-        pointers = ptr + slots[:, None] * WIDTH + columns[None, :]
     else:
         WIDTH: tl.constexpr = DIM // 2
         COLUMNS: tl.constexpr = BLOCK // 2
-        columns = tl.arange(0, COLUMNS)
-        pointers = ptr.to(tl.pointer_type(tl.uint16)) + slots[:, None] * WIDTH + columns[None, :]
+        ptr = ptr.to(tl.pointer_type(tl.uint16))
+    token_axis: tl.constexpr = 1 if TRANSPOSED else 0
+    columns = tl.expand_dims(tl.arange(0, COLUMNS), token_axis)
+    pointers = ptr + tl.expand_dims(slots, 1 - token_axis).to(tl.int64) * WIDTH + columns
     # Slots that hold no token may hold a NaN, and so may whatever lies behind the last channel.
     if MASKED:
-        return tl.load(pointers, mask=written[:, None] & (columns < WIDTH)[None, :], other=0)
+        return tl.load(pointers, mask=tl.expand_dims(written, 1 - token_axis) & (columns < WIDTH), other=0)
     elif WIDTH < COLUMNS:
-        return tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0)
+        return tl.load(pointers, mask=columns < WIDTH, other=0)
     else:
         return tl.load(pointers)
 
 
 @triton.jit
-def _load_token_scale(ptr, slots, written, MASKED: tl.constexpr):
-    pointers = ptr.to(tl.pointer_type(tl.int16)) + slots
-    if MASKED:
-        return bf16_bits_to_fp32(tl.load(pointers, mask=written, other=0x3F80))
+def _load_token_scale(ptr, slots, written, DYNAMIC: tl.constexpr):
+    """The bits of bfloat16 scales, 1 where none is written."""
+    if not DYNAMIC:
+        return slots  # not used
+    elif written is None:
+        return tl.load(ptr.to(tl.pointer_type(tl.int16)) + slots)
     else:
-        return bf16_bits_to_fp32(tl.load(pointers))
+        return tl.load(ptr.to(tl.pointer_type(tl.int16)) + slots, mask=written, other=0x3F80)
 
 
 @triton.jit
@@ -374,10 +394,10 @@ def merge_kernel(
         channels = (columns % (V_BLOCK // 2)) * 2 + columns // (V_BLOCK // 2)
     if V_SCALE:
         scale = load_scale(v_scale_ptr, head, channels, V_DIM, V_SCALE)
-        result = result * tl.reshape(scale, [V_BLOCK])
+        result = result * scale
     if V_ZERO:
         zero = load_scale(v_zero_ptr, head, channels, V_DIM, V_ZERO)
-        result = result + tl.reshape(zero, [V_BLOCK]) * ratio
+        result = result + zero * ratio
     targets = (
         output_ptr
         + sequence.to(tl.int64) * output_stride_b

@@ -65,10 +65,10 @@ def _write_side(
         # Reciprocals and their order are the reference's: they decide the bytes.
         y = x.to(tl.float32)
         if ZERO:
-            y = y - load_scale(zero_ptr, head, channels, DIM, ZERO)
+            y = y - load_scale(zero_ptr, head, channels, DIM, ZERO)[None, :]
         if SCALE:
             scale = load_scale(scale_ptr, head, channels, DIM, SCALE)
-            y = y * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+            y = y * tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[None, :]
         qmax: tl.constexpr = 127.0 if FORMAT == INT8 else (448.0 if FORMAT == 1 else 57344.0)
         if DYNAMIC:
             y = tl.where(mask, y, 0.0)
@@ -91,7 +91,7 @@ def _write_side(
 
 @triton.jit
 def load_scale(scale_ptr, head, channels, DIM: tl.constexpr, KIND: tl.constexpr):
-    """A scale or zero of one head as `[1, BLOCK]`, whatever its granularity."""
+    """A scale or zero of one head, by channel, whatever its granularity."""
     if KIND == 1:
         offsets = channels * 0
     elif KIND == 2:
@@ -100,4 +100,4 @@ def load_scale(scale_ptr, head, channels, DIM: tl.constexpr, KIND: tl.constexpr)
         offsets = head * DIM + channels
     else:
         offsets = channels
-    return tl.load(scale_ptr + offsets, mask=channels < DIM, other=1.0)[None, :]
+    return tl.load(scale_ptr + offsets, mask=channels < DIM, other=1.0)
