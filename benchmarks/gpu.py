@@ -25,6 +25,7 @@ import torch
 
 from . import bandwidth, capacity, decode, generation, prefill, small, write
 from .results import Results
+from .timing import free
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,6 +89,7 @@ def main() -> None:
     for name in chosen:
         start = time.perf_counter()
         parts[name](results, quick=arguments.quick, tiny=arguments.tiny)
+        free(device)
         print(f"-- {name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
