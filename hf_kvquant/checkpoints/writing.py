@@ -1,0 +1,278 @@
+"""Putting scales into the files of a checkpoint, so that a crash at any moment leaves one with all its weights.
+
+Every file is written beside its place and then put there at once; what declares the scales comes last. transformers
+takes a `model.safetensors` before any index, and the tensors of all shards whatever the index says: a single file gets
+another name when an index comes, and no shard keeps a scale that another one has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ..scales import LayerScales
+from . import sidecar
+from .files import INDEX, CheckpointFiles
+from .found import ModelLayers
+from .layouts import (
+    check_holds,
+    choose_layout,
+    declared_in,
+    limits,
+    quantization_of,
+    tensors_of,
+    vllm_json,
+)
+from .matching import bare
+
+# Sorts behind every shard of weights: who asks a checkpoint for its dtype looks into the first file.
+_SHARD = "model-kv-scales.safetensors"
+_SINGLE = "model.safetensors"
+_SINGLE_IN_INDEX = "model-00001-of-00001.safetensors"
+_CONFIG = "config.json"
+_MODELOPT_CONFIG = "hf_quant_config.json"
+_VLLM_JSON = "kv_cache_scales.json"
+# What one family or another calls the scales of an attention module, below the module's own path.
+_SCALE_NAMES = {
+    "kv_scale",
+    "prob_output_scale",
+    *(f"{side}_{part}" for side in "qkv" for part in ("scale", "zero_point")),
+    *(f"{side}_proj.{part}" for side in "qkv" for part in (f"{side}_scale", "output_scale", "output_zero_point")),
+    *(f"{side}_cache.scale" for side in "kv"),
+}
+
+
+class HasScales(Protocol):
+    """What can be written: what `calibrate` and `read_scales` return."""
+
+    @property
+    def kv_cache_dtype(self) -> str | None: ...
+    @property
+    def layers(self) -> Sequence[LayerScales | None]: ...
+
+
+@dataclass(frozen=True)
+class WrittenScales:
+    """What was written.
+
+    Attributes:
+        path: the directory with the scales.
+        layout: how they are laid out.
+        files: the files in it that are new or changed.
+        notes: which readers of this layout cannot read these scales, and what did not survive.
+    """
+
+    path: str
+    layout: str
+    files: list[str]
+    notes: list[str] = field(default_factory=list)
+
+
+def write_checkpoint(
+    scales: HasScales,
+    model: ModelLayers,
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    layout: str = "auto",
+    settings: Mapping[str, Any] | None = None,
+) -> WrittenScales:
+    """Write scales of the layers of `model`; see `hf_kvquant.write_scales`. `settings` say how they were made."""
+    if scales.kv_cache_dtype is None:
+        raise ValueError("these scales do not say which format they are for; they cannot be written")
+    if len(model) != len(scales.layers):
+        raise ValueError(f"there are scales of {len(scales.layers)} layers, but this model has {len(model)}")
+    files = CheckpointFiles.find(checkpoint)
+    by_prefix = _by_prefix(scales, model, files)
+    if not by_prefix:
+        raise ValueError("there are no scales to write")
+    layout = choose_layout(layout, files.config, files.path)
+    check_holds(layout, scales.kv_cache_dtype, by_prefix)
+    notes = limits(layout, scales.kv_cache_dtype, by_prefix)
+    for note in notes:
+        warnings.warn(f"layout {layout!r}: {note}", stacklevel=3)
+
+    directory = Path(files.path if output is None else output)
+    if layout == "sidecar":
+        _put_json(directory / sidecar.FILE, sidecar.content(scales.kv_cache_dtype, by_prefix, settings or {}))
+        return WrittenScales(str(directory), layout, [sidecar.FILE], notes)
+    if layout == "vllm-json":
+        _put_json(directory / _VLLM_JSON, vllm_json(by_prefix, files.config))
+        return WrittenScales(str(directory), layout, [_VLLM_JSON], notes)
+
+    _check_complete(scales, model, files)
+    addition = _Addition(
+        tensors_of(layout, by_prefix),
+        declared_in(layout, scales.kv_cache_dtype, by_prefix, files.config),
+        list(by_prefix),
+        is_modelopt=layout == "modelopt",
+    )
+    if output is not None:
+        return WrittenScales(str(directory), layout, _add_to_copy(files, addition, directory), notes)
+    if not Path(checkpoint).is_dir():
+        raise ValueError(f"{checkpoint} is not a directory; give an output directory for the new checkpoint")
+    _check_in_place(files, addition)
+    return WrittenScales(files.path, layout, _add(files, addition), notes)
+
+
+def _by_prefix(scales: HasScales, model: ModelLayers, files: CheckpointFiles) -> dict[str, LayerScales]:
+    """The scales by their module's path as the checkpoint spells it, which may have other wrappers than the model."""
+    spelled: dict[str, str] = {}
+    for name in files.tensors:
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            parent = ".".join(parts[:end])
+            spelled.setdefault(bare(parent), parent)
+    by_prefix = {}
+    for index, (layer, paths) in enumerate(zip(scales.layers, model.paths, strict=True)):
+        if layer is None:
+            continue
+        if not paths:
+            raise ValueError(f"there are scales of layer {index}, but this model has no attention module for it")
+        by_prefix[next((spelled[bare(path)] for path in paths if bare(path) in spelled), paths[0])] = layer
+    return by_prefix
+
+
+def _check_complete(scales: HasScales, model: ModelLayers, files: CheckpointFiles) -> None:
+    """Raise ValueError if what is declared for all attention modules would be missing in some, or without weights."""
+    missing = [
+        i for i, (layer, paths) in enumerate(zip(scales.layers, model.paths, strict=True)) if paths and not layer
+    ]
+    if missing:
+        raise ValueError(
+            f"layers {missing} have no scales, and readers fill the gaps with whatever is in memory; calibrate with "
+            "more data, or use layout='sidecar'"
+        )
+    if not files.tensors:
+        raise ValueError(f"{files.path} has no safetensors files; save the model as safetensors first")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """What a checkpoint gets: tensors, its new config.json, and the modules whose old scales go."""
+
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, Any]
+    prefixes: list[str]
+    is_modelopt: bool
+
+
+def _add_to_copy(files: CheckpointFiles, addition: _Addition, target: Path) -> list[str]:
+    """Copy a checkpoint and add to the copy; `target` is there as a whole or not at all."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not empty; give a new directory")
+    partial = target.parent / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        for file in Path(files.path).iterdir():
+            if file.is_file():
+                shutil.copy2(file, partial / file.name)
+        changed = _add(CheckpointFiles.find(partial), addition)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return changed
+
+
+def _check_in_place(files: CheckpointFiles, addition: _Addition) -> None:
+    """Raise ValueError for what could not be done without a moment at which the checkpoint is wrong."""
+    advice = "give an output directory for a checkpoint with the new ones"
+    if stale := _stale(files, addition):
+        raise ValueError(f"{files.path} has KV scales among the weights of {', '.join(sorted(stale))}; {advice}")
+    before = quantization_of(files.config).get("kv_cache_scheme")
+    after = quantization_of(addition.config).get("kv_cache_scheme")
+    if before not in (None, after) and _SHARD in files.tensors.values():
+        raise ValueError(f"{files.path} has KV scales for {before}, the new ones are for {after}; {advice}")
+
+
+def _stale(files: CheckpointFiles, addition: _Addition) -> dict[str, set[str]]:
+    """Old scales of the same modules, by the file they are in."""
+    names = {f"{prefix}.{name}" for prefix in addition.prefixes for name in _SCALE_NAMES}
+    stale: dict[str, set[str]] = {}
+    for name in names & set(files.tensors):
+        if files.tensors[name] != _SHARD:
+            stale.setdefault(files.tensors[name], set()).add(name)
+    return stale
+
+
+def _add(files: CheckpointFiles, addition: _Addition) -> list[str]:
+    """Put an addition into a checkpoint's directory; returns the files that are new or changed."""
+    directory = Path(files.path)
+    weight_map = {name: file for name, file in files.tensors.items() if file != _SHARD}
+    changed = []
+    for file, names in _stale(files, addition).items():
+        _put(directory / file, _without(directory / file, names))
+        weight_map = {name: where for name, where in weight_map.items() if name not in names}
+        changed.append(file)
+    _put(directory / _SHARD, lambda path: save_file(addition.tensors, path, {"format": "pt"}))
+
+    index = _read_json(directory / INDEX) if (directory / INDEX).exists() else {}
+    single = directory / _SINGLE
+    sizes = [(directory / file).stat().st_size for file in {*weight_map.values(), _SHARD}]
+    becomes_sharded = single.exists()
+    if becomes_sharded:
+        weight_map = {name: _SINGLE_IN_INDEX if file == _SINGLE else file for name, file in weight_map.items()}
+    index["metadata"] = {**(index.get("metadata") or {}), "total_size": sum(sizes)}
+    index["weight_map"] = weight_map | dict.fromkeys(addition.tensors, _SHARD)
+    _put_json(directory / INDEX, index)
+    changed += [_SHARD, INDEX]
+    if becomes_sharded:  # until now it came before the index
+        single.rename(directory / _SINGLE_IN_INDEX)
+        changed.append(_SINGLE_IN_INDEX)
+    if addition.is_modelopt and (directory / _MODELOPT_CONFIG).exists():
+        declared = _read_json(directory / _MODELOPT_CONFIG)
+        declared.setdefault("quantization", {})["kv_cache_quant_algo"] = "FP8"
+        _put_json(directory / _MODELOPT_CONFIG, declared)
+        changed.append(_MODELOPT_CONFIG)
+    _put_json(directory / _CONFIG, addition.config)
+    return sorted({*changed, _CONFIG} - ({_SINGLE} if becomes_sharded else set()))
+
+
+def _without(file: Path, names: set[str]) -> Callable[[Path], None]:
+    """What writes the safetensors file anew without some of its tensors."""
+
+    def write(path: Path) -> None:
+        with safe_open(file, framework="pt") as handle:
+            metadata = handle.metadata()
+        save_file({name: value for name, value in load_file(file).items() if name not in names}, path, metadata)
+
+    return write
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def _put_json(file: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    _put(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _put(file: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make `file`, which others see as it was or whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        write(partial)
+        with partial.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

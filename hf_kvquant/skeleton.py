@@ -1,0 +1,108 @@
+"""A model without its weights: what a checkpoint's configuration says about layers, before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from .hosts import layer_type_names
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Keys and values of one cache layer.
+
+    Attributes:
+        layer_type: the host's name for it.
+        num_kv_heads, k_head_dim, v_head_dim: sizes; 0 where a layer stores no keys and values.
+        window: tokens that a sliding layer looks back, itself included; None for all.
+    """
+
+    layer_type: str
+    num_kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    window: int | None = None
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Of K and V together."""
+        return self.num_kv_heads * (self.k_head_dim + self.v_head_dim)
+
+    def num_tokens(self, context: int) -> int:
+        """How many tokens of so long a context have to be kept."""
+        return context if self.window is None else min(context, self.window)
+
+
+def model_skeleton(source: str | os.PathLike[str], revision: str | None = None) -> PreTrainedModel:
+    """The model of a directory or hub id on the meta device: modules and shapes, no weights.
+
+    Raises ValueError if there is no configuration, or none that transformers knows.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{source} has no configuration that transformers can read: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # it is about weights, which are not loaded
+    names = [name for name in getattr(config, "architectures", None) or () if hasattr(transformers, name)]
+    model_class = getattr(transformers, names[0]) if names else AutoModelForCausalLM
+    make = model_class.from_config if model_class is AutoModelForCausalLM else model_class._from_config
+    with torch.device("meta"):
+        # The plainest attention and the usual dtype: what every model can be traced with.
+        model: PreTrainedModel = make(config, dtype=torch.bfloat16, attn_implementation="eager")
+    model.config._name_or_path = str(source)
+    return model.eval()
+
+
+def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
+    """What each cache layer of a model on the meta device stores.
+
+    Raises ValueError if that cannot be found out.
+    """
+    config = model.config.get_text_config(decoder=True)
+    cache = DynamicCache(config=config)
+    types = layer_type_names(config, cache.layers)
+    try:
+        _run(model, cache)
+        sizes = [_cached(layer) for layer in cache.layers]
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError):
+        # Some models look at numbers, of which there are none here.
+        sizes = [_configured(config)] * len(cache.layers)
+    windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+    return [LayerShape(name, *size, window) for name, size, window in zip(types, sizes, windows, strict=True)]
+
+
+def _run(model: PreTrainedModel, cache: DynamicCache) -> None:
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    with torch.device("meta"), torch.no_grad():
+        if model.config.is_encoder_decoder:
+            both = EncoderDecoderCache(cache, DynamicCache())
+            model(input_ids=tokens, decoder_input_ids=tokens, past_key_values=both, use_cache=True)
+        else:
+            model(input_ids=tokens, past_key_values=cache, use_cache=True)
+
+
+def _cached(layer: object) -> tuple[int, int, int]:
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if not isinstance(keys, torch.Tensor) or keys.ndim != 4:
+        return 0, 0, 0
+    return keys.shape[1], keys.shape[3], values.shape[3] if isinstance(values, torch.Tensor) else 0
+
+
+def _configured(config: PreTrainedConfig) -> tuple[int, int, int]:
+    num_heads = getattr(config, "num_attention_heads", None)
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None and num_heads and getattr(config, "hidden_size", None):
+        head_dim = config.hidden_size // num_heads
+    if not num_kv_heads or not head_dim:
+        raise ValueError(
+            f"how keys and values of a {config.model_type} are shaped cannot be told from its configuration"
+        )
+    return num_kv_heads, head_dim, head_dim
