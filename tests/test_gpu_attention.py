@@ -1,0 +1,183 @@
+"""On a GPU: `paged_attention` against float64, within what the rounding of its operands does."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from test_ops import CASES, Case, Problem, build, float64_attention, on
+
+from hf_kvquant.ops import paged_attention
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Unit roundoff.
+ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9}
+
+_LONG = {"lengths": (5000, 1, 17, 300), "num_kv_heads": 1}
+MORE_CASES: dict[str, Case] = {
+    **{f"gpu_tokens_{t}": Case(lengths=(t + 200, t, t + 17), num_tokens=t, groups=4, head_dim=128)
+       for t in (1, 2, 4, 5, 16, 17, 64, 300)},
+    **{f"gpu_groups_{g}": Case(lengths=(130, 63), groups=g, num_tokens=5, head_dim=128) for g in (1, 4, 7, 8, 16)},
+    **{f"gpu_groups_{g}_one_token": Case(lengths=(130, 63), groups=g, head_dim=80) for g in (1, 4, 7, 8, 16)},
+    **{f"gpu_head_dim_{d}_{name}": Case(head_dim=d, lengths=(130, 17), formats=(name, name), groups=4,
+                                        kinds=(kind, kind), num_tokens=t)
+       for d, t in ((16, 1), (64, 17), (80, 1), (96, 5), (112, 1), (128, 64), (256, 17))
+       for name, kind in (("fp8_e4m3", "channel"), ("int8", "equalized"), ("fp8_e5m2", "dynamic"), ("model", "unit"))},
+    "gpu_192_128": Case(head_dim=192, v_head_dim=128, lengths=(130, 17), kinds=("dynamic", "channel"), num_tokens=3),
+    "gpu_long": Case(**_LONG, groups=4, head_dim=128, kinds=("dynamic", "dynamic")),
+    "gpu_long_int8": Case(**_LONG, groups=8, head_dim=128, formats=("int8", "int8"), kinds=("equalized", "equalized")),
+    "gpu_long_model": Case(**_LONG, groups=4, formats=("model", "model")),
+    "gpu_long_sinks": Case(**_LONG, groups=4, sinks=True, softcap=4.0, q_size=2.0),
+    "gpu_long_window": Case(**_LONG, window=1000, page_size=64),
+    "gpu_long_ring": Case(lengths=(5000, 1100), window=1000, ring=True, num_tokens=4, num_kv_heads=1, page_size=64),
+    "gpu_long_mask": Case(lengths=(3000, 40, 17), mask=("bool", "B", "1"), num_kv_heads=1),
+    "gpu_long_float_mask": Case(lengths=(3000, 40, 17), mask=("float", "B", "H"), num_tokens=4, num_kv_heads=1),
+    "gpu_chunk": Case(lengths=(1300, 300), num_tokens=300, groups=4, num_kv_heads=1, head_dim=128,
+                      kinds=("dynamic", "equalized"), formats=("int8", "int8")),
+    "gpu_chunk_zeros": Case(lengths=(1300, 300), num_tokens=300, num_kv_heads=1, kinds=("zero_channel",) * 2,
+                            softcap=5.0, sinks=True, window=400),
+    "gpu_not_causal": Case(lengths=(300, 63), num_tokens=17, causal=False, groups=7, head_dim=80),
+    "gpu_int8_zeros": Case(lengths=(130, 63), formats=("int8", "int8"), kinds=("zero_channel",) * 2, sinks=True),
+    **{f"gpu_page_size_{s}": Case(lengths=(1000, 63), page_size=s, groups=4) for s in (1, 8, 16, 32, 64, 128, 256)},
+}  # fmt: skip
+ALL_CASES = CASES | MORE_CASES
+
+
+def in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
+    """The problem with a query, and unquantized pages, of `dtype`."""
+    numbers = list(problem.numbers)
+    for index, side in enumerate((problem.k, problem.v)):
+        if side.format == "model":
+            side.pages = side.pages.to(dtype)
+            numbers[index] = [torch.tensor(x).to(dtype).double().numpy() for x in numbers[index]]
+    return dataclasses.replace(problem, query=problem.query.to(dtype), numbers=(numbers[0], numbers[1]))
+
+
+def run(problem: Problem, device: str) -> torch.Tensor:
+    """The operator on `device`."""
+    tensors = (problem.page_table, problem.seq_lens)
+    options = {
+        name: option.to(device) if isinstance(option, torch.Tensor) else option
+        for name, option in problem.options.items()
+    }
+    sides = (on(problem.k, device), on(problem.v, device))
+    return paged_attention(problem.query.to(device), *sides, *(t.to(device) for t in tensors), **options)
+
+
+def allowed_error(problem: Problem, expected: np.ndarray, fp32_bound: np.ndarray) -> np.ndarray:
+    """`[B, Hq, T]`: how far a row may be off in the 2-norm.
+
+    Products are taken of queries and probabilities rounded to 16 bits, with fp32 sums: fp16 over quantized pages, the
+    pages' own dtype over others. What that does is found by moving both by their unit roundoff, up or down by chance; a
+    rounding moves by less, so a few times the largest of some trials is allowed.
+    """
+    dtype = problem.query.dtype
+    roundoffs = [0.0, ROUNDOFF[dtype]]
+    if dtype != torch.float32:
+        if problem.k.format != "model":
+            roundoffs[0] = ROUNDOFF[torch.float16]
+        if problem.v.format != "model":
+            roundoffs[1] = ROUNDOFF[torch.float16]
+    rng = np.random.default_rng(0)
+    moved_by = np.zeros(expected.shape[:3])
+    for _ in range(3):
+        signs = torch.tensor(rng.choice([-1.0, 1.0], problem.query.shape))
+        query = problem.query.double() * (1 + roundoffs[0] * signs)
+        values = [v * (1 + roundoffs[1] * rng.choice([-1.0, 1.0], (*v.shape[:2], 1))) for v in problem.numbers[1]]
+        moved = dataclasses.replace(problem, query=query, numbers=(problem.numbers[0], values))
+        difference = float64_attention(moved)[0] - expected
+        moved_by = np.maximum(moved_by, np.linalg.norm(difference, axis=-1))
+    # The logistic function leaves an absolute error of a capped logit; a logit's error moves a row by twice that.
+    largest = max(float(np.abs(v).max()) for v in problem.numbers[1])
+    capped = 16 * 2.0**-24 * (problem.options["softcap"] or 0.0) * largest * expected.shape[3] ** 0.5
+    return 4 * moved_by + np.linalg.norm(fp32_bound, axis=-1) + capped
+
+
+def check(case: Case, dtype: torch.dtype, device: str) -> None:
+    """Right, and what lies in slots that hold no token changes no bit."""
+    clean, poisoned = (in_dtype(build(case, poisoned=poison), dtype) for poison in (False, True))
+    got = run(clean, device)
+    assert got.dtype == dtype
+    assert torch.equal(run(poisoned, device), got)
+    expected, bound = float64_attention(clean)
+    error = np.linalg.norm(got.double().cpu().numpy() - expected, axis=-1)
+    allowed = allowed_error(clean, expected, bound)
+    worst = np.unravel_index(np.argmax(error - allowed), error.shape)
+    assert (error <= allowed).all(), f"off by {error[worst]:.2e} at {worst}, allowed {allowed[worst]:.2e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("name", [name for name, case in ALL_CASES.items() if case.dtype == torch.float32])
+def test_attention(name: str, dtype: torch.dtype) -> None:
+    check(ALL_CASES[name], dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_float64_queries() -> None:
+    check(dataclasses.replace(CASES["fp64"], dtype=torch.float32), torch.float32, "cuda")
+    problem = build(CASES["fp64"], poisoned=True)
+    assert run(problem, "cuda").dtype == torch.float64
+
+
+def test_the_allowed_error_sees_one_token() -> None:
+    """A bound that one token too few would pass holds nothing."""
+    case = Case(lengths=(1000,), num_kv_heads=4, q_size=0.3)
+    for dtype in (torch.float16, torch.bfloat16):
+        problem = in_dtype(build(case, poisoned=False), dtype)
+        expected, bound = float64_attention(problem)
+        fewer = dataclasses.replace(problem, options={**problem.options, "window": 999})
+        difference = np.linalg.norm(float64_attention(fewer)[0] - expected, axis=-1)
+        assert (difference > allowed_error(problem, expected, bound)).mean() > 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 4])
+@pytest.mark.parametrize("name", ["fp8_e4m3", "int8", "model"])
+def test_neighbours_do_not_matter(name: str, num_tokens: int) -> None:
+    """A short sequence among long ones, and alone, where the work is split in another way."""
+    kind = "unit" if name == "model" else "dynamic"
+    sizes = {"num_tokens": num_tokens, "num_kv_heads": 1, "groups": 4, "head_dim": 128}
+    case = Case(lengths=(9000, 100, 17), formats=(name, name), kinds=(kind, kind), **sizes)
+    problem = in_dtype(build(case, poisoned=True), torch.bfloat16)
+    together = run(problem, "cuda")
+    expected, bound = float64_attention(problem)
+    allowed = allowed_error(problem, expected, bound)
+    for row in range(3):
+        alone = dataclasses.replace(
+            problem, query=problem.query[row : row + 1], page_table=problem.page_table[row : row + 1],
+            seq_lens=problem.seq_lens[row : row + 1],
+        )  # fmt: skip
+        difference = (run(alone, "cuda")[0] - together[row]).double().norm(dim=-1).cpu().numpy()
+        assert (difference <= 2 * allowed[row]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gpu_tokens_1", "gpu_long", "gpu_tokens_17"])
+def test_runs_give_the_same_bits(name: str) -> None:
+    """An error that comes and goes is a race."""
+    problem = in_dtype(build(ALL_CASES[name], poisoned=True), torch.bfloat16)
+    first = run(problem, "cuda")
+    for _ in range(20):
+        assert torch.equal(run(problem, "cuda"), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_a_graph_follows_the_lengths(num_tokens: int) -> None:
+    """A captured call reads lengths and pages from the device."""
+    case = Case(lengths=(1000, 700), num_tokens=num_tokens, groups=4, head_dim=128, kinds=("dynamic", "dynamic"))
+    problem = in_dtype(build(case, poisoned=False), torch.bfloat16)
+    k, v = on(problem.k, "cuda"), on(problem.v, "cuda")
+    query, table, seq_lens = (t.cuda() for t in (problem.query, problem.page_table, problem.seq_lens))
+    paged_attention(query, k, v, table, seq_lens, softmax_scale=0.1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = paged_attention(query, k, v, table, seq_lens, softmax_scale=0.1)
+    for lengths in ((1000, 700), (17, 4), (63, 999), (500, 16)):
+        seq_lens.copy_(torch.tensor(lengths))
+        graph.replay()
+        assert torch.equal(got, paged_attention(query, k, v, table, seq_lens, softmax_scale=0.1))
