@@ -12,7 +12,7 @@ from ._version import __version__
 from .cache import QuantizedPagedCache
 from .checkpoints import CheckpointScales
 from .config import KVQuantConfig
-from .pages import OutOfPagesError
+from .pools import OutOfPagesError
 from .reading import read_scales
 from .report import CacheReport, LayerReport
 from .scales import LayerScales

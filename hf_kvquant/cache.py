@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,7 +21,7 @@ from transformers.cache_utils import (
 from .checkpoints import CheckpointScales
 from .config import KVQuantConfig
 from .fixed import FixedLayer
-from .growing import GrowingLayer
+from .growing import GrowingLayer, move_to_own_pool
 from .hosts import attention_name, checkpoint_of, disable_fake_quantization, layer_type_names
 from .hybrid import HybridFixedLayer, HybridGrowingLayer
 from .layers import PagedLayer, SharedState, tokens_to_take_back
@@ -203,6 +204,59 @@ class QuantizedPagedCache(DynamicCache):
             table.select(indices)
         for layer in filled:
             layer.follow_select(indices)
+
+    # -- copies ----------------------------------------------------------------------------------------------------
+
+    def fork(self) -> QuantizedPagedCache:
+        """A cache with the same tokens that goes its own way from here, sharing every page with this one.
+
+        Nothing is copied now: both caches hold the same pool of pages, and a page that one of them is about to write
+        while another still refers to it is copied then. Neither ever sees what the other writes, crops, reorders or
+        resets, and a page becomes free when the last cache that refers to it lets go of it or is dropped; forks may
+        outlive the cache they come from. Static scales and equalizers are shared, since the shared bytes need them;
+        `num_pages` bounds all caches of a pool together, and `nbytes_allocated` of each is the whole pool. A cache at
+        fixed addresses, scales that wait for their first real tokens, and the states of linear attention are copied.
+
+        Forks of one cache change the same pool: use them from one thread at a time (`copy.deepcopy` shares nothing).
+        """
+        self._settle()
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.notes = list(self.notes)
+        other.shared = self.shared.copy()
+        tables = {id(table): table.fork() for table in self._tables}
+        for table in self._tables:
+            tables[id(table)].siblings = tuple(tables[id(t)] for t in table.siblings if id(t) in tables)
+        memo: dict[int, Any] = {id(self.shared): other.shared, **tables}
+        growing = [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
+        for layer in growing:
+            memo[id(layer.plan)] = layer.plan
+            if layer.is_initialized:
+                memo[id(layer.k)], memo[id(layer.v)] = layer.k, layer.v
+        other.layers = copy.deepcopy(self.layers, memo)
+        for layer in other.layers:
+            if isinstance(layer, GrowingLayer) and layer.is_initialized:
+                layer.table.add_follower(layer)
+            elif isinstance(layer, FixedLayer):
+                layer.mark_addresses()
+        if any(layer.needs_tokens for layer in growing):
+            other._share_nothing()
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedPagedCache:
+        memo[id(self)] = other = self.fork()
+        other._share_nothing()
+        return other
+
+    def _share_nothing(self) -> None:
+        for table in self._tables:
+            move_to_own_pool(table)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a QuantizedPagedCache is not pickled; use fork() or copy.deepcopy() for a copy in this process, and "
+            "save_pretrained() for one on disk"
+        )
 
     def _settle(self) -> None:
         for layer in self._paged_layers:

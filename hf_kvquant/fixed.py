@@ -10,7 +10,7 @@ import torch
 from .hosts import uses_attention_interface
 from .layers import PagedLayer
 from .ops import reference
-from .pages import OutOfPagesError
+from .pools import OutOfPagesError
 from .static_pages import StaticPageTable
 from .stores import PageStore
 
@@ -50,11 +50,17 @@ class FixedLayer(PagedLayer):
         for store in (self.k, self.v):
             store.resize(self.table.pool_size)
         if not torch.compiler.is_compiling():
-            stores = (self.k.paged, self.v.paged)
-            fixed = [*self.table.tensors, self.clipped, *(s.pages for s in stores), *(s.token_scale for s in stores)]
-            for tensor in fixed:
-                if tensor is not None:
-                    torch._dynamo.mark_static_address(tensor)
+            self.mark_addresses()
+
+    def mark_addresses(self) -> None:
+        """Tell the compiler that these tensors stay where they are."""
+        if not hasattr(self, "k"):
+            return
+        stores = (self.k.paged, self.v.paged)
+        fixed = [*self.table.tensors, self.clipped, *(s.pages for s in stores), *(s.token_scale for s in stores)]
+        for tensor in fixed:
+            if tensor is not None:
+                torch._dynamo.mark_static_address(tensor)
 
     def _advance(self, num_new: int, batch_size: int) -> None:
         if self.is_empty and num_new > self.capacity:  # what can be known without asking the device

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from .layers import PagedLayer
 from .ops import reference
 from .pages import PageTable
-from .stores import PageStore, mutable_everywhere
+from .pools import PagePool
+from .stores import PageStore
 
 
 class GrowingLayer(PagedLayer):
@@ -30,8 +31,9 @@ class GrowingLayer(PagedLayer):
         self.length = 0  # tokens that this layer has written
 
     def _reserve(self, batch_size: int) -> None:
-        self.table.add_user(self)
-        self.resize_pages(self.table.pool_size)
+        self.table.add_follower(self)
+        for store in (self.k, self.v):
+            self.table.pool.add_user(store)
 
     @torch.compiler.disable  # bookkeeping on the host; a graph would be guarded on every length
     def _advance(self, num_new: int, batch_size: int) -> None:
@@ -92,7 +94,7 @@ class GrowingLayer(PagedLayer):
         self.is_empty = self.length == 0
 
     def _own_table(self) -> None:
-        if self.is_initialized and len(self.table.users) > 1:
+        if self.is_initialized and len(self.table.followers) > 1:
             self.leave_table()
 
     def activate_past_recording(self) -> None:
@@ -107,27 +109,32 @@ class GrowingLayer(PagedLayer):
     def record_past(self, value: bool) -> None:
         self.table.keeps_past = value
 
-    # -- what the page table asks (pages.PageUser) -----------------------------------------------------------------
-
-    def resize_pages(self, num_pages: int) -> None:
-        with mutable_everywhere():
-            for store in (self.k, self.v):
-                store.resize(num_pages)
-
-    def clear_pages(self, pages: Sequence[int]) -> None:
-        for store in (self.k, self.v):
-            store.clear(pages)
-
-    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        for store in (self.k, self.v):
-            store.copy(sources, targets)
-
-    def keep_pages(self, pages: Sequence[int], num_pages: int) -> None:
-        with mutable_everywhere():
-            for store in (self.k, self.v):
-                store.keep(pages, num_pages)
+    # -- going another way than other layers and caches ------------------------------------------------------------
 
     def leave_table(self) -> None:
-        """Go on with a table of its own."""
-        self.table.remove_user(self)
-        self.table = self.table.detached(self)
+        """Go on with a table of its own, with the tokens that this layer has written."""
+        table = self.table.fork()
+        if self.length:
+            table.crop(self.table.length - self.length)
+        else:
+            table.clear()
+        self.table.remove_follower(self)
+        table.add_follower(self)
+        self.table = table
+        move_to_own_pool(table)
+
+
+def move_to_own_pool(table: PageTable) -> None:
+    """Copy the pages of `table` into a pool that no other table has, for all layers that go by it."""
+    pages, rows = np.unique(table.rows, return_inverse=True)
+    layers = [layer for layer in table.followers if isinstance(layer, GrowingLayer)]
+    copies = []
+    for layer in layers:
+        index = torch.from_numpy(pages).to(layer.device)
+        copies.append((layer.k.with_pages(index), layer.v.with_pages(index)))
+    pool = PagePool(table.pool.num_pages)
+    pool.size = len(pages)
+    for layer, (layer.k, layer.v) in zip(layers, copies, strict=True):
+        pool.add_user(layer.k)
+        pool.add_user(layer.v)
+    table.move_to(pool, rows.reshape(table.rows.shape))

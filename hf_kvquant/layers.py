@@ -47,8 +47,8 @@ class SharedState:
         """Whether the model's attention reads the pages itself."""
         return is_fused(self.model_config)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedState:
-        # A copy of a cache is for the same model: it has to see the configuration that the model goes by.
+    def copy(self) -> SharedState:
+        """For a copy of the cache: the same model's, so it has to see the configuration that the model goes by."""
         return replace(self)
 
 
@@ -166,6 +166,11 @@ class PagedLayer(CacheLayerMixin):
         return self.window
 
     @property
+    def needs_tokens(self) -> bool:
+        """Whether scales are still to be taken from real tokens, though some were written."""
+        return self.is_initialized and (self.k.needs_tokens or self.v.needs_tokens)
+
+    @property
     def holds_tokens(self) -> bool:
         """Whether there are tokens that `settle` would write."""
         return self._held is not None
@@ -203,8 +208,8 @@ class PagedLayer(CacheLayerMixin):
         )  # fmt: skip
 
     def _check_shapes(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        expected = tuple((self.num_heads, store.paged.pages.shape[3]) for store in (self.k, self.v))
-        got = tuple((side.shape[1], side.shape[3]) for side in (key, value))
+        expected = ((self.num_heads, self.k.head_dim), (self.num_heads, self.v.head_dim))
+        got = ((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
         if key.shape[:3] != value.shape[:3]:
             raise ValueError(
                 f"layer {self.index}: keys are {list(key.shape)} and values {list(value.shape)}; "
@@ -263,8 +268,8 @@ class PagedLayer(CacheLayerMixin):
 
     def shape_of(self, side: str, num_new: int) -> torch.Size:
         """Shape of what `read` returns."""
-        pages = self._store(side).paged.pages
-        return torch.Size((self.batch_size, pages.shape[1], self._view_length(num_new), pages.shape[3]))
+        head_dim = self._store(side).head_dim
+        return torch.Size((self.batch_size, self.num_heads, self._view_length(num_new), head_dim))
 
     def _store(self, side: str) -> PageStore:
         return self.k if side == "key" else self.v
@@ -389,7 +394,7 @@ class PagedLayer(CacheLayerMixin):
         num_tokens = int(self.get_seq_length())
         if self.window is not None:
             num_tokens = min(num_tokens, self.window - 1)
-        per_token = self.num_heads * (self.k.paged.pages.shape[3] + self.v.paged.pages.shape[3]) * self.dtype.itemsize
+        per_token = self.num_heads * (self.k.head_dim + self.v.head_dim) * self.dtype.itemsize
         return self.batch_size * num_tokens * per_token
 
     @property

@@ -1,9 +1,9 @@
 """Page tables: which pages a sequence's tokens lie in.
 
-The tables know ids, reference counts and lengths; the bytes lie in pools (`stores.py`) that register with a table and
-are told to grow, clear or copy pages. Layers that see the same tokens share one `PageTable`, so a step edits one table,
-not one a layer. Token p of a sequence is in its page `p // page_size`, column `(p // page_size) % N` of the table (see
-`ops`): with a sliding window only the pages of the window exist.
+Layers that see the same tokens share one `PageTable`, so a step edits one table, not one a layer. Token p of a sequence
+is in its page `p // page_size`, column `(p // page_size) % N` of the table (see `ops`): with a sliding window only the
+pages of the window exist. Sequences of one table, and of the tables of forked caches, may share pages of a pool
+(`pools.py`); a shared page that is about to be written is copied first.
 
 This table grows with the tokens and lives on the host; `static_pages.py` has the one that is reserved at once and
 lives on the device.
@@ -11,135 +11,127 @@ lives on the device.
 
 from __future__ import annotations
 
-import heapq
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
-# Pools grow to this multiple of the need while their final size is not known, and shrink when they exceed the second
-# multiple: together they bound what is allocated beside what is used.
-_GROWTH, _SLACK = 1.2, 1.25
+from .pools import OutOfPagesError, PagePool
 
 
-class OutOfPagesError(RuntimeError):
-    """A sequence needs more pages than `num_pages` allows, or more than were reserved; nothing was changed."""
+class Follower(Protocol):
+    """What a table asks of the layers that go by it."""
 
-
-class PageUser(Protocol):
-    """What a table asks of those whose pages it manages."""
-
-    def resize_pages(self, num_pages: int) -> None:
-        """Make room for pages 0 ... num_pages - 1; those that existed stay, new ones are zero."""
-
-    def clear_pages(self, pages: Sequence[int]) -> None:
-        """Zero these pages."""
-
-    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copy page sources[i] to targets[i]."""
-
-    def keep_pages(self, pages: Sequence[int], num_pages: int) -> None:
-        """Page pages[i] becomes page i, of `num_pages` in all."""
+    length: int  # tokens a sequence that it has written
 
     def leave_table(self) -> None:
-        """The user has not followed the table's last step; it must go on with a table of its own."""
-
-    @property
-    def length(self) -> int:
-        """How many tokens a sequence of the user has written."""
+        """The layer has not followed the table's last step; it must go on with a table of its own."""
 
 
 class _Step(NamedTuple):
-    """What an append will do to each row, and how many more pages that takes in all."""
+    """What an append will do to every row."""
 
     first_page: int
     num_evicted: int
     num_missing: int
-    to_copy: list[int]
-    num_more: int
+    to_copy: np.ndarray  # rows whose last page belongs to others as well
+    free: np.ndarray
+    need: int  # pages in all
 
 
 class PageTable:
-    """The page table of a batch of sequences of equal length, with reference counts and copy on write.
+    """The page table of a batch of sequences of equal length, with copy on write.
 
     Args:
         page_size: tokens per page.
         window: only the last `window - 1` tokens are needed by later ones; pages before them are given back.
-        num_pages: most pages there may be, None for no bound.
-        expected_length: tokens a sequence is known to reach at most; bounds how far ahead pools grow.
+        pool: where pages come from; None for a pool of its own.
+        expected_length: tokens a sequence is known to reach at most; bounds how far ahead the pool grows.
     """
 
     def __init__(
         self,
         page_size: int,
         window: int | None = None,
-        num_pages: int | None = None,
+        pool: PagePool | None = None,
         expected_length: int | None = None,
     ) -> None:
         self.page_size = page_size
         self.window = window
-        self.num_pages = num_pages
         self.expected_length = expected_length
+        self._num_coming = 1  # sequences that the first append brings
         self.keeps_past = False  # while speculation may take tokens back, pages before the window stay
-        self._users: list[weakref.ref[PageUser]] = []
+        self._followers: list[weakref.ref[Follower]] = []
         self.siblings: tuple[PageTable, ...] = ()  # an append that one of these has no room for is refused by all
-        self.clear()
-
-    # Users hold their table and not the other way round: a cache is freed when the last reference to it goes, without
-    # waiting for a garbage collection that a full GPU does not trigger.
+        self._set_rows(np.zeros((0, 0), dtype=np.int64), length=0, first_page=0)
+        self.pool = pool if pool is not None else PagePool()
+        self.pool.add_table(self)
 
     @property
-    def users(self) -> list[PageUser]:
-        """Those whose pages this table manages."""
-        return [user for reference in self._users if (user := reference()) is not None]
+    def followers(self) -> list[Follower]:
+        """The layers that go by this table."""
+        return [layer for reference in self._followers if (layer := reference()) is not None]
 
-    def add_user(self, user: PageUser) -> None:
-        self._users.append(weakref.ref(user))
+    def add_follower(self, layer: Follower) -> None:
+        self._followers.append(weakref.ref(layer))
 
-    def remove_user(self, user: PageUser) -> None:
-        self._users = [reference for reference in self._users if reference() is not user]
+    def remove_follower(self, layer: Follower) -> None:
+        self._followers = [reference for reference in self._followers if reference() is not layer]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_users": self.users}
+    def fork(self) -> PageTable:
+        """A table of the same sequences that shares all pages and goes its own way from here."""
+        # A pool in which nothing lies has nothing to share.
+        other = PageTable(
+            self.page_size,
+            self.window,
+            self.pool if self.pool.users else PagePool(self.pool.num_pages),
+            self.expected_length,
+        )
+        other.keeps_past = self.keeps_past
+        other._set_rows(self.rows, self.length, self.first_page)
+        self._owns_tails = False
+        return other
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._users = [weakref.ref(user) for user in state["_users"]]
+    def move_to(self, pool: PagePool, rows: np.ndarray) -> None:
+        """Go on with another pool, in which the same pages have the numbers in `rows`."""
+        self.pool.remove_table(self)
+        self.pool = pool
+        self._set_rows(rows, self.length, self.first_page)
+        pool.add_table(self)
 
     def clear(self) -> None:
-        """Forget all sequences and give all pages back."""
-        for user in self.users:
-            user.resize_pages(0)
-        self.length = 0
-        self.first_page = 0  # number of the oldest page of each row
-        self.rows: list[list[int]] = []
-        self._counts: list[int] = []  # references to each page
-        self._free: list[int] = []  # a heap: low ids first, so that pools stay dense
-        self._forget_tensors()
+        """Forget all sequences and give their pages back."""
+        self._set_rows(np.zeros((0, 0), dtype=np.int64), length=0, first_page=0)
+        self.pool.shrink()
+
+    def _set_rows(self, rows: np.ndarray, length: int, first_page: int) -> None:
+        self.rows = rows  # [B, N], oldest page first; never changed in place, a fork may have it as well
+        self.length = length
+        self.first_page = first_page  # number of the oldest page of each row
+        self._owns_tails = False  # whether every last page is known to belong to one row only
+        self._tables: dict[torch.device, torch.Tensor] = {}
+        self._seq_lens: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     # -- what operators read ---------------------------------------------------------------------------------------
 
     def page_table(self, device: torch.device) -> torch.Tensor:
         """int32 `[B, N]` on `device`."""
-        if device not in self._tables:
-            num_columns = len(self.rows[0])
-            turn = -self.first_page % num_columns  # column of the oldest page is first_page % N
-            rows = [row[turn:] + row[:turn] for row in self.rows]
-            self._tables[device] = torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
-        return self._tables[device]
+        table = self._tables.get(device)
+        if table is None:
+            # The oldest page is in column first_page % N.
+            turned = np.roll(self.rows, self.first_page, axis=1)
+            table = self._tables[device] = _on(device, turned)
+        return table
 
     def seq_lens(self, device: torch.device, length: int | None = None) -> torch.Tensor:
-        """int32 `[B]` on `device`: the table's length, or what a user has written of it."""
-        length = self.length if length is None else length
-        if (device, length) not in self._seq_lens:
-            lens = torch.full((len(self.rows),), length, dtype=torch.int32, device=device)
-            self._seq_lens[device, length] = lens
-        return self._seq_lens[device, length]
-
-    def _forget_tensors(self) -> None:
-        self._tables: dict[torch.device, torch.Tensor] = {}
-        self._seq_lens: dict[tuple[torch.device, int], torch.Tensor] = {}
+        """int32 `[B]` on `device`: the table's length, or what a layer has written of it."""
+        key = (device, self.length if length is None else length)
+        lens = self._seq_lens.get(key)
+        if lens is None:
+            lens = self._seq_lens[key] = torch.full((len(self.rows),), key[1], dtype=torch.int32, device=device)
+        return lens
 
     # -- sizes -----------------------------------------------------------------------------------------------------
 
@@ -148,14 +140,16 @@ class PageTable:
         return len(self.rows) or None
 
     @property
-    def pool_size(self) -> int:
-        """Pages that every pool of this table holds."""
-        return len(self._counts)
+    def pages_in_use(self) -> int:
+        """Distinct pages that the table's sequences refer to."""
+        return len(np.unique(self.rows))
 
     @property
-    def pages_in_use(self) -> int:
-        """Distinct pages that some sequence refers to."""
-        return len(self._counts) - len(self._free)
+    def expected_pages(self) -> int | None:
+        """Pages that the sequences will need at most, if known; without sharing."""
+        if self.expected_length is None:
+            return None
+        return (len(self.rows) or self._num_coming) * -(-self.expected_length // self.page_size)
 
     @property
     def nbytes(self) -> int:
@@ -172,37 +166,25 @@ class PageTable:
     def append(self, num_tokens: int, batch_size: int) -> None:
         """Make room for `num_tokens` more tokens of every sequence.
 
-        Raises OutOfPagesError if `num_pages` does not suffice and ValueError if the batch size is not the table's; the
-        table is then as before.
+        Raises OutOfPagesError if the pool's bound does not suffice and ValueError if the batch size is not the
+        table's; the table is then as before.
         """
-        if self.rows and len(self.rows) != batch_size:
+        if len(self.rows) not in (0, batch_size):
             raise ValueError(
                 f"the cache holds {len(self.rows)} sequence(s) but got keys and values of {batch_size}; use a new "
                 "cache, reset() this one, or batch_repeat_interleave / batch_select_indices to change its batch size"
             )
-        for table in (self, *self.siblings):
-            if table.length == self.length:
-                table._check_room(num_tokens, batch_size)
-        for user in [user for user in self.users if user.length != self.length]:
-            user.leave_table()
-
+        for layer in self.followers:
+            if layer.length != self.length:
+                layer.leave_table()
         step = self._plan(num_tokens, batch_size)
-        self._grow(step.num_more)  # the part that can run out of memory comes before anything is changed
-        if step.num_evicted:
-            self._release([page for row in self.rows for page in row[: step.num_evicted]])
-            self.rows = [row[step.num_evicted :] for row in self.rows]
-        if step.to_copy:
-            self._copy_tails(step.to_copy)
-        self.rows = self.rows or [[] for _ in range(batch_size)]
-        for row in self.rows:
-            row.extend(self._take(step.num_missing))
-        self.first_page = step.first_page
+        for sibling in self.siblings:
+            if sibling.pool.num_pages is not None and sibling.length == self.length:
+                sibling._plan(num_tokens, batch_size)
+        if step is not None:
+            self._take(step, batch_size)
         self.length += num_tokens
         self._seq_lens.clear()
-        if step.num_missing or step.num_evicted or step.to_copy:
-            self._tables.clear()
-        if step.num_evicted:
-            self._shrink()
 
     def crop(self, num_tokens: int) -> None:
         """Take the last `num_tokens` tokens back. Raises RuntimeError if a window has moved past what remains."""
@@ -211,12 +193,8 @@ class PageTable:
         # What a window has left behind was only kept for this.
         oldest = max(self.first_page, self._oldest_visible(new_length))
         held = slice(oldest - self.first_page, max(-(-new_length // self.page_size) - self.first_page, 0))
-        self._release([page for row in self.rows for page in (*row[: held.start], *row[held.stop :])])
-        self.rows = [row[held] for row in self.rows]
-        self.first_page = oldest
-        self.length = new_length
-        self._shrink()
-        self._forget_tensors()
+        self._set_rows(self.rows[:, held], new_length, oldest)
+        self.pool.shrink()
 
     def check_crop(self, num_tokens: int) -> None:
         """Raise what `crop` would raise."""
@@ -229,45 +207,59 @@ class PageTable:
 
     def select(self, indices: Sequence[int]) -> None:
         """Sequence i becomes a copy of sequence `indices[i]`; pages are shared, not copied."""
-        if not self.rows:
+        if not len(self.rows):
             return
-        rows = [list(self.rows[index]) for index in indices]
-        for row in rows:
-            for page in row:
-                self._counts[page] += 1
-        self._release([page for row in self.rows for page in row])
-        self.rows = rows
-        self._shrink()
-        self._forget_tensors()
-
-    def detached(self, user: PageUser) -> PageTable:
-        """A table of its own for a user that went another way, with the tokens that the user has written."""
-        other = PageTable(self.page_size, self.window, self.num_pages, self.expected_length)
-        other.keeps_past = self.keeps_past
-        other.add_user(user)
-        if not user.length:
-            user.resize_pages(0)
-            return other
-        other.length, other.first_page = self.length, self.first_page
-        other.rows = [list(row) for row in self.rows]
-        other._counts, other._free = list(self._counts), list(self._free)
-        if user.length < self.length:
-            other.crop(self.length - user.length)
-        return other
+        self._set_rows(self.rows[np.asarray(indices, dtype=np.int64)], self.length, self.first_page)
+        self.pool.shrink()
 
     # -- pages -----------------------------------------------------------------------------------------------------
 
-    def _plan(self, num_tokens: int, batch_size: int) -> _Step:
+    def _plan(self, num_tokens: int, batch_size: int) -> _Step | None:
+        """How to make room, None if there is room already. Raises OutOfPagesError if there cannot be."""
         new_length = self.length + num_tokens
-        num_held = len(self.rows[0]) if self.rows else 0
+        num_held = self.rows.shape[1]
         # Tokens of a first prompt see each other as they came; only what later tokens see has to be stored.
         first_page = max(self.first_page, self._oldest_page(self.length or new_length))
         num_evicted = min(first_page - self.first_page, num_held)
         num_missing = -(-new_length // self.page_size) - first_page - (num_held - num_evicted)
-        to_copy = self._shared_tails(num_evicted) if self.length % self.page_size else []
-        freed = self._num_last_references([page for row in self.rows for page in row[:num_evicted]])
-        num_more = batch_size * num_missing + len(to_copy) - freed
-        return _Step(first_page, num_evicted, num_missing, to_copy, num_more)
+        writes_tails = self.length % self.page_size > 0 and num_evicted < num_held
+        if not num_missing and not num_evicted and (self._owns_tails or not writes_tails):
+            return None
+        counts = self.pool.references()
+        evicted = self.rows[:, :num_evicted]
+        if num_evicted:
+            counts -= np.bincount(evicted.ravel(), minlength=len(counts))
+        to_copy = self._shared_tails(counts) if writes_tails and not self._owns_tails else np.zeros(0, dtype=np.int64)
+        free = np.flatnonzero(counts == 0)
+        need = len(counts) - len(free) + batch_size * num_missing + len(to_copy)
+        if self.pool.num_pages is not None and need > self.pool.num_pages:
+            raise OutOfPagesError(
+                f"{new_length} tokens a sequence need {need} pages of {self.page_size} tokens, but "
+                f"num_pages={self.pool.num_pages}; pass num_pages={need} or more, or store less (crop, reset, a "
+                "smaller batch)"
+            )
+        return _Step(first_page, num_evicted, num_missing, to_copy, free, need)
+
+    def _take(self, step: _Step, batch_size: int) -> None:
+        """Let go of old pages, copy shared ones that will be written, and take new ones."""
+        old_size, self._num_coming = self.pool.size, batch_size
+        self.pool.grow(step.need)  # the part that can run out of memory comes before anything is changed
+        free = np.concatenate([step.free, np.arange(old_size, self.pool.size)])  # low ones first: pools stay dense
+        num_copied = len(step.to_copy)
+        copies, new = free[:num_copied], free[num_copied : num_copied + batch_size * step.num_missing]
+        new = new.reshape(batch_size, step.num_missing)
+        rows = self.rows[:, step.num_evicted :] if len(self.rows) else np.zeros((batch_size, 0), dtype=np.int64)
+        if num_copied:
+            rows = rows.copy()
+            self.pool.copy(rows[step.to_copy, -1], copies)
+            rows[step.to_copy, -1] = copies
+        self.pool.clear(new.ravel())
+        tables = self._tables
+        self._set_rows(np.concatenate([rows, new], axis=1), self.length, step.first_page)
+        self._owns_tails = True
+        if not step.num_evicted and not num_copied and not self.first_page:
+            self._tables = {d: torch.cat([table, _on(d, new)], dim=1) for d, table in tables.items()}
+        self.pool.shrink()  # a window has let go of pages, or a fork was dropped since
 
     def _oldest_page(self, length: int) -> int:
         """The oldest page that tokens after the first `length` can see."""
@@ -279,102 +271,33 @@ class PageTable:
         # A window of one token sees nothing old, but the newest page is still being filled.
         return max(min(length - (self.window - 1), length - 1), 0) // self.page_size
 
-    def _shared_tails(self, num_evicted: int) -> list[int]:
+    def _shared_tails(self, counts: np.ndarray) -> np.ndarray:
         """Rows whose last page is about to be written but belongs to another row as well."""
-        counts: dict[int, int] = {}
-        shared = []
-        for index, row in enumerate(self.rows):
-            if len(row) <= num_evicted:
-                continue
-            left = counts.setdefault(row[-1], self._counts[row[-1]])
-            if left > 1:  # the last of those that share a page keeps it
-                counts[row[-1]] = left - 1
-                shared.append(index)
-        return shared
+        tails = self.rows[:, -1]
+        here = np.bincount(tails, minlength=len(counts))
+        # One of the rows that share a page keeps it, if nobody outside this table has it.
+        keeps = np.zeros(len(tails), dtype=bool)
+        keeps[np.unique(tails, return_index=True)[1]] = True
+        keeps &= counts[tails] == here[tails]
+        return np.flatnonzero(~keeps)
 
-    def _copy_tails(self, indices: list[int]) -> None:
-        sources = [self.rows[index][-1] for index in indices]
-        targets = self._take(len(indices))
-        for user in self.users:
-            user.copy_pages(sources, targets)
-        for index, target in zip(indices, targets, strict=True):
-            self.rows[index][-1] = target
-        self._release(sources)
+    def renumber(self, numbers: np.ndarray) -> None:
+        """Page p is now page numbers[p]."""
+        owns_tails = self._owns_tails
+        self._set_rows(numbers[self.rows], self.length, self.first_page)
+        self._owns_tails = owns_tails
 
-    def _num_last_references(self, pages: Sequence[int]) -> int:
-        """How many pages would become free if these references were dropped."""
-        dropped: dict[int, int] = {}
-        for page in pages:
-            dropped[page] = dropped.get(page, 0) + 1
-        return sum(self._counts[page] == count for page, count in dropped.items())
 
-    def _check_room(self, num_tokens: int, batch_size: int) -> None:
-        if self.num_pages is None:
-            return
-        need = self.pages_in_use + self._plan(num_tokens, batch_size).num_more
-        if need > self.num_pages:
-            raise OutOfPagesError(
-                f"{self.length + num_tokens} tokens a sequence need {need} pages of {self.page_size} tokens, but "
-                f"num_pages={self.num_pages}; pass num_pages={need} or more, or store less (crop, reset, a smaller "
-                "batch)"
-            )
-
-    def _release(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            self._counts[page] -= 1
-            if self._counts[page] == 0:
-                heapq.heappush(self._free, page)
-
-    def _take(self, num: int) -> list[int]:
-        """`num` zeroed pages, referred to once; `_grow` has seen to it that they are there."""
-        pages = [heapq.heappop(self._free) for _ in range(num)]
-        for page in pages:
-            self._counts[page] = 1
-        if pages:
-            for user in self.users:
-                user.clear_pages(pages)
-        return pages
-
-    def _grow(self, num_more: int) -> None:
-        """Have `num_more` free pages, beside those that become free in this step."""
-        missing = num_more - len(self._free)
-        if missing <= 0:
-            return
-        size = self._target_size(self.pool_size + missing)
-        for user in self.users:
-            user.resize_pages(size)
-        self._free.extend(range(self.pool_size, size))
-        heapq.heapify(self._free)
-        self._counts.extend([0] * (size - len(self._counts)))
-
-    def _target_size(self, need: int) -> int:
-        size = int(need * _GROWTH)
-        if self.expected_length is not None:
-            size = min(size, max(len(self.rows), 1) * -(-self.expected_length // self.page_size))
-        if self.num_pages is not None:
-            size = min(size, self.num_pages)
-        return max(size, need)
-
-    def _shrink(self) -> None:
-        """Give memory back when much more is allocated than used; pages are renumbered."""
-        size = self._target_size(self.pages_in_use)
-        if self.pool_size <= size or self.pool_size <= self.pages_in_use * _SLACK:
-            return
-        kept = [page for page, count in enumerate(self._counts) if count]
-        renumbered = {page: index for index, page in enumerate(kept)}
-        self.rows = [[renumbered[page] for page in row] for row in self.rows]
-        self._counts = [self._counts[page] for page in kept] + [0] * (size - len(kept))
-        self._free = list(range(len(kept), size))
-        self._tables.clear()
-        for user in self.users:
-            user.keep_pages(kept, size)
+def _on(device: torch.device, pages: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pages.astype(np.int32)).to(device, non_blocking=True)
 
 
 class PageTables:
     """The growing page tables of a cache: one a window, for the layers that have it.
 
     Args:
-        page_size, num_pages, expected_length: as for `PageTable`.
+        page_size, expected_length: as for `PageTable`.
+        num_pages: most pages of each table's pool.
     """
 
     def __init__(self, page_size: int, num_pages: int | None, expected_length: int | None) -> None:
@@ -387,7 +310,7 @@ class PageTables:
             page_size, num_pages, length = self._options
             if window is not None and length is not None:
                 length = min(length, window + page_size)
-            self._tables[window] = PageTable(page_size, window, num_pages, length)
+            self._tables[window] = PageTable(page_size, window, PagePool(num_pages), length)
             tables = tuple(self._tables.values())
             for table in tables:
                 table.siblings = tuple(other for other in tables if other is not table)

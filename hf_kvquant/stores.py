@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +50,8 @@ class PageStore:
         rotary: RotaryLayout | None = None,
     ) -> None:
         self.plan = plan
+        self.num_heads = num_heads
+        self.head_dim = head_dim
         self.rotary = rotary
         self.source = plan.source
         self.dtype = dtype
@@ -71,7 +75,14 @@ class PageStore:
 
     # -- pages -----------------------------------------------------------------------------------------------------
 
+    @property
+    def index_device(self) -> torch.device:
+        return self.paged.pages.device
+
     def resize(self, num_pages: int) -> None:
+        if num_pages == len(self.paged.pages):
+            return
+
         def resized(store: torch.Tensor) -> torch.Tensor:
             larger = store.new_zeros(num_pages, *store.shape[1:])
             kept = min(num_pages, store.shape[0])
@@ -80,21 +91,26 @@ class PageStore:
 
         self._each(resized)
 
-    def clear(self, pages: Sequence[int]) -> None:
-        self._each(lambda store: store.index_fill_(0, _index(pages, store.device), 0))
+    def clear(self, pages: torch.Tensor) -> None:
+        self._each(lambda store: store.index_fill_(0, pages, 0))
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        self._each(
-            lambda store: store.index_copy_(0, _index(targets, store.device), store[_index(sources, store.device)])
-        )
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        self._each(lambda store: store.index_copy_(0, targets, store[sources]))
 
-    def keep(self, pages: Sequence[int], num_pages: int) -> None:
+    def keep(self, pages: torch.Tensor, num_pages: int) -> None:
         def kept(store: torch.Tensor) -> torch.Tensor:
             smaller = store.new_zeros(num_pages, *store.shape[1:])
-            smaller[: len(pages)] = store[_index(pages, store.device)]
+            smaller[: len(pages)] = store[pages]
             return smaller
 
         self._each(kept)
+
+    def with_pages(self, pages: torch.Tensor) -> PageStore:
+        """A store of its own with copies of these pages, numbered anew, and the same scales."""
+        other = copy.copy(self)
+        other.paged = replace(self.paged)
+        other.keep(pages, len(pages))
+        return other
 
     def select_rows(self, indices: torch.Tensor, batch_size: int) -> None:
         """Reorder whole sequences, for tables in which every sequence has its own run of pages."""
@@ -103,9 +119,11 @@ class PageStore:
         )
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.paged.pages = change(self.paged.pages)
-        if self.paged.token_scale is not None:
-            self.paged.token_scale = change(self.paged.token_scale)
+        with mutable_everywhere():
+            pages = change(self.paged.pages)
+            if self.paged.token_scale is not None:
+                self.paged.token_scale = change(self.paged.token_scale)
+            self.paged.pages = pages
 
     # -- scales ----------------------------------------------------------------------------------------------------
 
@@ -175,7 +193,3 @@ class PageStore:
 def mutable_everywhere() -> AbstractContextManager[Any]:
     """Tensors made here can be written to later, even if this is inference mode and that is not."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-
-
-def _index(pages: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(pages, dtype=torch.int64).to(device, non_blocking=True)

@@ -15,7 +15,7 @@ ROOT = Path(hf_kvquant.__file__).parent
 FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"_version", "formats", "scales"}, {"config"}),
     ({"checkpoints", "ops"},),
-    ({"rotary", "hosts", "pages", "static_pages", "policy"}, {"stores", "reading"}),
+    ({"rotary", "hosts", "pools", "static_pages", "policy"}, {"pages", "stores", "reading"}),
     ({"handle", "report"}, {"layers"}, {"growing", "fixed"}, {"hybrid"}, {"cache"}),
     ({"attention"},),
     ({"generation"},),
@@ -25,7 +25,7 @@ HEIGHT = {
     name: (floor, step) for floor, steps in enumerate(FLOORS) for step, names in enumerate(steps) for name in names
 }
 FIRST_FLOOR_WITH_TRANSFORMERS = 3
-THIRD_PARTY = {"torch", "transformers", "safetensors", "huggingface_hub", "packaging", "triton"}
+THIRD_PARTY = {"numpy", "torch", "transformers", "safetensors", "huggingface_hub", "packaging", "triton"}
 
 
 def _modules() -> dict[str, Path]:

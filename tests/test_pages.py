@@ -15,46 +15,74 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hf_kvquant import OutOfPagesError
 from hf_kvquant.pages import PageTable
+from hf_kvquant.pools import PagePool
 from hf_kvquant.static_pages import StaticPageTable
 
 CPU = torch.device("cpu")
 
 
+class FakeStore:
+    """A user of a pool of pages that stores one number a token."""
+
+    def __init__(self, pool: PagePool, page_size: int) -> None:
+        self.numbers = np.zeros((0, page_size), dtype=np.int64)
+        self.index_device = CPU
+        pool.add_user(self)
+
+    def resize(self, num_pages: int) -> None:
+        larger = np.zeros((num_pages, self.numbers.shape[1]), dtype=np.int64)
+        kept = min(num_pages, len(self.numbers))
+        larger[:kept] = self.numbers[:kept]
+        self.numbers = larger
+
+    def clear(self, pages: torch.Tensor) -> None:
+        self.numbers[pages.numpy()] = 0
+
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        self.numbers[targets.numpy()] = self.numbers[sources.numpy()]
+
+    def keep(self, pages: torch.Tensor, num_pages: int) -> None:
+        kept = self.numbers[pages.numpy()]
+        self.numbers = np.zeros((num_pages, self.numbers.shape[1]), dtype=np.int64)
+        self.numbers[: len(pages)] = kept
+
+
 class FakeLayer:
-    """A user of a page table that stores one number a token, and what it should hold."""
+    """A follower of a page table, and what it should hold."""
 
     def __init__(self, table: PageTable) -> None:
         self.table = table
         self.length = 0
-        self.pool = np.zeros((0, table.page_size), dtype=np.int64)
+        self.store = FakeStore(table.pool, table.page_size)
         self.expected: list[list[int]] = []
-        table.add_user(self)
-        self.resize_pages(table.pool_size)
-
-    # What the table asks.
-
-    def resize_pages(self, num_pages: int) -> None:
-        larger = np.zeros((num_pages, self.pool.shape[1]), dtype=np.int64)
-        kept = min(num_pages, len(self.pool))
-        larger[:kept] = self.pool[:kept]
-        self.pool = larger
-
-    def clear_pages(self, pages: Sequence[int]) -> None:
-        self.pool[list(pages)] = 0
-
-    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        self.pool[list(targets)] = self.pool[list(sources)]
-
-    def keep_pages(self, pages: Sequence[int], num_pages: int) -> None:
-        kept = self.pool[list(pages)]
-        self.pool = np.zeros((num_pages, self.pool.shape[1]), dtype=np.int64)
-        self.pool[: len(pages)] = kept
+        table.add_follower(self)
 
     def leave_table(self) -> None:
-        self.table.remove_user(self)
-        self.table = self.table.detached(self)
+        """As a layer of the cache does, with its bytes."""
+        table = self.table.fork()
+        if self.length:
+            table.crop(self.table.length - self.length)
+        else:
+            table.clear()
+        self.table.remove_follower(self)
+        table.add_follower(self)
+        self.table = table
+        pool = PagePool(table.pool.num_pages)
+        store = FakeStore(pool, table.page_size)
+        pages, rows = np.unique(table.rows, return_inverse=True)
+        pool.grow(len(pages))
+        store.numbers[: len(pages)] = self.store.numbers[pages]
+        self.store = store
+        table.move_to(pool, rows.reshape(table.rows.shape))
 
-    # What a layer does.
+    def fork(self, tables: dict[int, PageTable]) -> FakeLayer:
+        """A layer that shares the bytes and follows the fork of its table."""
+        other = object.__new__(FakeLayer)
+        other.__dict__.update(self.__dict__)
+        other.expected = [list(row) for row in self.expected]
+        other.table = tables.setdefault(id(self.table), self.table.fork())
+        other.table.add_follower(other)
+        return other
 
     def update(self, tokens: list[list[int]]) -> None:
         """Write the same number of new tokens for every sequence, as a layer of the cache does."""
@@ -74,8 +102,8 @@ class FakeLayer:
             for p in range(first_new, self.length):
                 page, slot = self._place(b, p)
                 if slot == 0:
-                    assert not self.pool[page].any(), "a new page is not zero"
-                self.pool[page, slot] = row[p]
+                    assert not self.store.numbers[page].any(), "a new page is not zero"
+                self.store.numbers[page, slot] = row[p]
 
     def follow_crop(self, num_tokens: int) -> None:
         self.length = max(self.length - num_tokens, 0)
@@ -94,25 +122,30 @@ class FakeLayer:
         assert table.length == self.length
         oldest = 0 if table.window is None else max(self.length - (table.window - 1), 0)
         assert table.first_position <= oldest
-        assert len(self.pool) == table.pool_size
+        assert len(self.store.numbers) == table.pool.size
         if not self.length:
             return
         assert table.batch_size == len(self.expected)
         assert table.seq_lens(CPU).tolist() == [self.length] * len(self.expected)
         assert table.page_table(CPU).dtype == table.seq_lens(CPU).dtype == torch.int32
         for b, row in enumerate(self.expected):
-            held = [int(self.pool[self._place(b, p)]) for p in range(table.first_position, self.length)]
+            held = [int(self.store.numbers[self._place(b, p)]) for p in range(table.first_position, self.length)]
             assert held == row[table.first_position :]
 
 
 def state_of(table: PageTable) -> tuple[Any, ...]:
     """Everything about a table that can be seen."""
-    rows = [list(row) for row in table.rows]
-    return rows, table.length, table.first_page, table.pool_size, table.pages_in_use, table.batch_size
+    return table.rows.tolist(), table.length, table.first_page, table.pool.size, table.pages_in_use, table.batch_size
+
+
+POISON = -7
 
 
 class PageTables(RuleBasedStateMachine):
-    """Two layers share a table; sometimes the second is left out of a step and goes on with a table of its own."""
+    """Two layers share a table; sometimes the second is left out of a step and goes on with a table of its own.
+
+    Forks of such a pair share its pages; rules act on one of the pairs.
+    """
 
     @initialize(
         page_size=st.sampled_from([1, 2, 3, 4]),
@@ -120,14 +153,48 @@ class PageTables(RuleBasedStateMachine):
         num_pages=st.sampled_from([None, None, 8, 20]),
     )
     def start(self, page_size: int, window: int | None, num_pages: int | None) -> None:
-        table = PageTable(page_size, window, num_pages)
-        self.layers = [FakeLayer(table), FakeLayer(table)]
+        table = PageTable(page_size, window, PagePool(num_pages))
+        self.pairs = [[FakeLayer(table), FakeLayer(table)]]
+        self.batch_sizes: list[int | None] = [None]
+        self.current = 0
         self.next_token = 1
-        self.batch_size: int | None = None
+
+    @property
+    def layers(self) -> list[FakeLayer]:
+        return self.pairs[self.current]
 
     @property
     def tables(self) -> list[PageTable]:
         return list({id(layer.table): layer.table for layer in self.layers}.values())
+
+    @property
+    def batch_size(self) -> int | None:
+        return self.batch_sizes[self.current]
+
+    @batch_size.setter
+    def batch_size(self, value: int | None) -> None:
+        self.batch_sizes[self.current] = value
+
+    @rule(which=st.integers(0, 3))
+    def switch(self, which: int) -> None:
+        self.current = which % len(self.pairs)
+
+    @precondition(lambda self: len(self.pairs) < 4)
+    @rule()
+    def fork(self) -> None:
+        sizes = [table.pool.size for table in self.tables]
+        tables: dict[int, PageTable] = {}
+        self.pairs.append([layer.fork(tables) for layer in self.layers])
+        self.batch_sizes.append(self.batch_size)
+        assert [table.pool.size for table in self.tables] == sizes, "nothing is copied"
+
+    @precondition(lambda self: len(self.pairs) > 1)
+    @rule(which=st.integers(0, 3))
+    def drop(self, which: int) -> None:
+        del self.pairs[which % len(self.pairs)], self.batch_sizes[which % len(self.batch_sizes)]
+        self.current = 0
+        for layer in (layer for pair in self.pairs for layer in pair):
+            layer.table.pool.shrink()
 
     def _tokens(self, num_tokens: int, batch_size: int) -> list[list[int]]:
         count = num_tokens * batch_size
@@ -137,7 +204,7 @@ class PageTables(RuleBasedStateMachine):
 
     def _update(self, layer: FakeLayer, tokens: list[list[int]]) -> bool:
         """Whether there was room; if not, nothing has changed."""
-        before, pool = state_of(layer.table), layer.pool.copy()
+        before, numbers = state_of(layer.table), layer.store.numbers.copy()
         late = layer.length != layer.table.length
         message = None
         try:
@@ -145,10 +212,10 @@ class PageTables(RuleBasedStateMachine):
         except OutOfPagesError as error:
             message = str(error)
         if message is not None:
-            assert f"num_pages={layer.table.num_pages}" in message
+            assert f"num_pages={layer.table.pool.num_pages}" in message
             if not late:  # else it may have gone on to a table of its own
                 assert state_of(layer.table) == before
-                assert np.array_equal(layer.pool, pool)
+                assert np.array_equal(layer.store.numbers, numbers)
         return message is None
 
     @rule(num_tokens=st.sampled_from([1, 1, 1, 2, 3, 7, 20]), batch_size=st.integers(1, 3))
@@ -223,28 +290,34 @@ class PageTables(RuleBasedStateMachine):
     def clear(self) -> None:
         for table in self.tables:
             table.clear()
-            assert table.pool_size == table.pages_in_use == table.length == table.nbytes == 0
+            assert table.pages_in_use == table.length == table.nbytes == 0
         for layer in self.layers:
             layer.length, layer.expected = 0, []
         self.batch_size = None
 
     @invariant()
     def contents(self) -> None:
-        for layer in getattr(self, "layers", ()):
+        for layer in (layer for pair in getattr(self, "pairs", ()) for layer in pair):
             if layer.length == layer.table.length:
                 layer.check()
 
     @invariant()
     def sizes(self) -> None:
-        for table in self.tables if hasattr(self, "layers") else ():
-            used = {page for row in table.rows for page in row}
-            assert table.pages_in_use == len(used)
-            assert not used or max(used) < table.pool_size
-            assert table.pool_size <= max(1.25 * len(used), len(used) + 1)
-            assert table.num_pages is None or table.pool_size <= table.num_pages
-            if table.rows:
-                needed = max(-(-table.length // table.page_size) - table.first_page, 0)
-                assert {len(row) for row in table.rows} == {needed}
+        tables = {layer.table for pair in getattr(self, "pairs", ()) for layer in pair}
+        used: dict[PagePool, set[int]] = {table.pool: set() for table in tables}
+        for table in tables:
+            own = set(table.rows.ravel().tolist())
+            used[table.pool] |= own
+            assert table.pages_in_use == len(own)
+            if table.batch_size is not None:
+                assert table.rows.shape[1] == max(-(-table.length // table.page_size) - table.first_page, 0)
+        for pool, pages in used.items():
+            assert pool.pages_in_use == len(pages)
+            assert not pages or max(pages) < pool.size
+            assert pool.size <= max(1.25 * len(pages), len(pages) + 1)
+            assert pool.num_pages is None or pool.size <= pool.num_pages
+            for user in pool.users:  # whatever lies in a free page, nobody may see it
+                user.numbers[[page for page in range(pool.size) if page not in pages]] = POISON
 
 
 TestPageTables = PageTables.TestCase
@@ -258,9 +331,9 @@ TestPageTables.settings = settings(
 )
 
 
-def _layer(length: int = 0, batch_size: int = 1, **options: Any) -> FakeLayer:
+def _layer(length: int = 0, batch_size: int = 1, num_pages: int | None = None, **options: Any) -> FakeLayer:
     """A layer with `length` tokens; token p of sequence b is 100 b + p + 1."""
-    layer = FakeLayer(PageTable(**{"page_size": 4, **options}))
+    layer = FakeLayer(PageTable(**{"page_size": 4, "pool": PagePool(num_pages), **options}))
     if length:
         layer.update([[100 * b + p + 1 for p in range(length)] for b in range(batch_size)])
     return layer
@@ -280,9 +353,9 @@ def test_copy_on_write_isolates_rows() -> None:
     assert len({row[0] for row in rows}) == 1
     assert len({row[1] for row in rows}) == 3
     # Now that nothing is shared there, nothing is copied.
-    before = [list(row) for row in rows]
+    before = rows.tolist()
     layer.update([[1], [2], [3]])
-    assert layer.table.rows == before
+    assert layer.table.rows.tolist() == before
 
 
 def test_full_pages_are_never_copied() -> None:
@@ -372,8 +445,8 @@ def test_expected_length_bounds_the_pools(expected_length: int) -> None:
     pages = 3 * math.ceil(expected_length / 4)
     for token in range(expected_length - 17):
         layer.update([[token + 1]] * 3)
-        assert layer.table.pool_size <= pages
-    assert layer.table.pool_size == layer.table.pages_in_use == pages
+        assert layer.table.pool.size <= pages
+    assert layer.table.pool.size == layer.table.pages_in_use == pages
     for token in range(10):  # more than was promised
         layer.update([[token + 1]] * 3)
         layer.check()
@@ -384,7 +457,7 @@ def test_memory_goes_back_with_the_sequences() -> None:
     layer.table.select([3])
     layer.follow_select([3])
     assert layer.table.pages_in_use == 10
-    assert layer.table.pool_size <= 12
+    assert layer.table.pool.size <= 12
     layer.check()
 
 

@@ -1,0 +1,163 @@
+"""Pools: pages that the sequences of several page tables may share.
+
+A pool knows how many pages there are. Which of them are free is what its tables do not refer to, so a table that is
+dropped gives its pages back by that alone. The bytes lie in stores (`stores.py`), which register with the pool and are
+told to grow, clear or copy pages.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+import numpy as np
+import torch
+
+# Pools grow to this multiple of the need while their final size is not known, and shrink when they exceed the second
+# multiple: together they bound what is allocated beside what is used.
+_GROWTH, _SLACK = 1.2, 1.25
+
+
+class OutOfPagesError(RuntimeError):
+    """A sequence needs more pages than `num_pages` allows, or more than were reserved; nothing was changed."""
+
+
+class PageUser(Protocol):
+    """What a pool asks of those whose bytes lie in its pages; indices are int64 tensors on the user's device."""
+
+    @property
+    def index_device(self) -> torch.device:
+        """Where indices are wanted."""
+
+    def resize(self, num_pages: int) -> None:
+        """Make room for pages 0 ... num_pages - 1; those that existed stay, new ones are zero."""
+
+    def clear(self, pages: torch.Tensor) -> None:
+        """Zero these pages."""
+
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy page sources[i] to targets[i]."""
+
+    def keep(self, pages: torch.Tensor, num_pages: int) -> None:
+        """Page pages[i] becomes page i, of `num_pages` in all."""
+
+
+class PageReferrer(Protocol):
+    """What a pool asks of a page table."""
+
+    rows: np.ndarray
+
+    @property
+    def expected_pages(self) -> int | None:
+        """Pages that its sequences will need at most, if known."""
+
+    def renumber(self, numbers: np.ndarray) -> None:
+        """Page p is now page numbers[p]."""
+
+
+class PagePool:
+    """Pages and who refers to them.
+
+    Args:
+        num_pages: most pages there may be, None for no bound.
+    """
+
+    def __init__(self, num_pages: int | None = None) -> None:
+        self.num_pages = num_pages
+        self.size = 0  # pages that every user holds
+        # Stores and tables hold their pool and not the other way round: memory goes with the last reference to a cache,
+        # without waiting for a garbage collection that a full GPU does not trigger.
+        self._users: list[weakref.ref[PageUser]] = []
+        self._tables: list[weakref.ref[PageReferrer]] = []
+
+    @property
+    def users(self) -> list[PageUser]:
+        """Those whose bytes lie in the pages."""
+        return [user for reference in self._users if (user := reference()) is not None]
+
+    @property
+    def tables(self) -> list[PageReferrer]:
+        """The page tables that refer to pages."""
+        return [table for reference in self._tables if (table := reference()) is not None]
+
+    def add_user(self, user: PageUser) -> None:
+        """Give `user` as many pages as the others have."""
+        user.resize(self.size)
+        self._users = [*(reference for reference in self._users if reference() is not None), weakref.ref(user)]
+
+    def add_table(self, table: PageReferrer) -> None:
+        """Count the pages of `table` as used."""
+        self._tables = [*(reference for reference in self._tables if reference() is not None), weakref.ref(table)]
+
+    def remove_table(self, table: PageReferrer) -> None:
+        """No longer count the pages of `table`."""
+        self._tables = [reference for reference in self._tables if reference() not in (None, table)]
+
+    def references(self) -> np.ndarray:
+        """int64 `[size]`: how often each page is referred to."""
+        counts = np.zeros(self.size, dtype=np.int64)
+        for table in self.tables:
+            counts += np.bincount(table.rows.ravel(), minlength=self.size)
+        return counts
+
+    @property
+    def pages_in_use(self) -> int:
+        """Distinct pages that some sequence refers to."""
+        return int(np.count_nonzero(self.references()))
+
+    def grow(self, need: int) -> None:
+        """Have at least `need` pages."""
+        if need <= self.size:
+            return
+        size = self._target_size(need)
+        for user in self.users:
+            user.resize(size)
+        self.size = size
+
+    def shrink(self) -> None:
+        """Give memory back when much more is allocated than used; pages are renumbered."""
+        in_use = self.references() > 0
+        kept = np.flatnonzero(in_use)
+        size = self._target_size(len(kept))
+        if self.size <= size or self.size <= len(kept) * _SLACK:
+            return
+        numbers = np.cumsum(in_use) - 1
+        for user, index in self._indexed(kept):
+            user.keep(index[0], size)
+        for table in self.tables:
+            table.renumber(numbers)
+        self.size = size
+
+    def clear(self, pages: np.ndarray) -> None:
+        """Zero these pages."""
+        if len(pages):
+            for user, index in self._indexed(pages):
+                user.clear(index[0])
+
+    def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Copy page sources[i] to targets[i]."""
+        if len(sources):
+            for user, index in self._indexed(sources, targets):
+                user.copy(index[0], index[1])
+
+    def _indexed(self, *indices: np.ndarray) -> list[tuple[PageUser, torch.Tensor]]:
+        """Every user with the indices on its device, `[len(indices), n]`; one transfer a device."""
+        stacked = torch.from_numpy(np.stack(indices).astype(np.int64))
+        moved: dict[torch.device, torch.Tensor] = {}
+        pairs = []
+        for user in self.users:
+            device = user.index_device
+            if device not in moved:
+                moved[device] = stacked.to(device, non_blocking=True)
+            pairs.append((user, moved[device]))
+        return pairs
+
+    def _target_size(self, need: int) -> int:
+        size = int(need * _GROWTH)
+        expected = [table.expected_pages for table in self.tables]
+        total = sum(pages for pages in expected if pages is not None)
+        if expected and None not in expected and need <= total:  # else more came than was expected
+            size = min(size, total)
+        if self.num_pages is not None:
+            size = min(size, self.num_pages)
+        return max(size, need)

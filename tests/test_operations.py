@@ -1,0 +1,147 @@
+"""Operations of a cache on its pages: forks, copies, and everything the host's `Cache` can do."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from helpers import prompt, tiny_llama
+from test_cache import add, both_contents_equal, contents, hybrid_model, keys_and_values, make_cache, sliding_model
+
+from hf_kvquant import OutOfPagesError, QuantizedPagedCache
+
+# -- forks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["model", "int8", "fp8"])
+def test_forks_share_pages_and_never_see_each_other(dtype: str) -> None:
+    model = tiny_llama("kvquant")
+    with torch.no_grad():
+        cache = QuantizedPagedCache.from_model(model, kv_cache_dtype=dtype, page_size=4)
+        model(prompt(2, 21), past_key_values=cache)
+        allocated, in_use = cache.nbytes_allocated, cache.nbytes
+        forks = [cache.fork() for _ in range(3)]
+        assert cache.nbytes_allocated == allocated
+        assert cache.nbytes == in_use
+        caches = [cache, *forks]
+        logits = []
+        for step, length in enumerate((1, 6)):
+            logits.append([model(prompt(2, length, seed=10 * step + i), past_key_values=each).logits
+                           for i, each in enumerate(caches)])  # fmt: skip
+        for index, each in enumerate(caches):  # the same without forks
+            alone = QuantizedPagedCache.from_model(model, kv_cache_dtype=dtype, page_size=4)
+            model(prompt(2, 21), past_key_values=alone)
+            for step, length in enumerate((1, 6)):
+                expected = model(prompt(2, length, seed=10 * step + index), past_key_values=alone).logits
+                assert torch.equal(logits[step][index], expected)
+            assert both_contents_equal(each, alone)
+    pool = cache.layers[0].table.pool
+    # Five full pages of a row are shared by all; the sixth and seventh are everybody's own.
+    assert pool.pages_in_use == 2 * (5 + 4 * 2)
+
+
+def test_operations_on_a_fork_leave_the_others_alone() -> None:
+    cache = make_cache(kv_cache_dtype="int8", page_size=4)
+    add(cache, 30, batch_size=2)
+    before = contents(cache)
+
+    def unchanged() -> None:
+        after = contents(cache)
+        for old, new in zip(before, after, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(old, new, strict=True))
+
+    for operate in (
+        lambda fork: fork.crop(-13),
+        lambda fork: fork.reset(),
+        lambda fork: fork.reorder_cache(torch.tensor([1, 1])),
+        lambda fork: fork.batch_repeat_interleave(3),
+        lambda fork: fork.batch_select_indices(torch.tensor([1])),
+        lambda fork: add(fork, 50, batch_size=2),
+        lambda fork: fork.layers[0].crop(-3),
+    ):
+        fork = cache.fork()
+        operate(fork)
+        unchanged()
+        add(fork, 3, batch_size=fork.batch_size if fork.batch_size > 0 else 5)
+        unchanged()
+        del fork
+    add(cache, 5, batch_size=2)
+    assert cache.layers[0].table.pool.pages_in_use == 2 * 9
+
+
+def test_a_fork_outlives_its_origin_and_gives_pages_back() -> None:
+    gc.disable()
+    try:
+        cache = make_cache(kv_cache_dtype="int8", page_size=4)
+        add(cache, 40)
+        fork = cache.fork()
+        expected = contents(cache)
+        pages = weakref.ref(cache.layers[0].k.paged.pages)
+        pool = cache.layers[0].table.pool
+        add(cache, 41)
+        del cache
+        assert pool.pages_in_use == 10
+        for old, new in zip(expected, contents(fork), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(old, new, strict=True))
+        add(fork, 1)
+        assert pool.size <= 14  # the memory of what was dropped has come back
+        del fork, expected
+        assert pages() is None
+    finally:
+        gc.enable()
+
+
+def test_num_pages_bounds_all_forks_together() -> None:
+    cache = make_cache(kv_cache_dtype="int8", page_size=4, num_pages=12)
+    add(cache, 30)
+    fork = cache.fork()
+    add(fork, 10)  # two pages and a copy of the half-filled one
+    with pytest.raises(OutOfPagesError, match="43 tokens a sequence need 14 pages"):
+        add(cache, 13)
+    del fork
+    add(cache, 13)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 100}], ids=["growing", "fixed"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, QuantizedPagedCache.fork], ids=["deepcopy", "fork"])
+@pytest.mark.parametrize("make_model", [tiny_llama, sliding_model, hybrid_model], ids=["full", "sliding", "hybrid"])
+def test_copies_go_on_like_the_original(make_model: Any, copied: Any, options: dict[str, Any]) -> None:
+    model = make_model()
+    with torch.no_grad():
+        cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8", page_size=4, **options)
+        empty = copied(cache)
+        model(prompt(2, 30, 90), past_key_values=cache)
+        other = copied(cache)
+        model(prompt(2, 7, 90, seed=4), past_key_values=other)
+        model(prompt(2, 30, 90), past_key_values=empty)
+        logits = [model(prompt(2, 5, 90, seed=9), past_key_values=each).logits for each in (cache, empty)]
+        assert torch.equal(*logits)
+        logits = [model(prompt(2, 5, 90, seed=9), past_key_values=each).logits for each in (cache, other)]
+        assert not torch.equal(*logits)
+    if copied is copy.deepcopy:
+        addresses = [{layer.k.paged.pages.data_ptr() for layer in each.layers if hasattr(layer, "k")}
+                     for each in (cache, other)]  # fmt: skip
+        assert addresses[0].isdisjoint(addresses[1])
+
+
+def test_a_fork_before_the_first_real_tokens_takes_its_own_scales() -> None:
+    cache = make_cache(kv_cache_dtype="fp8", scales="first_batch")
+    zeros = torch.zeros(1, 2, 5, 16)
+    for index in range(2):
+        cache.update(zeros, zeros, index)
+    fork = cache.fork()
+    for index in range(2):
+        fork.update(*keys_and_values(3, scale=100.0), index)
+        cache.update(*keys_and_values(3, scale=0.1), index)
+    scales = [each.layers[0].k.paged.scale.item() for each in (cache, fork)]
+    assert scales[1] == pytest.approx(1000 * scales[0])
+
+
+def test_pickling_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"not pickled.*fork\(\).*save_pretrained\(\)"):
+        pickle.dumps(make_cache())
