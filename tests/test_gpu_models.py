@@ -17,10 +17,10 @@ from hf_kvquant import QuantizedPagedCache
 
 pytestmark = pytest.mark.gpu
 
-# Grouped heads, windows, chunks, softcap, sinks, latent attention, shared keys and values, linear attention, ALiBi, an
+# Grouped heads, windows, softcap, sinks, latent attention, shared keys and values, linear attention, ALiBi, an
 # attention of its own, encoder-decoders.
-FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss", "llama4_text", "deepseek_v3", "qwen3_next",
-            "gemma3n_text", "bloom", "phi3", "bart", "t5"]  # fmt: skip
+FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3", "qwen3_next",
+            "gemma3n_text", "mpt", "falcon_h1", "phi3", "bart", "t5"]  # fmt: skip
 FORMATS = ["fp8", "int8", "model"]
 
 
