@@ -181,3 +181,18 @@ def test_a_graph_follows_the_lengths(num_tokens: int) -> None:
         seq_lens.copy_(torch.tensor(lengths))
         graph.replay()
         assert torch.equal(got, paged_attention(query, k, v, table, seq_lens, softmax_scale=0.1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fp8_e4m3", "model"])
+def test_one_compiled_kernel_serves_other_numbers(name: str) -> None:
+    """Triton compiles 1 and multiples of 16 into a kernel unless told not to; what is kept must serve all numbers."""
+    kind = "unit" if name == "model" else "head"
+    sizes = {"formats": (name, name), "kinds": (kind, kind), "groups": 2}
+    for num_tokens, lengths in ((1, (16,)), (2, (17, 33)), (5, (1000,)), (16, (160, 16)), (17, (40,)), (1, (15,))):
+        check(Case(lengths=lengths, num_tokens=num_tokens, **sizes), torch.bfloat16, "cuda")
+        for window in (16, 1, 17):
+            check(Case(lengths=lengths, num_tokens=num_tokens, window=window, **sizes), torch.bfloat16, "cuda")
+        for mask_start in (0, 16, 1, 7):
+            case = Case(lengths=(60,), num_tokens=num_tokens, mask=("bool", "1", "1"), mask_start=mask_start, **sizes)
+            check(case, torch.bfloat16, "cuda")

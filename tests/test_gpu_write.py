@@ -193,3 +193,14 @@ def test_writes_in_a_graph_follow_the_lengths(name: str, dynamic: bool) -> None:
         reference.write_kv(x.cpu(), x.cpu(), table.cpu(), lengths + step, *flat(k), *flat(v), None)
     for got, other in zip(side, expected, strict=True):
         assert torch.equal(got.pages.cpu(), other.pages)
+
+
+def test_one_compiled_kernel_serves_other_numbers() -> None:
+    """Triton compiles 1 and multiples of 16 into a kernel unless told not to; what is kept must serve all numbers."""
+    for num_tokens, num_columns in ((1, 1), (1, 3), (2, 2), (16, 2), (13, 3), (1, 16)):
+        for heads in (2, 3):
+            sides = [empty_side("fp8_e4m3", 40, heads, 16, 64, dynamic=True) for _ in range(2)]
+            table = torch.randperm(40)[: 2 * num_columns].view(2, -1).to(torch.int32)
+            seq_lens = torch.tensor([num_tokens, num_tokens + 1], dtype=torch.int32)
+            x = torch.randn(2, heads, num_tokens, 64, device="cuda", dtype=torch.bfloat16)
+            check_bytes(x, -x, sides, [table, seq_lens])
