@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from .cache import QuantizedPagedCache, options_for
 from .config import KVQuantConfig
+from .encoder_decoder import QuantizedEncoderDecoderCache
 from .hosts import is_fused
 from .policy import asks_for_files
 
@@ -71,6 +72,7 @@ def _extended(prepare_cache: Any) -> Any:
         for cache in given:
             if isinstance(cache, QuantizedPagedCache):
                 cache.shared.padding_mask = _padding_mask(model_kwargs)
+                _take_adapters_prefix(self, cache)
         if given and asked and generation_config.is_assistant:
             # An assistant is called again and again with the cache of its first call; the name was meant for that one.
             with _without_name(generation_config):
@@ -120,12 +122,11 @@ def _replace(model: Any, model_kwargs: dict[str, Any], made: Any, generation_con
     if isinstance(made, EncoderDecoderCache):
         encoder_outputs = model_kwargs.get("encoder_outputs")
         encoder_length = encoder_outputs[0].shape[1] if encoder_outputs is not None else None
-        made.self_attention_cache = _replace(
-            model, model_kwargs, made.self_attention_cache, generation_config, max_cache_length
-        )
-        if type(made.cross_attention_cache) is DynamicCache and encoder_length is not None:
-            made.cross_attention_cache = _cross_attention_cache(model, generation_config.cache_config, encoder_length)
-        return made
+        decoder, encoder = made.self_attention_cache, made.cross_attention_cache
+        decoder = _replace(model, model_kwargs, decoder, generation_config, max_cache_length)
+        if type(encoder) is DynamicCache and encoder_length is not None:
+            encoder = _cross_attention_cache(model, generation_config.cache_config, encoder_length)
+        return QuantizedEncoderDecoderCache(decoder, encoder)
     if type(made) is not DynamicCache:
         return made
     static = max_cache_length if _will_compile(model, generation_config) else None
@@ -133,7 +134,33 @@ def _replace(model: Any, model_kwargs: dict[str, Any], made: Any, generation_con
     cache.shared.padding_mask = _padding_mask(model_kwargs)
     if generation_config.is_assistant:
         cache.activate_past_recording()
+    _take_adapters_prefix(model, cache)
     return cache
+
+
+def _take_adapters_prefix(model: Any, cache: QuantizedPagedCache) -> None:
+    """Keep `cache` where an adapter (prefix tuning) wants to put its learned keys and values in place of an empty one.
+
+    For the length of a `generate` such an adapter wraps the model's `prepare_inputs_for_generation`, and hands over a
+    dynamic cache of its own in the first step. What it holds goes into ours.
+    """
+    wrapped = model.prepare_inputs_for_generation
+    if getattr(wrapped, "__self__", model) is model:
+        return
+
+    @functools.wraps(wrapped)
+    def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+        inputs = wrapped(*args, **kwargs)
+        prefix = inputs.get("past_key_values")
+        if type(prefix) is DynamicCache and cache.get_seq_length() == 0:
+            cache.shared.padding_mask = None  # the first tokens are the adapter's
+            for index, layer in enumerate(prefix.layers):
+                if layer.is_initialized:
+                    cache.update(layer.keys, layer.values, index)
+            inputs["past_key_values"] = cache
+        return inputs
+
+    model.prepare_inputs_for_generation = prepare_inputs
 
 
 def _cross_attention_cache(model: Any, options: Any, encoder_length: int) -> QuantizedPagedCache:

@@ -403,9 +403,10 @@ def available(families: Iterable[str]) -> list[str]:
     return [model_type for model_type in families if model_type in CONFIG_MAPPING]
 
 
-def config_of(model_type: str) -> PreTrainedConfig:
-    """A tiny configuration of this type."""
-    return _tiny(CONFIG_MAPPING[model_type], (FAMILIES | MORE_FAMILIES)[model_type])
+def config_of(model_type: str, overrides: dict[str, Any] | None = None) -> PreTrainedConfig:
+    """A tiny configuration of this type; `overrides` beside COMMON, by default those above."""
+    overrides = (FAMILIES | MORE_FAMILIES)[model_type] if overrides is None else overrides
+    return _tiny(CONFIG_MAPPING[model_type], overrides)
 
 
 def _tiny(cls: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:
@@ -419,9 +420,9 @@ def _tiny(cls: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedC
     return cls(**values)
 
 
-def build(model_type: str, **kwargs: Any) -> PreTrainedModel:
-    """A seeded model of this type."""
-    config = config_of(model_type)
+def build(model_type: str, overrides: dict[str, Any] | None = None, **kwargs: Any) -> PreTrainedModel:
+    """A seeded model of this type; `overrides` as in `config_of`."""
+    config = config_of(model_type, overrides)
     cls = next(mapping[type(config)] for mapping in MAPPINGS if type(config) in mapping)
     if not isinstance(config, cls.config_class):
         config = config.get_text_config(decoder=True)

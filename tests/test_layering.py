@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"_version", "formats", "scales"}, {"config"}),
     ({"checkpoints", "ops"},),
     ({"rotary", "hosts", "pools", "static_pages", "policy"}, {"pages", "stores", "reading"}),
-    ({"handle", "report"}, {"layers"}, {"growing", "fixed"}, {"hybrid"}, {"cache"}),
+    ({"handle", "report"}, {"layers"}, {"growing", "fixed"}, {"hybrid"}, {"cache"}, {"encoder_decoder"}),
     ({"attention"},),
     ({"generation"},),
     ({""},),  # the package itself
