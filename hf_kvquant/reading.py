@@ -6,7 +6,7 @@ import os
 
 from transformers import PreTrainedModel
 
-from .checkpoints import CheckpointScales, ModelLayers, read_checkpoint
+from .checkpoints import CheckpointScales, ModelLayers, Wanted, read_checkpoint
 from .hosts import checkpoint_of, model_layers
 
 
@@ -16,6 +16,8 @@ def read_scales(
     *,
     revision: str | None = None,
     fetch: bool = True,
+    kv_cache_dtype: str = "int8",
+    granularity: str = "channel",
 ) -> CheckpointScales | None:
     """The KV scales in a checkpoint, or None if it neither declares nor holds any.
 
@@ -26,6 +28,7 @@ def read_scales(
             ordered by the number in their path.
         revision: of a hub id.
         fetch: whether a hub id that is not on this machine may be fetched; if not, it is a FileNotFoundError.
+        kv_cache_dtype, granularity: what to make of statistics that leave it open (LMDeploy's `key_stats.pth`).
 
     Raises ValueError naming file and key for scales that are NaN or infinite, for a declared format without a usable
     scale, for layers that cannot be matched and for formats that are not 8-bit.
@@ -37,4 +40,5 @@ def read_scales(
             return None
         source = path
     layers = model_layers(model) if isinstance(model, PreTrainedModel) else model
-    return read_checkpoint(source, layers, revision=revision, fetch=fetch)
+    wanted = Wanted(layers, kv_cache_dtype, granularity)
+    return read_checkpoint(source, wanted, revision=revision, fetch=fetch)

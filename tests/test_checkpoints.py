@@ -166,6 +166,9 @@ def test_only_scales_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         def keys(self) -> Any:
             return self.handle.keys()
 
+        def get_slice(self, name: str) -> Any:
+            return self.handle.get_slice(name)
+
         def get_tensor(self, name: str) -> torch.Tensor:
             read.append(name)
             return self.handle.get_tensor(name)
@@ -212,14 +215,15 @@ def test_q_scale(tmp_path: Path) -> None:
     assert layers_of(found)[0].q_scale.item() == 0.25  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -1.0, 2.5e-21, 9.5e29])
 def test_garbage_in_q_scale_is_ignored(tmp_path: Path, bad: float) -> None:
     given = scales_of_layers(1)
     given["model.layers.0.self_attn.q_scale"] = torch.tensor([bad])
-    found = read_scales(write(tmp_path, given))
+    with pytest.warns(UserWarning, match="q_scale is no finite, positive and plausible number; it is ignored"):
+        found = read_scales(write(tmp_path, given))
     assert layers_of(found)[0].q_scale is None
     assert found is not None
-    assert found.notes == ["model.layers.0.self_attn.q_scale is not finite and positive; it is ignored"]
+    assert found.notes == ["model.layers.0.self_attn.q_scale is no finite, positive and plausible number; it is ignored"]
 
 
 @pytest.mark.parametrize("strategy", [None, "tensor", "token", "attn_head"])
@@ -270,7 +274,7 @@ def test_undeclared_scales_are_taken_for_fp8(tmp_path: Path) -> None:
     assert found is not None
     assert found.kv_cache_dtype == "fp8_e4m3"
     assert len(layers_of(found)) == 2
-    assert found.notes == [f"{tmp_path} declares no kv_cache_scheme; its scales are taken to be for fp8_e4m3"]
+    assert found.notes == [f"{tmp_path} declares no KV cache format; its scales are taken to be for fp8_e4m3"]
 
 
 def test_nothing_to_find(tmp_path: Path) -> None:
@@ -282,7 +286,9 @@ def test_nothing_to_find(tmp_path: Path) -> None:
 
 
 def test_scales_of_weights_are_not_scales_of_the_cache(tmp_path: Path) -> None:
-    weights = {f"model.layers.0.self_attn.{name}.{name[0]}_scale": torch.ones(1) for name in ("k_proj", "v_proj")}
+    names = ("weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "qk_scale")
+    weights = {f"model.layers.0.self_attn.{side}_proj.{name}": torch.ones(1) for side in "kv" for name in names}
+    weights["model.layers.0.self_attn.o_proj.output_scale"] = torch.ones(1)
     assert read_scales(write(tmp_path, weights, scheme=None)) is None
 
 
@@ -437,7 +443,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
 
 @pytest.mark.parametrize("source", ["no/such/directory", "./nowhere", "/nowhere/at/all", "a b"])
 def test_a_source_that_is_nothing_is_named(source: str) -> None:
-    with pytest.raises(ValueError, match="neither a directory nor a hub id") as error:
+    with pytest.raises(ValueError, match="neither a file, a directory nor a hub id") as error:
         read_scales(source)
     assert source in str(error.value)
 
@@ -513,9 +519,17 @@ def test_scales_of_another_model(tmp_path: Path) -> None:
 
 
 def test_two_sets_of_scales_for_one_module(tmp_path: Path) -> None:
-    tensors = {**scales_of_layers(1), **scales_of_layers(1, "model.language_model.layers.{}.self_attn")}
+    """One of them may be the module's own path; otherwise nobody knows which one is meant."""
+    tensors = scales_of_layers(1, "language_model.model.layers.{}.self_attn")
+    tensors |= {name: scale * 3 for name, scale in scales_of_layers(1, "model.language_model.layers.{}.self_attn").items()}
+    write(tmp_path, tensors)
     with pytest.raises(ValueError, match="two sets of scales for one module"):
-        read_scales(write(tmp_path, tensors), PATHS)
+        read_scales(tmp_path, layers_at("model.layers.0.self_attn"))
+    found = read_scales(tmp_path, layers_at("language_model.model.layers.0.self_attn"))
+    assert found is not None
+    assert layers_of(found)[0].v_scale.item() == 0.5
+    assert found.ignored == [f"model.language_model.layers.0.self_attn.{side}_scale" for side in "kv"]
+    assert any("of no cache layer" in note for note in found.notes)
 
 
 def test_prefixes_without_a_number_need_the_model(tmp_path: Path) -> None:
@@ -682,7 +696,7 @@ def test_auto_fetches_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert cache.report().layers[0].scales[0].startswith("dynamic")
     assert any(f"{name} is not on this machine" in note for note in cache.report().notes)
     assert [options["local_files_only"] for options in asked] == [True]
-    with pytest.raises(Exception, match="neither a directory nor a hub id|snapshot"):
+    with pytest.raises(Exception, match="neither a file, a directory nor a hub id|snapshot"):
         QuantizedPagedCache.from_model(model, scales="checkpoint")
 
 
@@ -713,9 +727,8 @@ def test_scales_for_another_format(tmp_path: Path) -> None:
 def test_scales_of_a_model_of_other_shape(tmp_path: Path) -> None:
     directory, _ = _save_model(tmp_path, {**FP8, "strategy": "attn_head"})
     model = tiny_llama(num_key_value_heads=4)
-    cache = QuantizedPagedCache.from_model(model, scales=directory)
-    with pytest.raises(ValueError, match=r"layer 0: k_scale has shape \[2\].*made for another model"):
-        _pages(model, cache)
+    with pytest.raises(ValueError, match=r"k_scale in .* has 2 values, .* does not fit 4 KV heads.* another model"):
+        QuantizedPagedCache.from_model(model, scales=directory)
 
 
 def test_attention_paths_of_a_loaded_model() -> None:

@@ -115,5 +115,5 @@ def test_the_reader_of_imports_reads_them() -> None:
     """The rules above would hold of a reader that finds nothing."""
     assert {"transformers.cache_utils", "hf_kvquant.ops", "hf_kvquant.handle"} <= _imports("layers")
     assert "hf_kvquant.layers" not in _imports("handle")  # for types only
-    assert "hf_kvquant.scales" in _imports("checkpoints.files")
+    assert "hf_kvquant.scales" in _imports("checkpoints.values")
     assert "hf_kvquant.generation" in _imports("")

@@ -1,63 +1,146 @@
 """Scales that lie in checkpoints: one reader a family of formats, one result for all.
 
-Scales are read straight from the safetensors files, never from the loaded model: transformers drops them, casts them to
-the model's dtype, or leaves uninitialised memory where a checkpoint has none.
+Scales are read straight from the files, never from the loaded model: transformers drops them, casts them to the model's
+dtype, or leaves uninitialised memory where a checkpoint has none.
 """
 
 from __future__ import annotations
 
 import os
 
-from ..scales import LayerScales
-from . import compressed_tensors
-from .files import CheckpointFiles, FoundScales
-from .found import CheckpointScales, ModelLayers, ScaleSource
-from .matching import match_layers
+import torch
 
-READERS = (compressed_tensors.read,)
+from ..scales import LayerScales
+from . import lightllm, lmdeploy, ort_genai, sidecar, tensorrt_llm, tensors, vllm
+from .files import CheckpointFiles
+from .found import CheckpointScales, Found, ModelLayers, Parts, ScaleSource, Wanted
+from .matching import match_layers, number_layers
+from .values import LayerReader
+
+# What was put beside a checkpoint on purpose comes before what is in it.
+READERS = (
+    sidecar.read,
+    tensorrt_llm.read,
+    tensors.read,
+    vllm.read,
+    lightllm.read,
+    ort_genai.read,
+    lmdeploy.read_parameters,
+    lmdeploy.read_statistics,
+)
 
 
 def read_checkpoint(
-    source: str | os.PathLike[str],
-    model: ModelLayers | None = None,
-    *,
-    revision: str | None = None,
-    fetch: bool = True,
+    source: str | os.PathLike[str], wanted: Wanted, *, revision: str | None = None, fetch: bool = True
 ) -> CheckpointScales | None:
-    """The KV scales of a checkpoint, or None if it neither declares nor holds any.
+    """The KV scales of files, or None if they neither declare nor hold any.
 
     Args:
-        source: a directory, or a hub id (its snapshot is used, and fetched if it is not there yet).
-        model: the layers that scales are wanted for; without it they are ordered by the number in their path.
-        revision: of a hub id.
-        fetch: whether a hub id that is not on this machine may be fetched; if not, it is a FileNotFoundError.
+        source: a directory, a file, or a hub id.
+        wanted: the layers they are wanted for, and what to make of statistics.
+        revision, fetch: of a hub id; see `read_scales`.
 
-    Raises ValueError naming file and key for scales that are NaN or infinite, for a declared scheme without a usable
-    scale, for layers that cannot be matched and for schemes that are not 8-bit.
+    Raises ValueError naming file and key for whatever is broken, unusable or not supported.
     """
     files = CheckpointFiles.find(source, revision, fetch)
     for read in READERS:
-        found = read(files)
+        found = read(files, wanted)
         if found is not None:
-            return _assemble(files, found, model)
+            return _assemble(files, found, wanted.model)
     return None
 
 
-def _assemble(files: CheckpointFiles, found: FoundScales, model: ModelLayers | None) -> CheckpointScales:
-    matched = match_layers(list(found.by_prefix), model.paths if model else None, files.path)
-    notes = list(found.notes)
-    layers: list[LayerScales | None] = []
-    sources: list[dict[str, ScaleSource]] = []
-    for index, prefix in enumerate(matched):
-        entry = found.by_prefix.get(prefix) if prefix is not None else None
-        layers.append(None if entry is None else entry.scales)
-        keys = {} if entry is None else {"k_scale": entry.k_key, "v_scale": entry.v_key}
-        sources.append({part: ScaleSource(files.tensors[key], key) for part, key in keys.items()})
-        if entry is None and not found.dynamic:
-            notes.append(f"layer {index} has no scales in {files.path}; it is quantized dynamically")
+def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -> CheckpointScales | None:
+    declared = found.declared
+    modules = _modules_of_layers(files, found, model)
+    notes, ignored = [*files.broken, *found.notes], [*found.ignored, *_surplus(found, modules)]
+    layers: list[LayerScales | None] = [None] * len(modules)
+    sources: list[dict[str, ScaleSource]] = [{} for _ in modules]
+    if not declared.dynamic:
+        reader = LayerReader(files.path, declared.factor, found.ranks, notes)
+        for index, (module, parts) in enumerate(modules):
+            read = reader.read(module, parts, _num_kv_heads(files, model, index))
+            if read is not None:
+                layers[index], sources[index] = read
+        if not any(layers):
+            if declared.file is None:
+                return None
+            if not declared.means_one:
+                raise ValueError(
+                    f"{files.path} declares an 8-bit KV cache ({declared.file}, {declared.producer}) but holds no "
+                    "usable k_scale / v_scale; use scales='dynamic', or scales='unit' if 1.0 is meant"
+                )
+            _fill_with_ones(files, found, model, layers, sources, notes)
+        elif declared.kv_cache_dtype == "fp8_e5m2":
+            raise ValueError(
+                f"{files.path}: {declared.file} declares fp8_e5m2, which has no static scales, but holds some; use "
+                "scales='dynamic', or a kv_cache_dtype of your own with scales='checkpoint'"
+            )
+        for index, layer in enumerate(layers):
+            if layer is None and (model is None or model.paths[index]):
+                notes.append(f"layer {index} has no scales in {files.path}; it is quantized dynamically")
+    if ignored:
+        notes.append(
+            f"{len(ignored)} values look like KV scales but are of no cache layer or of no known format, and are not "
+            f"used: {', '.join(ignored[:3])}{', ...' if len(ignored) > 3 else ''}"
+        )
     return CheckpointScales(
-        files.path, "compressed-tensors", found.kv_cache_dtype, found.dynamic, layers, sources, notes
+        files.path, declared.producer, declared.kv_cache_dtype, declared.dynamic, layers, sources, notes, ignored
     )
 
 
-__all__ = ["CheckpointScales", "ModelLayers", "ScaleSource", "read_checkpoint"]
+def _modules_of_layers(files: CheckpointFiles, found: Found, model: ModelLayers | None) -> list[tuple[str, Parts]]:
+    """For each cache layer its module (for messages) and what was found of it, {} for nothing."""
+    num_layers = len(model) if model is not None else files.number("num_hidden_layers")
+    if found.by_number:
+        highest = max(found.by_number)
+        if num_layers is not None and highest >= num_layers:
+            raise ValueError(
+                f"{files.path} holds scales for layer {highest}, but this model has {num_layers} cache layers; were "
+                "the scales made for another model?"
+            )
+        num_layers = highest + 1 if num_layers is None else num_layers
+        return [(f"layer {index}", found.by_number.get(index, {})) for index in range(num_layers)]
+    prefixes = sorted(found.by_path)
+    if model is None:
+        matched = number_layers(prefixes, num_layers, files.path)
+    else:
+        matched = match_layers(prefixes, model.paths, files.path)
+    return [("", {}) if prefix is None else (prefix, found.by_path[prefix]) for prefix in matched]
+
+
+def _surplus(found: Found, modules: list[tuple[str, Parts]]) -> list[str]:
+    """The keys of what belongs to no cache layer: other towers, layers that predict further tokens, aliases."""
+    used = {module for module, _ in modules if not found.declared.dynamic}
+    return sorted(
+        source.key for module, parts in found.by_path.items() if module not in used for source, _ in parts.values()
+    )
+
+
+def _num_kv_heads(files: CheckpointFiles, model: ModelLayers | None, index: int) -> int | None:
+    if model is not None:
+        return model.num_kv_heads[index]
+    return files.number("num_key_value_heads", "num_attention_heads")
+
+
+def _fill_with_ones(
+    files: CheckpointFiles,
+    found: Found,
+    model: ModelLayers | None,
+    layers: list[LayerScales | None],
+    sources: list[dict[str, ScaleSource]],
+    notes: list[str],
+) -> None:
+    """The scales of a producer that leaves them out where it means 1.0."""
+    declared = found.declared
+    if not layers:
+        raise ValueError(f"{files.path} does not say how many layers it has; name the model")
+    one = ScaleSource(declared.file or "", "1.0 (declared without a scale)")
+    for index in range(len(layers)):
+        if model is None or model.paths[index]:
+            layers[index] = LayerScales(torch.ones(1), torch.ones(1))
+            sources[index] = {"k_scale": one, "v_scale": one}
+    notes.append(f"{files.path} holds no KV scales; {declared.producer} means 1.0 by that")
+
+
+__all__ = ["CheckpointScales", "ModelLayers", "ScaleSource", "Wanted", "read_checkpoint"]

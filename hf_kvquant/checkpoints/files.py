@@ -1,10 +1,10 @@
-"""The files of a checkpoint: its config, the names of its tensors, and the few tensors that are asked for."""
+"""The files of a checkpoint: its configuration, the names of its tensors, and the few tensors that are asked for."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,128 +15,255 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from ..config import SCALE_SOURCES
-from ..scales import LayerScales
+from .names import looks_like_kv_scale
 
 INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class FoundEntry:
-    """The scales of one attention module and the names of the tensors they came from."""
-
-    scales: LayerScales
-    k_key: str
-    v_key: str
-
-
-@dataclass(frozen=True)
-class FoundScales:
-    """What a reader found: by module path, before it is known which cache layer that is."""
-
-    kv_cache_dtype: str | None
-    dynamic: bool = False
-    by_prefix: dict[str, FoundEntry] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+# Configuration and scales that are no safetensors; small files all.
+_SMALL_FILES = ("*.json", "key_stats.pth", "value_stats.pth", "*.past_kv_scale.*.weight")
+# More numbers than the scales of any layer have, and more bytes than any index has.
+_MAX_NUMBERS = 2**20
+_MAX_BYTES = 2**28
 
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """A checkpoint directory.
+    """A checkpoint directory, or one file of it.
 
     Attributes:
         path: the directory.
         config: the contents of config.json, {} if there is none.
-        tensors: name of each tensor -> file in the directory that holds it.
+        tensors: name of each tensor of the checkpoint -> file in the directory that holds it.
+        extras: the same of safetensors files that lie beside the checkpoint but are not part of it.
+        broken: extra files that cannot be read, and why.
+        only: the one file that was asked for, or None.
     """
 
     path: str
     config: dict[str, Any]
     tensors: dict[str, str]
+    extras: dict[str, str] = field(default_factory=dict)
+    broken: tuple[str, ...] = ()
+    only: str | None = None
 
     @classmethod
     def find(cls, source: str | os.PathLike[str], revision: str | None = None, fetch: bool = True) -> CheckpointFiles:
-        """The files of a directory or hub id.
+        """The files of a directory or hub id, or one file.
 
-        Raises ValueError if there is no such thing or a file is broken, and FileNotFoundError if it is not on this
-        machine and must not be fetched.
+        Raises ValueError if there is no such thing or a file of the checkpoint is broken, and FileNotFoundError if it
+        is not on this machine and must not be fetched.
         """
-        directory = _locate(source, revision, fetch)
-        config = directory / "config.json"
-        return cls(str(directory), _read_json(config) if config.exists() else {}, _tensor_files(directory))
+        path = Path(source)
+        if path.is_file():
+            return cls._of_file(path)
+        if path.is_dir():
+            return cls._of_directory(path)
+        return cls._of_hub(str(source), revision, fetch)
+
+    @classmethod
+    def _of_file(cls, path: Path) -> CheckpointFiles:
+        tensors = dict.fromkeys(_names_in(path), path.name) if path.suffix == ".safetensors" else {}
+        return cls(str(path.parent), _read_config(path.parent), tensors, only=path.name)
+
+    @classmethod
+    def _of_directory(cls, path: Path) -> CheckpointFiles:
+        config = _read_config(path)
+        if (path / INDEX).exists():
+            tensors = _read_index(path / INDEX)
+            part = set(tensors.values())
+        else:
+            single = path / "model.safetensors"
+            files = [single] if single.exists() else sorted(path.glob("*.safetensors"))
+            tensors = {name: file.name for file in files for name in _names_in(file)}
+            part = {file.name for file in files}
+        extras: dict[str, str] = {}
+        broken = []
+        for file in sorted(path.glob("*.safetensors")):
+            if file.name in part:
+                continue
+            try:  # nothing says that this file belongs to the checkpoint, so it cannot break it
+                extras.update({name: file.name for name in _names_in(file) if name not in tensors})
+            except ValueError as error:
+                broken.append(f"{error}; it is not part of the checkpoint and is left out")
+        return cls(str(path), config, tensors, extras, tuple(broken))
+
+    @classmethod
+    def _of_hub(cls, repo: str, revision: str | None, fetch: bool) -> CheckpointFiles:
+        try:
+            # What from_pretrained has fetched is enough, and asks nothing of the network.
+            files = cls._of_directory(_snapshot(repo, revision, ("*.json", "*.safetensors"), local_files_only=True))
+            if not fetch or files._is_complete():
+                return files
+        except (LocalEntryNotFoundError, HFValidationError) as error:
+            if not fetch:
+                raise FileNotFoundError(f"{repo} is not on this machine") from error
+            if isinstance(error, HFValidationError):
+                raise ValueError(_nothing(repo)) from error
+        try:
+            path = _snapshot(repo, revision, _SMALL_FILES)
+            index = _read_index(path / INDEX) if (path / INDEX).exists() else {}
+            shards = {file for name, file in index.items() if looks_like_kv_scale(name)}
+            # Of a checkpoint in many files only those with scales are fetched.
+            wanted = {*shards, "*kv*scales*.safetensors"} if index else {"*.safetensors"}
+            return cls._of_directory(_snapshot(repo, revision, (*_SMALL_FILES, *wanted)))
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise ValueError(f"{_nothing(repo)}, or it cannot be fetched: {error}") from error
+
+    def _is_complete(self) -> bool:
+        """Whether every file that may hold scales is there."""
+        wanted = {file for name, file in self.tensors.items() if looks_like_kv_scale(name)}
+        has_any = bool(self.tensors) or any(True for pattern in _SMALL_FILES[1:] for _ in Path(self.path).glob(pattern))
+        return has_any and all((Path(self.path) / file).exists() for file in wanted)
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all tensors, the checkpoint's first."""
+        return {**self.tensors, **self.extras}.keys()
+
+    def file_of(self, name: str) -> str:
+        return self.tensors.get(name) or self.extras[name]
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The tensors called `names`, on the CPU; only these are read. Raises ValueError if a file lacks its own."""
+        """The tensors called `names`, on the CPU; only these are read.
+
+        Raises ValueError if a file lacks its own, or if one is far too large for a scale.
+        """
         by_file: dict[str, list[str]] = {}
         for name in names:
-            by_file.setdefault(self.tensors[name], []).append(name)
+            by_file.setdefault(self.file_of(name), []).append(name)
         values = {}
         for file, wanted in by_file.items():
             with _open(Path(self.path) / file) as handle:
                 for name in wanted:
                     try:
+                        shape = handle.get_slice(name).get_shape()
+                        if torch.Size(shape).numel() > _MAX_NUMBERS:
+                            raise ValueError(f"{self.where(name)} has shape {shape}; no KV scale is that large")
                         values[name] = handle.get_tensor(name)
-                    except SafetensorError as error:
+                    except (SafetensorError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
                         raise ValueError(f"{self.where(name)} cannot be read: {error}") from error
         return values
 
+    def documents(self, *names: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The JSON files called `names` that are there, or the one JSON file that was asked for."""
+        if self.only is not None:
+            names = (self.only,) if self.only.endswith(".json") else ()
+        for name in names:
+            if (Path(self.path) / name).is_file():
+                yield name, read_json(Path(self.path) / name)
+
+    def settings(self, pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The JSON files of this name that say how the model was quantized."""
+        for file in sorted(Path(self.path).glob(pattern)):
+            yield file.name, read_json(file)
+
+    def load(self, name: str) -> Any:
+        """What torch saved in the file `name`: tensors in plain containers, nothing else is unpickled."""
+        file = Path(self.path) / name
+        _check_size(file)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # of what a broken pickle can raise there is no end
+            raise ValueError(f"{file} cannot be read as tensors saved by torch: {error}") from error
+
+    def quantizations(self) -> Iterator[dict[str, Any]]:
+        """Every quantization configuration in config.json."""
+        for config in (self.config, self.text_config):
+            for key in ("quantization_config", "compression_config"):
+                if isinstance(found := config.get(key), dict):
+                    yield found
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The part of config.json that is about the decoder."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    def number(self, *keys: str) -> int | None:
+        """The first of these of the decoder's configuration that is a positive integer."""
+        for key in keys:
+            value = self.text_config.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+        return None
+
     def where(self, name: str) -> str:
         """`name` with its file, for errors."""
-        return f"{name} in {Path(self.path) / self.tensors[name]}"
+        return f"{name} in {Path(self.path) / self.file_of(name)}"
 
 
-def _locate(source: str | os.PathLike[str], revision: str | None, fetch: bool) -> Path:
-    directory = Path(source)
-    if directory.is_dir():
-        return directory
-    wanted: dict[str, Any] = {"revision": revision, "allow_patterns": ["*.json", "*.safetensors"]}
+def read_bytes(file: Path, limit: int = _MAX_BYTES) -> bytes:
+    """At most `limit` bytes of a file. Raises ValueError that names it if it cannot be read."""
     try:
-        # What from_pretrained has fetched is enough, and asks nothing of the network.
-        return Path(snapshot_download(str(source), local_files_only=True, **wanted))
-    except (LocalEntryNotFoundError, HFValidationError) as error:
-        if not fetch:
-            raise FileNotFoundError(f"{source} is not on this machine") from error
-        message = f"{source} is neither a directory nor a hub id; no KV scales can be read from it"
-        message += f" (sources with a name of their own: {', '.join(SCALE_SOURCES)})"
-        if not isinstance(error, LocalEntryNotFoundError):
-            raise ValueError(message) from error
+        with file.open("rb") as opened:
+            return opened.read(limit)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def tensors_in(file: Path, is_wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """The small tensors of one safetensors file whose names are wanted."""
+    files = CheckpointFiles(str(file.parent), {}, dict.fromkeys(_names_in(file), file.name))
+    return files.read(name for name in files.tensors if is_wanted(name))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError that names the file if there is none."""
+    _check_size(file)
     try:
-        return Path(snapshot_download(str(source), **wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"{message}, or it cannot be fetched: {error}") from error
+        content = json.loads(read_bytes(file))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not an object")
+    return content
 
 
-def _tensor_files(directory: Path) -> dict[str, str]:
-    index = directory / INDEX
-    if index.exists():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no weight_map")
-        if outside := [file for file in weight_map.values() if not _is_file_name(file)]:
-            raise ValueError(f"{index} names {outside[0]!r}, which is not a file of that directory")
-        return weight_map
-    tensors: dict[str, str] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        with _open(file) as handle:
-            tensors.update(dict.fromkeys(handle.keys(), file.name))
-    return tensors
+def _read_config(directory: Path) -> dict[str, Any]:
+    return read_json(directory / "config.json") if (directory / "config.json").exists() else {}
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map")
+    if outside := [file for file in weight_map.values() if not _is_file_name(file)]:
+        raise ValueError(f"{index} names {outside[0]!r}, which is not a file of that directory")
+    return weight_map
 
 
 def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
+    return isinstance(name, str) and name not in ("", "..") and "\0" not in name and Path(name).name == name
+
+
+def _names_in(file: Path) -> list[str]:
+    with _open(file) as handle:
+        return list(handle.keys())
 
 
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+        raise ValueError(
+            f"{file} cannot be read as safetensors ({error}); fetch or save it again, or remove it if it is not needed"
+        ) from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _check_size(file: Path) -> None:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not an object")
-    return content
+        size = file.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if size > _MAX_BYTES:
+        raise ValueError(f"{file} has {size} bytes; no such file of a checkpoint is that large")
+
+
+def _snapshot(repo: str, revision: str | None, patterns: Iterable[str], **options: Any) -> Path:
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), **options))
+
+
+def _nothing(source: str) -> str:
+    return (
+        f"{source} is neither a file, a directory nor a hub id; no KV scales can be read from it "
+        f"(sources with a name of their own: {', '.join(SCALE_SOURCES)})"
+    )

@@ -1,9 +1,11 @@
-"""What reading gives: scales by cache layer, and where each value comes from."""
+"""What is asked of readers and what they give: by module as files have it, by cache layer as the package uses it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from ..scales import LayerScales
 
@@ -57,3 +59,65 @@ class ModelLayers:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a reader.
+
+    Attributes:
+        model: the layers that scales are wanted for; None if only the files are known.
+        kv_cache_dtype, granularity: what to make of statistics that leave it open.
+    """
+
+    model: ModelLayers | None = None
+    kv_cache_dtype: str = "int8"
+    granularity: str = "channel"
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What the configuration files say of the KV cache.
+
+    Attributes:
+        producer: whose format it is.
+        file: which file says so; None if nothing does and the names of the tensors had to tell.
+        kv_cache_dtype: `fp8_e4m3`, `fp8_e5m2` or `int8`.
+        dynamic: scales are computed at run time.
+        means_one: this producer leaves scales out where it means 1.0.
+        factor: what scales are multiplied by to fit `kv_cache_dtype`.
+    """
+
+    producer: str
+    file: str | None
+    kv_cache_dtype: str
+    dynamic: bool = False
+    means_one: bool = False
+    factor: float = 1.0
+
+
+# A value as it lies in a file, and where.
+Value = tuple[ScaleSource, torch.Tensor]
+# Part -> value. Parts: `k_scale`, `v_scale`, `kv_scale` (for both), `q_scale`; `k_zero_point`, `v_zero_point`
+# (subtracted, in steps of the scale); `k_zero`, `v_zero` (added, in the units of x).
+Parts = Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a reader found, before it is known which cache layer is whose.
+
+    Attributes:
+        declared: what the files say of it.
+        by_path: parts by the path of the attention module.
+        by_number: parts by the number of the decoder layer, where a format has no paths.
+        ranks: values are one a tensor-parallel rank, so of so many equal groups of heads.
+        notes, ignored: as in `CheckpointScales`.
+    """
+
+    declared: Declared
+    by_path: Mapping[str, Parts] = field(default_factory=dict)
+    by_number: Mapping[int, Parts] = field(default_factory=dict)
+    ranks: bool = False
+    notes: Sequence[str] = ()
+    ignored: Sequence[str] = ()

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # Wrappers that checkpoints and loaded models put in front of the decoder differently.
-_WRAPPERS = {"model", "language_model"}
+_WRAPPERS = {"model", "language_model", "text_model", "transformer", "backbone", "decoder"}
+# What families call the attention of a layer; servers put an `attn` inside it.
+_ATTENTION = {"self_attn", "attention", "self_attention", "attn", "mla_attn", "mixer"}
 
 
-def match_layers(
-    prefixes: Sequence[str], attention_paths: Sequence[Sequence[str]] | None, where: str
-) -> list[str | None]:
+def match_layers(prefixes: Sequence[str], attention_paths: Sequence[Sequence[str]], where: str) -> list[str | None]:
     """For each cache layer the prefix of its scales, or None.
 
+    A prefix that is the path itself comes first, then one without wrappers, then one with another word for attention.
     Raises ValueError if two prefixes claim one layer, or if there are prefixes but none belongs to the model.
     """
-    if attention_paths is None:
-        return _by_number(prefixes, where)
-    known = {bare(prefix): prefix for prefix in prefixes}
-    if len(known) != len(prefixes):
-        doubled = [prefix for prefix in prefixes if known[bare(prefix)] != prefix]
-        raise ValueError(
-            f"{where} holds two sets of scales for one module: {doubled[0]} and {known[bare(doubled[0])]}"
-        )
+    forms: tuple[Callable[[str], str], ...] = (str, bare, _plain)
+    known = [_by_form(prefixes, form) for form in forms]
     matched: list[str | None] = []
     for paths in attention_paths:
-        hits = [known[bare(path)] for path in paths if bare(path) in known]
+        hits: list[str] = []
+        for by_form, form in zip(known, forms, strict=True):
+            hits = hits or next((by_form[form(path)] for path in paths if form(path) in by_form), [])
+        if len(hits) > 1:
+            raise ValueError(f"{where} holds two sets of scales for one module: {hits[0]} and {hits[1]}")
         matched.append(hits[0] if hits else None)
     if prefixes and not any(matched):
         example = next((paths[0] for paths in attention_paths if paths), "none")
@@ -37,19 +36,42 @@ def match_layers(
     return matched
 
 
+def number_layers(prefixes: Sequence[str], num_layers: int | None, where: str) -> list[str | None]:
+    """The same where only the files are known: by the number in the path, up to `num_layers` (None for all).
+
+    Raises ValueError if that is not enough to tell the layers apart.
+    """
+    numbered: dict[int, str] = {}
+    for prefix in prefixes:
+        numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", prefix)
+        if not numbers:
+            raise ValueError(f"{where}: no layer number in {prefix}; name the model")
+        index = int(numbers[-1])
+        if index in numbered:
+            raise ValueError(f"{where}: {prefix} and {numbered[index]} both look like layer {index}; name the model")
+        numbered[index] = prefix
+    if num_layers is None:
+        num_layers = max(numbered, default=-1) + 1
+    return [numbered.get(index) for index in range(num_layers)]
+
+
 def bare(path: str) -> str:
     """`path` without wrappers."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
-def _by_number(prefixes: Sequence[str], where: str) -> list[str | None]:
-    numbered: dict[int, str] = {}
+def _plain(path: str) -> str:
+    """`path` without wrappers and with one word for attention."""
+    parts = bare(path).split(".")
+    while len(parts) > 1 and parts[-1] in _ATTENTION and parts[-2] in _ATTENTION:
+        parts.pop()
+    if parts[-1] in _ATTENTION:
+        parts[-1] = "attn"
+    return ".".join(parts)
+
+
+def _by_form(prefixes: Sequence[str], form: Callable[[str], str]) -> dict[str, list[str]]:
+    known: dict[str, list[str]] = {}
     for prefix in prefixes:
-        numbers = re.findall(r"\.(\d+)(?=\.|$)", prefix)
-        if not numbers:
-            raise ValueError(f"{where}: no layer number in {prefix}")
-        index = int(numbers[-1])
-        if index in numbered:
-            raise ValueError(f"{where}: {prefix} and {numbered[index]} both look like layer {index}; name the model")
-        numbered[index] = prefix
-    return [numbered.get(index) for index in range(max(numbered, default=-1) + 1)]
+        known.setdefault(form(prefix), []).append(prefix)
+    return known

@@ -8,12 +8,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+import torch
+
+from ..formats import FORMATS
 from ..scales import LayerScales
+from .files import CheckpointFiles
+from .found import Declared, Found, ScaleSource, Value, Wanted
+from .parse import numbers, object_at
 
 FILE = "hf_kvquant_scales.json"
 _FORMAT = "hf_kvquant scales"
+_PARTS = tuple(field.name for field in fields(LayerScales))
 
 
 def content(kv_cache_dtype: str, by_prefix: Mapping[str, LayerScales], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,3 +33,37 @@ def content(kv_cache_dtype: str, by_prefix: Mapping[str, LayerScales], settings:
         "calibration": dict(settings),
         "layers": {prefix: scales.to_dict() for prefix, scales in by_prefix.items()},
     }
+
+
+def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
+    """The scales of the file, or None if there is none."""
+    for file, content in files.documents(FILE):
+        if content.get("format") != _FORMAT:
+            continue
+        where = f"{files.path}/{file}"
+        if content.get("version") != 1:
+            raise ValueError(f"{where} is of version {content.get('version')!r}, only 1 is known; update hf_kvquant")
+        if content.get("kv_cache_dtype") not in FORMATS:
+            raise ValueError(f"{where}: kv_cache_dtype {content.get('kv_cache_dtype')!r} is not known")
+        layers = object_at(content, "layers", where)
+        by_path: dict[str, dict[str, Value]] = {}
+        for module in layers:
+            parts = object_at(layers, module, where)
+            by_path[module] = {
+                part: (ScaleSource(file, f"{module}.{part}"), _tensor(values, f"{module}.{part} in {where}"))
+                for part, values in parts.items()
+                if part in _PARTS and values is not None
+            }
+        return Found(Declared("hf_kvquant", file, content["kv_cache_dtype"]), by_path)
+    return None
+
+
+def _tensor(values: Any, where: str) -> torch.Tensor:
+    """`[1]`, `[H]` or `[H, D]` from lists."""
+    rows = values if isinstance(values, list) else [values]
+    if not any(isinstance(row, list) for row in rows):
+        return torch.tensor(numbers(rows, where), dtype=torch.float32)
+    columns = [numbers(row, where) for row in rows]
+    if len({len(row) for row in columns}) != 1:
+        raise ValueError(f"{where} has rows of different length")
+    return torch.tensor(columns, dtype=torch.float32)

@@ -1,0 +1,65 @@
+"""Scales among the tensors of a checkpoint, whoever put them there.
+
+How the scales are declared and what they are called are two questions: converted checkpoints have the names of one
+producer and the declaration of another.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from . import angelslim, ascend, autofp8, compressed_tensors, mistral, modelopt, quark
+from .files import CheckpointFiles
+from .found import Declared, Found, ScaleSource, Value, Wanted
+from .names import looks_like_kv_scale, parse
+
+# The most special names and declarations come first.
+PRODUCERS = (
+    modelopt.PRODUCER,
+    quark.PRODUCER,
+    autofp8.PRODUCER,
+    ascend.PRODUCER,
+    angelslim.PRODUCER,
+    mistral.PRODUCER,
+    compressed_tensors.PRODUCER,
+)
+
+
+def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
+    """The scales among the tensors of `files`, or None if none are declared and none are there."""
+    if files.only is not None and not files.only.endswith(".safetensors"):
+        return None
+    declared = next((found for producer in PRODUCERS if (found := producer.declared(files)) is not None), None)
+    names: dict[str, dict[str, str]] = {}
+    ignored = []
+    for name in files.names:
+        parsed = parse(name, PRODUCERS)
+        if parsed is None:
+            if looks_like_kv_scale(name):
+                ignored.append(name)
+            continue
+        producer, module, part = parsed
+        if part in names.setdefault(module, {}):
+            ignored.append(name)
+            continue
+        names[module][part] = name
+        implied = Declared(producer.name, None, producer.implied)
+        declared = declared or implied
+    if declared is None:
+        if ignored:
+            message = f"{files.path} holds {ignored[0]}, which looks like a KV scale of no known format; it is not used"
+            warnings.warn(message, stacklevel=2)
+        return None
+    values = files.read(name for parts in names.values() for name in parts.values())
+    by_path: dict[str, dict[str, Value]] = {
+        module: {part: (ScaleSource(files.file_of(name), name), values[name]) for part, name in parts.items()}
+        for module, parts in names.items()
+    }
+    notes = []
+    if declared.file is None:
+        notes.append(
+            f"{files.path} declares no KV cache format; its scales are taken to be for {declared.kv_cache_dtype}"
+        )
+    if declared.factor != 1.0:
+        notes.append(f"the scales of {files.path} are for e4m3fnuz; multiplied by {declared.factor} they are for e4m3")
+    return Found(declared, by_path, notes=notes, ignored=ignored)
