@@ -147,6 +147,7 @@ class QuantizedPagedCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget all tokens and give the memory back; frozen scales stay."""
+        self.shared.copies = 1
         for table in self._tables:
             table.clear()
         for layer in self.layers:
@@ -259,6 +260,7 @@ class QuantizedPagedCache(DynamicCache):
         )
 
     def _settle(self) -> None:
+        self.shared.copies = 1  # sequences may differ from here on
         for layer in self._paged_layers:
             layer.settle(None)
 

@@ -99,7 +99,7 @@ class FixedLayer(PagedLayer):
         for start in range(0, num_new, self.table.most_at_once):
             rows = slice(start, min(start + self.table.most_at_once, num_new))
             seq_lens = self._seq_lens - (num_new - rows.stop)
-            self._write(key[:, :, rows], value[:, :, rows], seq_lens)
+            self._write(key[:, :, rows], value[:, :, rows], self._page_table, seq_lens)
             mask = None if attn_mask is None else attn_mask[:, :, rows]
             outputs.append(self._attend(query[:, :, rows], seq_lens, num_new, mask, **options))
         return torch.cat(outputs, dim=2)

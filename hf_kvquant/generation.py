@@ -126,12 +126,16 @@ def _replace(model: Any, model_kwargs: dict[str, Any], made: Any, generation_con
         decoder = _replace(model, model_kwargs, decoder, generation_config, max_cache_length)
         if type(encoder) is DynamicCache and encoder_length is not None:
             encoder = _cross_attention_cache(model, generation_config.cache_config, encoder_length)
+            _share_prompts(model, generation_config, encoder)
         return QuantizedEncoderDecoderCache(decoder, encoder)
     if type(made) is not DynamicCache:
         return made
     static = max_cache_length if _will_compile(model, generation_config) else None
     cache = QuantizedPagedCache.for_generation(model, generation_config.cache_config, max_cache_length, static)
     cache.shared.padding_mask = _padding_mask(model_kwargs)
+    _share_prompts(model, generation_config, cache)
+    if cache.shared.padding_mask is not None and not model.config.is_encoder_decoder:
+        cache.shared.prompt_length = cache.shared.padding_mask.shape[1]
     if generation_config.is_assistant:
         cache.activate_past_recording()
     _take_adapters_prefix(model, cache)
@@ -163,6 +167,12 @@ def _take_adapters_prefix(model: Any, cache: QuantizedPagedCache) -> None:
     model.prepare_inputs_for_generation = prepare_inputs
 
 
+def _share_prompts(model: Any, generation_config: Any, cache: QuantizedPagedCache) -> None:
+    """Tell a new cache that the beams of a prompt, or the several answers to it, all begin with that prompt."""
+    if not model.training:  # dropout makes them differ
+        cache.shared.copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+
+
 def _cross_attention_cache(model: Any, options: Any, encoder_length: int) -> QuantizedPagedCache:
     """The cache of what the encoder says: written once, never grown, with scales of its own."""
     kvquant = replace(options_for(model, options), max_cache_len=None)  # its length is the encoder's
@@ -184,7 +194,7 @@ def _will_compile(model: Any, generation_config: Any) -> bool:
     On an accelerator it would do so by itself. That suits a cache that is gone afterwards; one that is returned may
     have to grow, and one with a bound on its pages must not reserve more.
     """
-    if generation_config.disable_compile:
+    if generation_config.disable_compile or (generation_config.num_beams or 1) > 1:  # the host compiles no beam search
         return False
     compile_config = generation_config.compile_config
     if compile_config is not None and compile_config._compile_all_devices:

@@ -29,6 +29,7 @@ class GrowingLayer(PagedLayer):
         super().__init__(*args, **kwargs)
         self.table = table
         self.length = 0  # tokens that this layer has written
+        self._copies = 1  # of every sequence of the last update
 
     def _reserve(self, batch_size: int) -> None:
         self.table.add_follower(self)
@@ -37,12 +38,20 @@ class GrowingLayer(PagedLayer):
 
     @torch.compiler.disable  # bookkeeping on the host; a graph would be guarded on every length
     def _advance(self, num_new: int, batch_size: int) -> None:
-        if self.length == self.table.length:
-            self.table.append(num_new, batch_size)
-        elif self.length + num_new != self.table.length or self.table.batch_size != batch_size:
+        self._copies = copies = self.shared.copies_of(self.length, num_new, batch_size)
+        if self.length != self.table.length and (
+            self.length + num_new != self.table.length or self.table.batch_size != batch_size
+        ):
             self.leave_table()
-            self.table.append(num_new, batch_size)
+        if self.length == self.table.length:
+            self.table.append(num_new, batch_size, copies)
         self.length += num_new
+
+    def _write(self, key: torch.Tensor, value: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        if self._copies > 1:  # they share their pages
+            key, value, page_table, seq_lens = (x[:: self._copies] for x in (key, value, page_table, seq_lens))
+            page_table, seq_lens = page_table.contiguous(), seq_lens.contiguous()
+        super()._write(key, value, page_table, seq_lens)
 
     @property
     def _num_kept(self) -> int:
@@ -94,6 +103,7 @@ class GrowingLayer(PagedLayer):
         self.is_empty = self.length == 0
 
     def _own_table(self) -> None:
+        self.shared.copies = 1  # sequences may differ from here on
         if self.is_initialized and len(self.table.followers) > 1:
             self.leave_table()
 

@@ -35,12 +35,21 @@ class SharedState:
         page_size: tokens per page.
         rotary: how the model turns the keys of each layer; empty if that is not known.
         padding_mask: `[B, T]` of the first prompt (True is a token), when `generate` knows it.
+        copies: how many sequences in a row begin with the same prompt (beams); they share its pages.
+        prompt_length: tokens of that prompt, if it is known to come in pieces.
     """
 
     model_config: PreTrainedConfig
     page_size: int
     rotary: Sequence[RotaryLayout] = ()
     padding_mask: torch.Tensor | None = None
+    copies: int = 1
+    prompt_length: int = 0
+
+    def copies_of(self, length: int, num_new: int, batch_size: int) -> int:
+        """How many sequences in a row get the same tokens when a layer of `length` gets `num_new` more."""
+        is_prompt = length == 0 or length + num_new <= self.prompt_length
+        return self.copies if self.copies > 1 and is_prompt and batch_size % self.copies == 0 else 1
 
     @property
     def is_fused(self) -> bool:
@@ -132,7 +141,7 @@ class PagedLayer(CacheLayerMixin):
         if self.k.needs_tokens or self.v.needs_tokens or self._must_hold(num_new, was_empty):
             self._held = raw
         else:
-            self._write(*raw)
+            self._write(*raw, self._page_table, self._seq_lens)
         key, value = (
             PagedKV(self, side, tensor, was_empty and self._returns_prompt, was_empty or tensor.requires_grad)
             for side, tensor in zip(("key", "value"), raw, strict=True)
@@ -185,7 +194,7 @@ class PagedLayer(CacheLayerMixin):
         key, value = self._held
         self._held = None
         self._observe(key, value, valid)
-        self._write(key, value)
+        self._write(key, value, self._page_table, self._seq_lens)
 
     def _observe(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None) -> None:
         if valid is None:
@@ -200,12 +209,11 @@ class PagedLayer(CacheLayerMixin):
             return None
         return mask.to(key.device).repeat_interleave(key.shape[0] // mask.shape[0], dim=0)
 
-    def _write(self, key: torch.Tensor, value: torch.Tensor, seq_lens: torch.Tensor | None = None) -> None:
-        newest = slice(-self._num_kept, None)  # a window does not keep the beginning of a long prompt
-        ops.write_kv(
-            key.detach()[:, :, newest], value.detach()[:, :, newest], self.k.paged, self.v.paged,
-            self._page_table, self._seq_lens if seq_lens is None else seq_lens, self.clipped,
-        )  # fmt: skip
+    def _write(self, key: torch.Tensor, value: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        key, value = key.detach(), value.detach()
+        if key.shape[2] > self._num_kept:  # a window does not keep the beginning of a long prompt
+            key, value = key[:, :, -self._num_kept :], value[:, :, -self._num_kept :]
+        ops.write_kv(key, value, self.k.paged, self.v.paged, page_table, seq_lens, self.clipped)
 
     def _check_shapes(self, key: torch.Tensor, value: torch.Tensor) -> None:
         expected = ((self.num_heads, self.k.head_dim), (self.num_heads, self.v.head_dim))

@@ -21,6 +21,9 @@ import torch
 from .pools import OutOfPagesError, PagePool
 
 
+_NONE = np.zeros(0, dtype=np.int64)
+
+
 class Follower(Protocol):
     """What a table asks of the layers that go by it."""
 
@@ -65,7 +68,7 @@ class PageTable:
         self.keeps_past = False  # while speculation may take tokens back, pages before the window stay
         self._followers: list[weakref.ref[Follower]] = []
         self.siblings: tuple[PageTable, ...] = ()  # an append that one of these has no room for is refused by all
-        self._set_rows(np.zeros((0, 0), dtype=np.int64), length=0, first_page=0)
+        self._set_rows(_NONE.reshape(0, 0), length=0, first_page=0)
         self.pool = pool if pool is not None else PagePool()
         self.pool.add_table(self)
 
@@ -103,7 +106,7 @@ class PageTable:
 
     def clear(self) -> None:
         """Forget all sequences and give their pages back."""
-        self._set_rows(np.zeros((0, 0), dtype=np.int64), length=0, first_page=0)
+        self._set_rows(_NONE.reshape(0, 0), length=0, first_page=0)
         self.pool.shrink()
 
     def _set_rows(self, rows: np.ndarray, length: int, first_page: int) -> None:
@@ -163,8 +166,10 @@ class PageTable:
 
     # -- changing --------------------------------------------------------------------------------------------------
 
-    def append(self, num_tokens: int, batch_size: int) -> None:
+    def append(self, num_tokens: int, batch_size: int, copies: int = 1) -> None:
         """Make room for `num_tokens` more tokens of every sequence.
+
+        Sequences that come in groups of `copies` get the same tokens, and share the pages of their group.
 
         Raises OutOfPagesError if the pool's bound does not suffice and ValueError if the batch size is not the
         table's; the table is then as before.
@@ -177,12 +182,12 @@ class PageTable:
         for layer in self.followers:
             if layer.length != self.length:
                 layer.leave_table()
-        step = self._plan(num_tokens, batch_size)
+        step = self._plan(num_tokens, batch_size, copies)
         for sibling in self.siblings:
             if sibling.pool.num_pages is not None and sibling.length == self.length:
-                sibling._plan(num_tokens, batch_size)
+                sibling._plan(num_tokens, batch_size, copies)
         if step is not None:
-            self._take(step, batch_size)
+            self._take(step, batch_size // copies, copies)
         self.length += num_tokens
         self._seq_lens.clear()
 
@@ -209,12 +214,14 @@ class PageTable:
         """Sequence i becomes a copy of sequence `indices[i]`; pages are shared, not copied."""
         if not len(self.rows):
             return
-        self._set_rows(self.rows[np.asarray(indices, dtype=np.int64)], self.length, self.first_page)
+        order, tables = np.asarray(indices, dtype=np.int64), self._tables
+        self._set_rows(self.rows[order], self.length, self.first_page)
+        self._tables = {device: table.index_select(0, _on(device, order)) for device, table in tables.items()}
         self.pool.shrink()
 
     # -- pages -----------------------------------------------------------------------------------------------------
 
-    def _plan(self, num_tokens: int, batch_size: int) -> _Step | None:
+    def _plan(self, num_tokens: int, batch_size: int, copies: int) -> _Step | None:
         """How to make room, None if there is room already. Raises OutOfPagesError if there cannot be."""
         new_length = self.length + num_tokens
         num_held = self.rows.shape[1]
@@ -226,12 +233,11 @@ class PageTable:
         if not num_missing and not num_evicted and (self._owns_tails or not writes_tails):
             return None
         counts = self.pool.references()
-        evicted = self.rows[:, :num_evicted]
         if num_evicted:
-            counts -= np.bincount(evicted.ravel(), minlength=len(counts))
-        to_copy = self._shared_tails(counts) if writes_tails and not self._owns_tails else np.zeros(0, dtype=np.int64)
+            counts -= np.bincount(self.rows[:, :num_evicted].ravel(), minlength=len(counts))
+        to_copy = self._shared_tails(counts, copies) if writes_tails and not self._owns_tails else _NONE
         free = np.flatnonzero(counts == 0)
-        need = len(counts) - len(free) + batch_size * num_missing + len(to_copy)
+        need = len(counts) - len(free) + batch_size // copies * num_missing + len(to_copy)
         if self.pool.num_pages is not None and need > self.pool.num_pages:
             raise OutOfPagesError(
                 f"{new_length} tokens a sequence need {need} pages of {self.page_size} tokens, but "
@@ -240,25 +246,27 @@ class PageTable:
             )
         return _Step(first_page, num_evicted, num_missing, to_copy, free, need)
 
-    def _take(self, step: _Step, batch_size: int) -> None:
+    def _take(self, step: _Step, num_groups: int, copies: int) -> None:
         """Let go of old pages, copy shared ones that will be written, and take new ones."""
-        old_size, self._num_coming = self.pool.size, batch_size
+        old_size, self._num_coming = self.pool.size, num_groups
         self.pool.grow(step.need)  # the part that can run out of memory comes before anything is changed
         free = np.concatenate([step.free, np.arange(old_size, self.pool.size)])  # low ones first: pools stay dense
         num_copied = len(step.to_copy)
-        copies, new = free[:num_copied], free[num_copied : num_copied + batch_size * step.num_missing]
-        new = new.reshape(batch_size, step.num_missing)
-        rows = self.rows[:, step.num_evicted :] if len(self.rows) else np.zeros((batch_size, 0), dtype=np.int64)
+        targets, new = free[:num_copied], free[num_copied : num_copied + num_groups * step.num_missing]
+        new = new.reshape(num_groups, step.num_missing)
+        rows = self.rows[::copies, step.num_evicted :] if len(self.rows) else np.zeros((num_groups, 0), dtype=np.int64)
         if num_copied:
             rows = rows.copy()
-            self.pool.copy(rows[step.to_copy, -1], copies)
-            rows[step.to_copy, -1] = copies
+            self.pool.copy(rows[step.to_copy, -1], targets)
+            rows[step.to_copy, -1] = targets
         self.pool.clear(new.ravel())
-        tables = self._tables
-        self._set_rows(np.concatenate([rows, new], axis=1), self.length, step.first_page)
-        self._owns_tails = True
-        if not step.num_evicted and not num_copied and not self.first_page:
-            self._tables = {d: torch.cat([table, _on(d, new)], dim=1) for d, table in tables.items()}
+        tables, num_kept = self._tables, rows.shape[1] - (num_copied > 0)
+        rows = np.repeat(np.concatenate([rows, new], axis=1), copies, axis=0)
+        self._set_rows(rows, self.length, step.first_page)
+        self._owns_tails = copies == 1
+        if not step.first_page:  # what is on a device already stays there
+            last = rows[:, num_kept:]
+            self._tables = {d: torch.cat([table[:, :num_kept], _on(d, last)], dim=1) for d, table in tables.items()}
         self.pool.shrink()  # a window has let go of pages, or a fork was dropped since
 
     def _oldest_page(self, length: int) -> int:
@@ -271,15 +279,15 @@ class PageTable:
         # A window of one token sees nothing old, but the newest page is still being filled.
         return max(min(length - (self.window - 1), length - 1), 0) // self.page_size
 
-    def _shared_tails(self, counts: np.ndarray) -> np.ndarray:
-        """Rows whose last page is about to be written but belongs to another row as well."""
+    def _shared_tails(self, counts: np.ndarray, copies: int) -> np.ndarray:
+        """Groups of `copies` rows whose last page is about to be written but belongs to another row as well."""
         tails = self.rows[:, -1]
         here = np.bincount(tails, minlength=len(counts))
         # One of the rows that share a page keeps it, if nobody outside this table has it.
         keeps = np.zeros(len(tails), dtype=bool)
         keeps[np.unique(tails, return_index=True)[1]] = True
         keeps &= counts[tails] == here[tails]
-        return np.flatnonzero(~keeps)
+        return np.flatnonzero(~keeps[::copies])
 
     def renumber(self, numbers: np.ndarray) -> None:
         """Page p is now page numbers[p]."""

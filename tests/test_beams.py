@@ -1,0 +1,170 @@
+"""Beams and several answers to one prompt: shared pages, the tokens of a dense cache, one graph when compiled."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import families
+import pytest
+import torch
+from helpers import prompt, tiny_llama
+from test_cache import CountSyncs, contents, make_cache, sliding_model
+from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
+
+from hf_kvquant import QuantizedPagedCache
+
+UNQUANTIZED = {"kv_cache_dtype": "model", "page_size": 4}
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, padded: bool = False, **options: Any) -> Any:
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, : ids.shape[1] // 3] = 0
+    options = {"max_new_tokens": 14, "do_sample": False, "return_dict_in_generate": True, **options}
+    torch.manual_seed(0)
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+WAYS = {
+    "beams": {"num_beams": 4, "num_return_sequences": 2},
+    "beam-sampling": {"num_beams": 3, "do_sample": True},
+    "answers": {"num_return_sequences": 3, "do_sample": True},
+    "chunks": {"num_beams": 3, "prefill_chunk_size": 6},
+}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("make_model", [tiny_llama, sliding_model], ids=["full", "sliding"])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_tokens_equal_a_dense_caches(way: dict[str, Any], make_model: Any, padded: bool) -> None:
+    model = make_model()
+    expected = generate(model, prompt(), padded, cache_implementation="dynamic", **way).sequences
+    for attention in ("kvquant", "eager"):
+        model.set_attn_implementation(attention)
+        out = generate(model, prompt(), padded, cache_implementation="kvquant", cache_config=UNQUANTIZED, **way)
+        assert torch.equal(out.sequences, expected)
+        dense = [layer.dense for layer in out.past_key_values.report().layers]
+        assert all(reasons == () for reasons in dense) == (attention == "kvquant")
+
+
+@pytest.mark.parametrize("way", [{"num_beams": 8}, {"num_return_sequences": 8, "do_sample": True}], ids=str)
+def test_eight_beams_take_little_more_than_one(way: dict[str, Any]) -> None:
+    model = tiny_llama("kvquant", max_position_embeddings=5000)
+    ids = prompt(1, 4000)
+    one, eight = (generate(model, ids, max_new_tokens=20, **w).past_key_values for w in ({}, way))
+    assert eight.batch_size == 8
+    assert eight.nbytes < 1.2 * one.nbytes
+    assert eight.nbytes_allocated < 1.2 * 1.2 * one.nbytes_allocated
+
+
+@pytest.mark.parametrize("chunk", [None, 6, 8])
+def test_a_prompts_pages_are_shared_from_the_start(chunk: int | None) -> None:
+    """Two prompts of 21 tokens, three beams each: five full pages a prompt, and one to write in for each beam."""
+    model = tiny_llama("kvquant")
+    out = generate(model, prompt(), num_beams=3, max_new_tokens=3, cache_config=UNQUANTIZED, prefill_chunk_size=chunk)
+    table = out.past_key_values.layers[0].table
+    assert table.batch_size == 6
+    assert table.pages_in_use <= 2 * (5 + 3)
+
+
+def test_sequences_share_nothing_they_were_not_promised_to() -> None:
+    """What `generate` said of its first prompt is no longer true of a cache that is used again."""
+    model = tiny_llama("kvquant")
+    for reuse in (
+        lambda cache: cache.reset(),
+        lambda cache: cache.crop(-int(cache.get_seq_length())),
+        lambda cache: [layer.reset() for layer in cache.layers],
+    ):
+        cache = generate(model, prompt(), num_beams=2, cache_config=UNQUANTIZED).past_key_values
+        reuse(cache)
+        with torch.no_grad():
+            model(prompt(4, 9), past_key_values=cache)
+            expected = QuantizedPagedCache.from_model(model, **UNQUANTIZED)
+            model(prompt(4, 9), past_key_values=expected)
+        for one, other in zip(contents(cache), contents(expected), strict=True):
+            assert torch.equal(one[0], other[0])
+
+
+def test_training_shares_nothing() -> None:
+    """Dropout makes the copies of a prompt differ."""
+    model = tiny_llama("kvquant", attention_dropout=0.5)
+    model.train()
+    options = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 2}
+    keys = contents(generate(model, prompt(), cache_config=UNQUANTIZED, **options).past_key_values)[1][0]
+    assert not torch.equal(keys[0, :, :21], keys[1, :, :21])
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_encoder_decoders(model_type: str) -> None:
+    """What the encoder says is stored once for all beams."""
+    model = families.build(model_type)
+    ids = prompt(2, 30, vocab_size=90)
+    options = {"num_beams": 3, "min_new_tokens": 8, "max_new_tokens": 8}
+    expected = generate(model, ids, cache_implementation="dynamic", **options).sequences
+    out = generate(model, ids, cache_implementation="kvquant", cache_config=UNQUANTIZED, **options)
+    assert torch.equal(out.sequences, expected)
+    cross = out.past_key_values.cross_attention_cache
+    assert cross.batch_size == 6
+    assert cross.layers[0].table.pages_in_use == 2 * 8
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_quantized_beams_are_those_of_the_stored_numbers(dtype: str) -> None:
+    """Prompts that are stored once give what prompts that every beam stores for itself give."""
+    model = tiny_llama("kvquant")
+    options = {"kv_cache_dtype": dtype, "page_size": 4, "equalize": False}
+    shared = generate(model, prompt(), num_beams=4, cache_config=options)
+    given = QuantizedPagedCache.from_model(model, **options)
+    alone = generate(model, prompt(), num_beams=4, past_key_values=given)
+    assert torch.equal(shared.sequences, alone.sequences)
+    for one, other in zip(contents(shared.past_key_values), contents(given), strict=True):
+        torch.testing.assert_close(one[0], other[0])
+
+
+def test_a_step_of_beams_makes_its_indices_once() -> None:
+    """One index of what is copied serves all layers; nothing is read back but the beams' order."""
+    calls = []
+    cache = make_cache(kv_cache_dtype="int8", page_size=4)
+    for index in range(2):
+        cache.update(torch.randn(4, 2, 21, 16), torch.randn(4, 2, 21, 16), index)
+    cache._settle()
+    for layer in cache.layers:
+        for store in (layer.k, layer.v):
+            copy = store.copy
+            store.copy = lambda *args, copy=copy: (calls.append(args), copy(*args))[1]
+    cache.reorder_cache(torch.tensor([2, 2, 2, 0]))
+    with CountSyncs() as syncs:
+        for index in range(2):
+            cache.update(torch.randn(4, 2, 1, 16), torch.randn(4, 2, 1, 16), index)
+    assert syncs.count == 0
+    assert len(calls) == 4
+    assert len({tuple(index.data_ptr() for index in args) for args in calls}) == 1
+    assert all(len(args[0]) == 2 for args in calls)
+
+
+# -- fixed addresses ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, sliding_model], ids=["full", "sliding"])
+def test_compiled_beams(make_model: Any) -> None:
+    """A user who compiles the steps, as `generate` itself does for everything but beams, keeps one graph for them."""
+    model = make_model()
+    expected = generate(model, prompt(), num_beams=3, cache_implementation="dynamic").sequences
+    torch._dynamo.reset()
+    counters.clear()
+    eager, compiled = model.forward, torch.compile(model.forward, backend="eager", fullgraph=True)
+
+    @functools.wraps(eager)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if kwargs["input_ids"].shape[1] == 1 else eager)(*args, **kwargs)
+
+    model.forward = forward
+    config = {**UNQUANTIZED, "max_cache_len": 64}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            out = generate(model, prompt(), num_beams=3, cache_implementation="kvquant", cache_config=config)
+            assert torch.equal(out.sequences, expected)
+    assert all(layer.dense == () for layer in out.past_key_values.report().layers)
+    assert counters["stats"]["unique_graphs"] == 1
