@@ -20,7 +20,6 @@ import torch
 
 from .pools import OutOfPagesError, PagePool
 
-
 _NONE = np.zeros(0, dtype=np.int64)
 
 
