@@ -10,8 +10,11 @@ Importing registers names with transformers and does nothing else.
 from . import attention, generation
 from ._version import __version__
 from .cache import QuantizedPagedCache
+from .calibration import Calibration, calibrate
 from .checkpoints import CheckpointScales
+from .checkpoints.writing import WrittenScales
 from .config import KVQuantConfig
+from .exporting import write_scales
 from .pools import OutOfPagesError
 from .reading import read_scales
 from .report import CacheReport, LayerReport
@@ -19,15 +22,19 @@ from .scales import LayerScales
 
 __all__ = [
     "CacheReport",
+    "Calibration",
     "CheckpointScales",
     "KVQuantConfig",
     "LayerReport",
     "LayerScales",
     "OutOfPagesError",
     "QuantizedPagedCache",
+    "WrittenScales",
     "__version__",
+    "calibrate",
     "read_scales",
     "register",
+    "write_scales",
 ]
 
 

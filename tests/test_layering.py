@@ -15,17 +15,17 @@ ROOT = Path(hf_kvquant.__file__).parent
 FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"_version", "formats", "scales"}, {"config"}),
     ({"checkpoints", "ops"},),
-    ({"rotary", "hosts", "pools", "static_pages", "policy"}, {"pages", "stores", "reading"}),
-    ({"handle", "report"}, {"layers"}, {"growing", "fixed"}, {"hybrid"}, {"cache"}, {"encoder_decoder"}),
+    ({"rotary", "hosts", "pools", "static_pages", "policy"}, {"pages", "stores", "reading", "risks"}),
+    ({"handle", "report", "skeleton"}, {"layers"}, {"growing", "fixed"}, {"hybrid"}, {"cache"}, {"encoder_decoder"}),
     ({"attention"},),
-    ({"generation"},),
+    ({"generation", "calibration_data", "exporting"}, {"calibration"}),
     ({""},),  # the package itself
 )
 HEIGHT = {
     name: (floor, step) for floor, steps in enumerate(FLOORS) for step, names in enumerate(steps) for name in names
 }
 FIRST_FLOOR_WITH_TRANSFORMERS = 3
-THIRD_PARTY = {"numpy", "torch", "transformers", "safetensors", "huggingface_hub", "packaging", "triton"}
+THIRD_PARTY = {"datasets", "numpy", "torch", "transformers", "safetensors", "huggingface_hub", "packaging", "triton"}
 
 
 def _modules() -> dict[str, Path]:
@@ -106,7 +106,7 @@ def test_what_is_imported_from_outside(module: str) -> None:
     outside = {name.split(".")[0] for name in _imports(module)} - {"hf_kvquant"} - set(sys.stdlib_module_names)
     assert outside <= THIRD_PARTY
     if "transformers" in outside:
-        assert module in ("hosts", "reading") or HEIGHT[_unit(module)][0] >= FIRST_FLOOR_WITH_TRANSFORMERS
+        assert module in ("hosts", "reading", "risks") or HEIGHT[_unit(module)][0] >= FIRST_FLOOR_WITH_TRANSFORMERS
     if "triton" in outside:
         assert module.startswith("ops.triton")
 

@@ -34,6 +34,7 @@ from .layouts import (
     vllm_json,
 )
 from .matching import bare
+from .names import looks_like_kv_scale
 
 # Sorts behind every shard of weights: who asks a checkpoint for its dtype looks into the first file.
 _SHARD = "model-kv-scales.safetensors"
@@ -42,14 +43,6 @@ _SINGLE_IN_INDEX = "model-00001-of-00001.safetensors"
 _CONFIG = "config.json"
 _MODELOPT_CONFIG = "hf_quant_config.json"
 _VLLM_JSON = "kv_cache_scales.json"
-# What one family or another calls the scales of an attention module, below the module's own path.
-_SCALE_NAMES = {
-    "kv_scale",
-    "prob_output_scale",
-    *(f"{side}_{part}" for side in "qkv" for part in ("scale", "zero_point")),
-    *(f"{side}_proj.{part}" for side in "qkv" for part in (f"{side}_scale", "output_scale", "output_zero_point")),
-    *(f"{side}_cache.scale" for side in "kv"),
-}
 
 
 class HasScales(Protocol):
@@ -154,6 +147,8 @@ def _check_complete(scales: HasScales, model: ModelLayers, files: CheckpointFile
         )
     if not files.tensors:
         raise ValueError(f"{files.path} has no safetensors files; save the model as safetensors first")
+    if absent := sorted(file for file in set(files.tensors.values()) if not (Path(files.path) / file).exists()):
+        raise ValueError(f"{files.path} lacks {', '.join(absent)}; load the model once, which fetches all of it")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -203,11 +198,11 @@ def _check_in_place(files: CheckpointFiles, addition: _Addition) -> None:
 
 def _stale(files: CheckpointFiles, addition: _Addition) -> dict[str, set[str]]:
     """Old scales of the same modules, by the file they are in."""
-    names = {f"{prefix}.{name}" for prefix in addition.prefixes for name in _SCALE_NAMES}
+    modules = tuple(f"{prefix}." for prefix in addition.prefixes)
     stale: dict[str, set[str]] = {}
-    for name in names & set(files.tensors):
-        if files.tensors[name] != _SHARD:
-            stale.setdefault(files.tensors[name], set()).add(name)
+    for name, file in files.tensors.items():
+        if file != _SHARD and name.startswith(modules) and looks_like_kv_scale(name):
+            stale.setdefault(file, set()).add(name)
     return stale
 
 
