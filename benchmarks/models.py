@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 
 import hf_kvquant  # noqa: F401 - registers the names that models are made with
 from hf_kvquant import QuantizedPagedCache
+from hf_kvquant.fixed import FixedLayer
 from hf_kvquant.layers import PagedLayer
 
 from .results import NotInstalled
@@ -27,6 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # The first tokens of a cache come alone: scales may be taken from them.
 _FIRST_TOKENS = 64
+_PIECE = 8192
 
 
 def build_model(name: str, device: torch.device) -> PreTrainedModel:
@@ -107,21 +109,24 @@ CAPACITY_WAYS = [
 def fill(cache: Any, model: PreTrainedModel, batch: int, length: int) -> None:
     """Give every layer `length` random tokens a sequence, as a prompt would leave them.
 
-    All sequences and layers get the same ones, which no time depends on.
+    All sequences and layers get the same ones, over and over, which no time depends on.
     """
     config = model.config
-    sizes = (1, config.num_key_value_heads, length, config.head_dim)
+    layer = cache.layers[0] if cache.layers else None
+    ours = isinstance(layer, PagedLayer)
+    # Reserved pages are filled piece by piece, so that what they are filled with takes no room itself.
+    piece = min(length, _PIECE) if isinstance(layer, FixedLayer) else length
+    sizes = (1, config.num_key_value_heads, piece, config.head_dim)
     key, value = (
         torch.randn(sizes, dtype=model.dtype, device=model.device).expand(batch, -1, -1, -1) for _ in range(2)
     )
+    stops = sorted(
+        {*([_FIRST_TOKENS] if ours and length > _FIRST_TOKENS else []), *range(piece, length, piece), length}
+    )
     for index in range(config.num_hidden_layers):
-        ours = isinstance(cache.layers[index], PagedLayer) if index < len(cache.layers) else False
-        if not ours:
-            cache.update(key, value, index)
-            continue
-        for part in (slice(0, _FIRST_TOKENS), slice(_FIRST_TOKENS, None)):
-            if key[:, :, part].shape[2]:
-                cache.update(key[:, :, part], value[:, :, part], index)
+        for start, stop in zip([0, *stops], stops, strict=False):
+            cache.update(key[:, :, : stop - start], value[:, :, : stop - start], index)
+            if ours:
                 cache.layers[index].settle(None)
 
 

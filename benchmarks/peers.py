@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -29,10 +28,10 @@ def sdpa_packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
     return lambda: sdpa(packed, key, value)
 
 
-@functools.cache
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
+    torch._dynamo.reset()  # after a few shapes it would no longer compile for another
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -40,8 +39,8 @@ def flex_decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
     """FlexAttention, compiled for the shape."""
     if query.device.type == "cpu":
         raise NotInstalled("FlexAttention is measured on GPUs only")
-    query = query.contiguous()
-    return lambda: _compiled_flex()(query, key, value, enable_gqa=True)
+    query, flex = query.contiguous(), _compiled_flex()
+    return lambda: flex(query, key, value, enable_gqa=True)
 
 
 def flex_prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Call:
@@ -50,12 +49,12 @@ def flex_prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
         raise NotInstalled("FlexAttention is measured on GPUs only")
     from torch.nn.attention.flex_attention import create_block_mask
 
-    query = query.contiguous()
+    query, flex = query.contiguous(), _compiled_flex()
     past = key.shape[2] - query.shape[2]
     mask = create_block_mask(
         lambda b, h, q, kv: kv <= q + past, None, None, query.shape[2], key.shape[2], device=query.device
     )
-    return lambda: _compiled_flex()(query, key, value, block_mask=mask, enable_gqa=True)
+    return lambda: flex(query, key, value, block_mask=mask, enable_gqa=True)
 
 
 def flashinfer_decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dtype: torch.dtype) -> Call:
@@ -90,7 +89,7 @@ def vllm_decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dty
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
     batch, num_kv_heads, length, head_dim = key.shape
-    device, page_size = key.device, 16
+    num_q_heads, device, page_size = query.shape[1], key.device, 32
     columns = length // page_size
     shape = (batch * columns, page_size, num_kv_heads, head_dim)
     k_pages, v_pages = (x.transpose(1, 2).reshape(shape).to(dtype).contiguous() for x in (key, value))
@@ -100,12 +99,19 @@ def vllm_decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dty
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
     lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
     one = torch.ones(batch, num_kv_heads, device=device)
+    # As vLLM itself splits short batches.
+    splits, most_split = 16, 128 // num_kv_heads
+    sizes = (most_split, num_q_heads, splits)
+    partial = torch.empty(*sizes, head_dim, device=device)
+    highest, total = (torch.empty(sizes, device=device) for _ in range(2))
 
     def call() -> torch.Tensor:
         unified_attention(
             q=rows, k=k_pages, v=v_pages, out=out, cu_seqlens_q=starts, max_seqlen_q=1, seqused_k=lengths,
             max_seqlen_k=length, softmax_scale=head_dim**-0.5, causal=True, window_size=(-1, -1), block_table=table,
-            softcap=0, q_descale=None, k_descale=one, v_descale=one,
+            softcap=0, q_descale=None, k_descale=one, v_descale=one, seq_threshold_3D=most_split,
+            num_par_softmax_segments=splits, softmax_segm_output=partial, softmax_segm_max=highest,
+            softmax_segm_expsum=total,
         )  # fmt: skip
         return out
 
