@@ -4,7 +4,8 @@
     python -m benchmarks.gpu --only decode,small --quick
     python -m benchmarks.gpu --device cpu --tiny          # try the programs themselves
 
-Rows are printed and written as they are made; parts of the file that are not measured again stay.
+Rows are printed and written as they are made; parts of the file that are not measured again stay. Where the checkout
+has no .git, GIT_COMMIT in the environment says what was measured.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="sizes that say nothing, to try the programs")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--budget", type=float, default=540, help="seconds after which a part starts no further row")
-    parser.add_argument("--workers", type=int, default=8, help="processes of the tests")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 14), help="processes of the tests")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",")
     if unknown := [name for name in chosen if name not in parts]:
