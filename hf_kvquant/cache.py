@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -29,6 +29,7 @@ from .pages import PageTable, PageTables
 from .policy import asks_for_files, plan_layers
 from .reading import read_scales
 from .report import CacheReport, LayerReport
+from .risks import large_key_biases
 from .rotary import rotary_layouts
 
 # The host's layer class -> ours, growing and fixed. Whatever is not here (linear attention, convolutions, dummies,
@@ -52,6 +53,7 @@ class QuantizedPagedCache(DynamicCache):
         checkpoint: scales to use, from `read_scales`; None for none.
         notes: lines for the report.
         expected_length: tokens a sequence will reach at most, if known; memory is then not allocated beyond it.
+        key_biases: layers whose keys have a bias too large for static scales, and how large.
 
     Raises ValueError for options that do not fit the model.
     """
@@ -64,12 +66,13 @@ class QuantizedPagedCache(DynamicCache):
         checkpoint: CheckpointScales | None = None,
         notes: Iterable[str] = (),
         expected_length: int | None = None,
+        key_biases: Mapping[int, float] | None = None,
     ) -> None:
         self.kvquant = kvquant = kvquant or KVQuantConfig()
         text_config = config.get_text_config(decoder=True)
         template = list(DynamicCache(config=text_config).layers)
         names = layer_type_names(text_config, template)
-        plans, plan_notes = plan_layers(kvquant, names, checkpoint)
+        plans, plan_notes = plan_layers(kvquant, names, checkpoint, key_biases)
         self.notes = [*notes, *(checkpoint.notes if checkpoint is not None else ()), *plan_notes]
         self._layer_types = names
         self.shared = SharedState(text_config, kvquant.page_size)
@@ -114,7 +117,11 @@ class QuantizedPagedCache(DynamicCache):
         kvquant = options_for(model, options, max_cache_len)
         notes: list[str] = []
         checkpoint = _find_checkpoint(model, kvquant, notes) if asks_for_files(kvquant) else None
-        cache = cls(model.config, kvquant, checkpoint=checkpoint, notes=notes, expected_length=expected_length)
+        biases = large_key_biases(model) if checkpoint is not None else None
+        cache = cls(
+            model.config, kvquant, checkpoint=checkpoint, notes=notes, expected_length=expected_length,
+            key_biases=biases,
+        )  # fmt: skip
         cache.shared.rotary = rotary_layouts(model, cache._layer_types)
         cache.notes += disable_fake_quantization(model)
         return cache
@@ -328,7 +335,9 @@ def _find_checkpoint(model: PreTrainedModel, kvquant: KVQuantConfig, notes: list
     own = isinstance(kvquant.scales, str) and kvquant.scales in ("auto", "checkpoint")
     source = model if own else kvquant.scales
     try:  # with `auto` nobody asked for a download, and a model may outlive the directory it came from
-        found = read_scales(source, model, fetch=kvquant.scales != "auto")
+        wanted = kvquant.kv_cache_dtype
+        dtype = wanted if isinstance(wanted, str) and wanted not in ("auto", "model") else "int8"
+        found = read_scales(source, model, fetch=kvquant.scales != "auto", kv_cache_dtype=dtype)
     except FileNotFoundError as error:
         if kvquant.scales != "auto":
             raise

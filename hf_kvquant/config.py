@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from .formats import FORMATS, get_format
@@ -56,16 +57,26 @@ class KVQuantConfig:
         set_(self, "skip_layers", _parse_skip_layers(self.skip_layers))
         set_(self, "scales", _parse_scales(self.scales))
         _check_scales(self.scales)
+        made_for = getattr(self.scales, "kv_cache_dtype", None)  # a calibration knows its format
+        if made_for is not None and self.kv_cache_dtype == "auto":
+            set_(self, "kv_cache_dtype", made_for)
+        elif made_for is not None and made_for != self.kv_cache_dtype:
+            raise ValueError(
+                f"the scales were calibrated for {made_for}, not for kv_cache_dtype={self.kv_cache_dtype!r}; calibrate "
+                "for that format, or leave kv_cache_dtype out"
+            )
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity={self.granularity!r}; choose one of {', '.join(GRANULARITIES)}")
-        if not isinstance(self.margin, (int, float)) or not 1.0 <= self.margin < float("inf"):
+        if not isinstance(self.margin, Real) or not 1.0 <= self.margin < float("inf"):
             raise ValueError(f"margin={self.margin!r}; it is a factor of at least 1.0 on the largest value seen")
         for name in ("page_size", "num_pages", "max_cache_len"):
             value = getattr(self, name)
             if value is None and name != "page_size":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_integer(value) or value < 1:
                 raise ValueError(f"{name}={value!r}; it must be a positive integer")
+            set_(self, name, int(value))
+        set_(self, "margin", float(self.margin))
 
     @classmethod
     def parse(cls, options: KVQuantConfig | Mapping[str, Any] | None, **defaults: Any) -> KVQuantConfig:
@@ -117,9 +128,14 @@ def _parse_equalize(value: Any) -> bool | str | tuple[str, ...]:
 def _parse_skip_layers(value: Any) -> tuple[int | str, ...]:
     items = tuple(value) if isinstance(value, Collection) and not isinstance(value, str) else (value,)
     items = () if value is None else items
-    if bad := [item for item in items if isinstance(item, bool) or not isinstance(item, (int, str))]:
+    if bad := [item for item in items if not _is_integer(item) and not isinstance(item, str)]:
         raise ValueError(f"skip_layers holds {bad[0]!r}; give layer indices or layer types such as 'sliding_attention'")
-    return items
+    return tuple(item if isinstance(item, str) else int(item) for item in items)
+
+
+def _is_integer(value: Any) -> bool:
+    """Python's, numpy's and others', which cannot all be written to JSON."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _parse_scales(value: Any) -> Any:
@@ -148,7 +164,7 @@ def _check_scales(value: Any) -> None:
     if isinstance(value, str | LayerScales):
         return
     if isinstance(value, Mapping):
-        entries, keys_right = list(value.values()), all(isinstance(key, int) for key in value)
+        entries, keys_right = list(value.values()), all(_is_integer(key) for key in value)
     elif isinstance(value, Sequence):
         entries, keys_right = list(value), True
     elif hasattr(value, "__fspath__"):

@@ -11,7 +11,7 @@ import torch
 from .checkpoints import CheckpointScales
 from .config import KVQuantConfig
 from .formats import get_format
-from .scales import LayerScales
+from .scales import LayerScales, granularity_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +48,15 @@ UNQUANTIZED = SidePlan("model", "none", "not quantized")
 SKIPPED = LayerPlan(*[replace(UNQUANTIZED, source="not quantized (skip_layers)")] * 2)
 
 
+# A scale of fp8 that stands for numbers beyond 224: they come from outlier channels.
+_LARGE_FP8_SCALE = 0.5
+
+
 def plan_layers(
-    config: KVQuantConfig, layer_types: Sequence[str], checkpoint: CheckpointScales | None
+    config: KVQuantConfig,
+    layer_types: Sequence[str],
+    checkpoint: CheckpointScales | None,
+    key_biases: Mapping[int, float] | None = None,
 ) -> tuple[list[LayerPlan], list[str]]:
     """One plan a layer, and notes for the report.
 
@@ -57,8 +64,11 @@ def plan_layers(
         config: what the user asked.
         layer_types: the host's name of each cache layer's type.
         checkpoint: scales that were found in the files asked for, or None.
+        key_biases: layers whose keys have a bias too large for static scales, and how large.
 
-    Raises ValueError if `config` asks for scales that are not there, or for layers that do not exist.
+    Where neither the format nor the source of scales was chosen, a layer that the checkpoint's scales do not suit gets
+    dynamic int8 instead. Raises ValueError if `config` asks for scales that are not there, or for layers that do not
+    exist.
     """
     formats = _choose_formats(config, checkpoint)
     skipped = _skipped_layers(config, layer_types)
@@ -74,17 +84,44 @@ def plan_layers(
         for side, name, source in zip("kv", formats, sources, strict=True):
             declared = checkpoint.kv_cache_dtype if checkpoint is not None else None
             if scales is not None and declared in (None, name):
-                sides.append(_static_plan(name, side, scales, source))
+                plan = _static_plan(name, side, scales, source)
+                bias = (key_biases or {}).get(index) if side == "k" else None
+                if checkpoint is not None and (risk := _risk(plan, bias)):
+                    plan = _safer(config, plan, f"layer {index}: {side.upper()} in {name}: {risk}", notes)
+                sides.append(plan)
             else:
                 sides.append(_plan_without_scales(config, name))
         plans.append(LayerPlan(*sides))
     return plans, notes
 
 
+def _risk(plan: SidePlan, bias: float | None) -> str | None:
+    """Why static scales of a checkpoint may not suit this side, None if they may well."""
+    if plan.scale is None or granularity_of(plan.scale) == "channel":
+        return None
+    if bias is not None:
+        return f"the bias of its projection reaches {bias:.0f}"
+    largest = plan.scale.max().item()
+    # Exactly 1.0 is what tools write that do not measure, or that never go below it.
+    if plan.format == "fp8_e4m3" and largest > _LARGE_FP8_SCALE and largest != 1.0:
+        return f"its scale is {largest:.3g}, for numbers up to {largest * get_format(plan.format).qmax:.0f}"
+    return None
+
+
+def _safer(config: KVQuantConfig, plan: SidePlan, risk: str, notes: list[str]) -> SidePlan:
+    if config.kv_cache_dtype != "auto" or config.scales != "auto":
+        notes.append(f"{risk}; kv_cache_dtype='auto' with scales='auto' would store it as int8 with dynamic scales")
+        return plan
+    notes.append(f"{risk}; it is stored as int8 with dynamic scales instead")
+    return _plan_without_scales(config, "int8")
+
+
 def _choose_formats(config: KVQuantConfig, checkpoint: CheckpointScales | None) -> tuple[str, str]:
     choice = config.kv_cache_dtype
     if choice == "auto":
-        choice = (checkpoint.kv_cache_dtype if checkpoint is not None else None) or "int8"
+        # 1.0 is a scale of fp8; int8 would store whole numbers only.
+        default = "fp8_e4m3" if config.scales == "unit" else "int8"
+        choice = (checkpoint.kv_cache_dtype if checkpoint is not None else None) or default
     return (choice, choice) if isinstance(choice, str) else choice
 
 

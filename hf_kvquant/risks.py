@@ -12,10 +12,8 @@ from .checkpoints.matching import bare
 from .hosts import checkpoint_of, model_layers
 
 # A bias of this size in a key's channel leaves fp8, with its three bits of mantissa, little of what differs between
-# tokens there. Models trained with such biases lose 4 % of perplexity to fp8 in any granularity, 0.1 % to equalized int8.
+# tokens there: models trained with such biases lose 4 % of perplexity to fp8 in any granularity, 0.1 % to int8.
 LARGE_KEY_BIAS = 32.0
-# Keys beyond 224, half of what fp8 holds at scale 1: numbers of that size come from outlier channels.
-LARGE_FP8_SCALE = 0.5
 
 
 def large_key_biases(model: PreTrainedModel) -> dict[int, float]:
@@ -25,14 +23,15 @@ def large_key_biases(model: PreTrainedModel) -> dict[int, float]:
     else, are read from its checkpoint, if that is on this machine.
     """
     modules = dict(model.named_modules())
-    names = {}
+    names: dict[int, str] = {}
     for index, paths in enumerate(model_layers(model).paths):
         for path in paths:
             children = dict(modules[path].named_children())
             if any("norm" in name and name.startswith(("k", "qk")) for name in children):
                 continue
-            biased = (name for name, child in children.items() if name.startswith("k") and _has_bias(child))
-            names.update({index: f"{path}.{name}.bias" for name in biased})
+            for name, child in children.items():
+                if name.startswith("k") and isinstance(getattr(child, "bias", None), torch.nn.Parameter):
+                    names[index] = f"{path}.{name}.bias"
     if not names:
         return {}
     parameters = dict(model.named_parameters())
@@ -45,10 +44,6 @@ def large_key_biases(model: PreTrainedModel) -> dict[int, float]:
     largest = [bias.abs().amax().to(device, torch.float32) for bias in biases.values()]
     numbers = torch.stack(largest).tolist()  # from the device at once
     return {index: number for index, number in zip(biases, numbers, strict=True) if number > LARGE_KEY_BIAS}
-
-
-def _has_bias(module: torch.nn.Module) -> bool:
-    return isinstance(getattr(module, "bias", None), torch.nn.Parameter)
 
 
 def _from_files(model: PreTrainedModel, names: dict[int, str]) -> dict[int, torch.Tensor]:
