@@ -7,13 +7,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MODEL ?=
 ARGS ?=
+RESULT ?= benchmarks/results/gpu.json
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Threads that spin while they wait slow down whoever shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -32,6 +33,9 @@ lint: $(STAMP) ## check style and types
 format: $(STAMP) ## rewrite the sources in the project's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+gpu: ## on a machine with a GPU and torch: test there and measure (RESULT=file, ARGS=--only ...); installs nothing
+	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --json $(RESULT) $(ARGS)
 
 clean: ## remove the virtual environments and everything generated
 	@rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

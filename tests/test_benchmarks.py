@@ -1,0 +1,82 @@
+"""The programs that measure on a GPU run on a CPU too, in sizes that say nothing; tables hold what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PARTS = ["bandwidth", "decode", "small", "write", "prefill", "generate", "capacity"]
+# Packages and devices that are not here.
+EXPECTED_ERRORS = ("not installed", "not available", "on GPUs only")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("gpu") / "result.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--json", str(path)]
+    subprocess.run([*command, "--only", ",".join(PARTS)], cwd=ROOT, env=dict(os.environ), check=True)
+    return json.loads(path.read_text())
+
+
+def test_every_part_measures(result: dict[str, Any]) -> None:
+    assert list(result["parts"]) == PARTS
+    for name, part in result["parts"].items():
+        errors = [row["error"] for row in part["rows"] if "error" in row]
+        assert not [error for error in errors if not any(expected in error for expected in EXPECTED_ERRORS)]
+        assert len(part["rows"]) > len(errors), name
+
+
+def test_tables_hold_what_was_measured(result: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_tables
+    import readme
+
+    for number, row in enumerate(result["parts"]["decode"]["rows"]):
+        # As of the shape that has a table of its own.
+        row |= {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "context": 1024 << number % 3}
+    text = gpu_tables.document(result, ["some.svg"])
+    assert "![some.svg](some.svg)" in text
+    for part in result["parts"].values():
+        for row in part["rows"]:
+            assert row.get("error", "") in text
+    table = gpu_tables.readme_table(result)
+    for row in gpu_tables.rows_of(result, "generate"):
+        assert f"| {row['cache']} | {row['tok_s']:,.0f} (" in table
+    for row in gpu_tables.rows_of(result, "capacity"):
+        assert f"{row['largest']:,.0f} (" in table
+    images = gpu_tables.plots(result)
+    assert sorted(images) == ["gpu-decode.svg", "gpu-generate.svg"]
+    assert images["gpu-decode.svg"].count("<polyline") == 3
+    assert images["gpu-generate.svg"].count("<rect") == 1 + len(gpu_tables.rows_of(result, "generate"))
+    rendered = readme.render_gpu("a\n<!-- gpu-table -->\nold\n<!-- /gpu-table -->\nb\n", result)
+    assert rendered == f"a\n<!-- gpu-table -->\n{table}<!-- /gpu-table -->\nb\n"
+
+
+def test_a_failing_row_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    import torch
+
+    from benchmarks.results import Results
+
+    path = tmp_path / "result.json"
+    results = Results(path, torch.device("cpu"), budget=100.0)
+    results.part("some", "title")
+    results.row({"a": 1}, lambda: {"b": 1 // 0})
+    assert "ZeroDivisionError" in json.loads(path.read_text())["parts"]["some"]["rows"][0]["error"]
+    results.row({"a": 2}, lambda: {"b": 2.5})
+    assert results.rows("some")[1]["b"] == 2.5
+    results.budget = -1.0
+    results.row({"a": 3}, lambda: {"b": 3})
+    # Another run keeps what it does not measure again.
+    kept = Results(path, torch.device("cpu"), budget=100.0)
+    kept.part("other", "title")
+    rows = kept.rows("some")
+    assert [row.get("b") for row in rows] == [None, 2.5, None]
+    assert "not started" in rows[2]["error"]
