@@ -19,6 +19,7 @@ _SECONDS_A_ROW = 60.0
 def fits(model: PreTrainedModel, way: Way, batch: int, context: int) -> bool:
     """Whether a full cache and two decode steps over it find room."""
     device = model.device
+    free(device)
     try:
         cache = way.make(model, context + 2)
         fill(cache, model, batch, context)
@@ -29,9 +30,6 @@ def fits(model: PreTrainedModel, way: Way, batch: int, context: int) -> bool:
         return True
     except torch.OutOfMemoryError:
         return False
-    finally:
-        cache = None
-        free(device)
 
 
 def largest(

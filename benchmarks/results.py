@@ -95,13 +95,16 @@ class Results:
             values: dict[str, Any] = {"error": f"not started: the part's {self.budget:.0f} seconds are spent"}
         else:
             values = _caught(measure)
-        free(self.device)
         row = key | values | {"row_seconds": round(time.perf_counter() - start, 2)}
         part = self.data["parts"][self._part]
         part["rows"].append(row)
         part["seconds"] = round(time.perf_counter() - self._start, 1)
         self._print(row)
         self.write()
+        try:
+            free(self.device)
+        except RuntimeError as error:  # after an illegal access a process cannot use its device any more
+            raise SystemExit(f"the device is lost after this row: {error}") from None
         return row
 
     def write(self) -> None:

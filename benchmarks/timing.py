@@ -25,6 +25,7 @@ def free(device: torch.device) -> None:
     """Give back memory that nothing refers to."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
 
