@@ -16,6 +16,7 @@ from .checkpoints.writing import WrittenScales
 from .config import KVQuantConfig
 from .exporting import write_scales
 from .pools import OutOfPagesError
+from .prefix import PrefixCache
 from .reading import read_scales
 from .report import CacheReport, LayerReport
 from .scales import LayerScales
@@ -28,6 +29,7 @@ __all__ = [
     "LayerReport",
     "LayerScales",
     "OutOfPagesError",
+    "PrefixCache",
     "QuantizedPagedCache",
     "WrittenScales",
     "__version__",

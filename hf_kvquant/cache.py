@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
@@ -280,6 +281,11 @@ class QuantizedPagedCache(DynamicCache):
 
     # -- what it holds ---------------------------------------------------------------------------------------------
 
+    def trim(self) -> None:
+        """Give back pages that no cache refers to any more, as after forks were dropped, without waiting for a step."""
+        for table in self._tables:
+            table.pool.shrink()
+
     @property
     def nbytes(self) -> int:
         """Bytes in use: distinct pages, scales and page tables (and what layers of the host store)."""
@@ -317,6 +323,25 @@ class QuantizedPagedCache(DynamicCache):
                 )
         total = sum(row.model_dtype_bytes for row in rows)
         return CacheReport(rows, list(self.notes), self.nbytes, self.nbytes_allocated, total)
+
+
+def nbytes_of(caches: Iterable[QuantizedPagedCache]) -> int:
+    """Bytes that these caches use together: pages and scales that they share are counted once, tables not at all."""
+    total = 0
+    rows: dict[int, list[np.ndarray]] = {}
+    layers: dict[int, GrowingLayer] = {}
+    for cache in caches:
+        for layer in cache.layers:
+            if isinstance(layer, GrowingLayer) and layer.is_initialized:
+                layers[id(layer.k)] = layer  # forks have the same store
+                rows.setdefault(id(layer.k), []).append(layer.table.rows.ravel())
+                total += layer.state_nbytes
+            else:
+                total += cache._stored_nbytes(layer)
+    for key, layer in layers.items():
+        num_pages = len(np.unique(np.concatenate(rows[key])))
+        total += sum(num_pages * store.page_nbytes + store.scale_nbytes for store in (layer.k, layer.v))
+    return total
 
 
 def options_for(model: PreTrainedModel, options: Any, max_cache_len: int | None = None) -> KVQuantConfig:

@@ -59,6 +59,11 @@ class _Hybrid(PagedLayer):
         LinearAttentionLayer.reorder_cache(self, torch.tensor(list(indices), dtype=torch.int64))
         super().follow_select(indices)
 
+    @property
+    def state_nbytes(self) -> int:
+        states = (*self.conv_states.values(), *self.recurrent_states.values())
+        return sum(state.nbytes for state in states if state is not None)
+
 
 class HybridGrowingLayer(_Hybrid, GrowingLayer, LinearAttentionAndFullAttentionLayer):
     """With pages that grow."""

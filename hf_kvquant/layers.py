@@ -392,7 +392,13 @@ class PagedLayer(CacheLayerMixin):
         if not self.is_initialized or self.table is None:
             return 0
         pages_in_use = self.table.pages_in_use
-        return sum(pages_in_use * store.page_nbytes + store.scale_nbytes for store in (self.k, self.v))
+        paged = sum(pages_in_use * store.page_nbytes + store.scale_nbytes for store in (self.k, self.v))
+        return paged + self.state_nbytes
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of what a layer holds beside pages."""
+        return 0
 
     @property
     def model_dtype_nbytes(self) -> int:
@@ -403,14 +409,15 @@ class PagedLayer(CacheLayerMixin):
         if self.window is not None:
             num_tokens = min(num_tokens, self.window - 1)
         per_token = self.num_heads * (self.k.head_dim + self.v.head_dim) * self.dtype.itemsize
-        return self.batch_size * num_tokens * per_token
+        return self.batch_size * num_tokens * per_token + self.state_nbytes
 
     @property
     def allocated_nbytes(self) -> int:
         """Bytes held, used or not."""
         if not self.is_initialized:
             return 0
-        return sum(store.nbytes_allocated + store.scale_nbytes for store in (self.k, self.v))
+        paged = sum(store.nbytes_allocated + store.scale_nbytes for store in (self.k, self.v))
+        return paged + self.state_nbytes
 
 
 def tokens_to_take_back(tokens_to_remove: int, get_seq_length: Callable[[], Any]) -> int:

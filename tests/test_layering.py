@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"_version", "formats", "scales"}, {"config"}),
     ({"checkpoints", "ops"},),
     ({"rotary", "hosts", "pools", "static_pages", "policy"}, {"pages", "stores", "reading", "risks"}),
-    ({"handle", "report", "skeleton"}, {"layers"}, {"growing", "fixed"}, {"hybrid"}, {"cache"}, {"encoder_decoder"}),
+    ({"handle", "report", "skeleton"}, {"layers"}, {"growing", "fixed"}, {"hybrid"}, {"cache"}, {"encoder_decoder", "prefix"}),
     ({"attention"},),
     ({"generation", "calibration_data", "exporting"}, {"calibration"}),
     ({""},),  # the package itself
