@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from .handle import PagedKV
 from .hosts import uses_attention_interface
+from .layers import PagedLayer
 from .ops import reference
+
+# New tokens from which on a GPU the past is dequantized for them: attention then takes much longer than that.
+_LONG_TURN = 256
 
 NAMES = ("kvquant", "kvquant_fp8", "kvquant_fp8_e5m2", "kvquant_int8")
 
@@ -76,6 +81,15 @@ def kvquant_attention(
         elif sinks is not None and sinks.ndim > 1:
             readable, reason = False, "sinks differ between tokens"
         if key.raw is None and readable:
+            if (
+                _is_long_turn(query, key)
+                and attention_mask is None
+                and is_causal
+                and softcap is None
+                and sinks is None
+                and position_bias is None
+            ):
+                return _attend_long_turn(query, layer, scaling), None
             output = layer.attend(
                 query,
                 key.num_new,
@@ -99,6 +113,29 @@ def kvquant_attention(
     return _dense_attention(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap, sinks, position_bias, **kwargs
     ), None
+
+
+def _is_long_turn(query: torch.Tensor, key: PagedKV) -> bool:
+    """Whether it pays to dequantize the past once and give it to the dense attention kernel (see docs/design.md)."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[2] >= _LONG_TURN
+        and query.shape[2] == key.num_new
+        and key.layer.window is None
+        and key.layer.knows_length
+    )
+
+
+def _attend_long_turn(query: torch.Tensor, layer: PagedLayer, scaling: float | None) -> torch.Tensor:
+    """`[B, T, Hq, D]`: many new tokens over everything that is stored."""
+    num_tokens = query.shape[2]
+    key, value = (layer.read(side, num_tokens) for side in ("key", "value"))
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=causal_lower_right(num_tokens, key.shape[2]), scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return output.transpose(1, 2).contiguous()
 
 
 def _dense_attention(

@@ -23,6 +23,7 @@ class GrowingLayer(PagedLayer):
     """
 
     is_compileable = False
+    knows_length = True
     table: PageTable
 
     def __init__(self, *args: Any, table: PageTable, **kwargs: Any) -> None:
@@ -119,6 +120,38 @@ class GrowingLayer(PagedLayer):
     def record_past(self, value: bool) -> None:
         self.table.keeps_past = value
 
+    def _rewrite(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        batch_size, _, length, _ = key.shape
+        view_length = self._view_length(0)
+        if (batch_size, length) == (self.batch_size, view_length):
+            if not self.table.is_exclusive:
+                self._own_table()
+                move_to_own_pool(self.table, shares=False)
+        elif self.is_sliding:
+            raise ValueError(
+                f"layer {self.index}: keys and values of {batch_size} x {length} (sequences, tokens) cannot replace "
+                f"{self.batch_size} x {view_length} of a sliding window; only full attention can be pruned"
+            )
+        else:
+            self._take_empty_pages(length, batch_size)
+        if length:
+            self._write(key, value, self._page_table, self._seq_lens)
+
+    def _take_empty_pages(self, length: int, batch_size: int) -> None:
+        """Get pages for as many tokens, in the table of other layers that were replaced by as many if there are any."""
+        table = self.shared.replaced
+        if table is None or (table.length, table.batch_size) != (length, batch_size) or not table.is_exclusive:
+            table = PageTable(
+                self.table.page_size, None, PagePool(self.table.pool.num_pages), self.table.expected_length
+            )
+            table.append(length, batch_size)
+        self.shared.replaced = table
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.k, self.v = self.k.with_pages(nothing), self.v.with_pages(nothing)
+        self.table.remove_follower(self)
+        self.table, self.length, self.is_empty, self._copies = table, length, not length, 1
+        self._reserve(batch_size)
+
     # -- going another way than other layers and caches ------------------------------------------------------------
 
     def leave_table(self) -> None:
@@ -134,9 +167,15 @@ class GrowingLayer(PagedLayer):
         move_to_own_pool(table)
 
 
-def move_to_own_pool(table: PageTable) -> None:
-    """Copy the pages of `table` into a pool that no other table has, for all layers that go by it."""
-    pages, rows = np.unique(table.rows, return_inverse=True)
+def move_to_own_pool(table: PageTable, shares: bool = True) -> None:
+    """Copy the pages of `table` into a pool that no other table has, for all layers that go by it.
+
+    Unless its sequences may share pages, each gets its own.
+    """
+    if shares:
+        pages, rows = np.unique(table.rows, return_inverse=True)
+    else:
+        pages, rows = table.rows.ravel(), np.arange(table.rows.size)
     layers = [layer for layer in table.followers if isinstance(layer, GrowingLayer)]
     copies = []
     for layer in layers:

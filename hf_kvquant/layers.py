@@ -37,6 +37,7 @@ class SharedState:
         padding_mask: `[B, T]` of the first prompt (True is a token), when `generate` knows it.
         copies: how many sequences in a row begin with the same prompt (beams); they share its pages.
         prompt_length: tokens of that prompt, if it is known to come in pieces.
+        replaced: table of the layer whose contents were replaced last, for others that become as long.
     """
 
     model_config: PreTrainedConfig
@@ -45,6 +46,7 @@ class SharedState:
     padding_mask: torch.Tensor | None = None
     copies: int = 1
     prompt_length: int = 0
+    replaced: PageTable | None = None
 
     def copies_of(self, length: int, num_new: int, batch_size: int) -> int:
         """How many sequences in a row get the same tokens when a layer of `length` gets `num_new` more."""
@@ -58,7 +60,7 @@ class SharedState:
 
     def copy(self) -> SharedState:
         """For a copy of the cache: the same model's, so it has to see the configuration that the model goes by."""
-        return replace(self)
+        return replace(self, replaced=None)
 
 
 class PagedLayer(CacheLayerMixin):
@@ -73,6 +75,8 @@ class PagedLayer(CacheLayerMixin):
     """
 
     is_croppable = True
+    # Whether the host knows how many tokens there are.
+    knows_length = False
 
     def __init__(
         self, index: int, layer_type: str, plan: LayerPlan, shared: SharedState, window: int | None = None
@@ -89,6 +93,8 @@ class PagedLayer(CacheLayerMixin):
         self.dense_reasons: dict[str, None] = {}
         # Tokens that attention has to see before they are written.
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
+        # What `keys` and `values` have been assigned to, until both have.
+        self._replacement: dict[str, torch.Tensor] = {}
 
     # -- setting up ------------------------------------------------------------------------------------------------
 
@@ -189,6 +195,8 @@ class PagedLayer(CacheLayerMixin):
 
         `valid` `[B, T]` is False where a token is padding; without it the mask that `generate` gave is used.
         """
+        if self._replacement:
+            self._finish_replacing()
         if self._held is None:
             return
         key, value = self._held
@@ -297,18 +305,63 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Any:
-        """What is stored, as `update` would return it; None before the first token."""
+        """What is stored `[B, H, L, D]`, as `update` would return it; None before the first token.
+
+        Tools that prune a cache assign to it, and to `values`: what is stored is then replaced, quantized again, and
+        the sequences are as long as the new tensors. (Changing the tensor in place changes nothing in the cache.)
+        """
         return self._stored("key")
+
+    @keys.setter
+    def keys(self, keys: Any) -> None:
+        self._replace("key", keys)
 
     @property
     def values(self) -> Any:
+        """As `keys`."""
         return self._stored("value")
 
+    @values.setter
+    def values(self, values: Any) -> None:
+        self._replace("value", values)
+
     def _stored(self, side: str) -> Any:
+        if self._replacement and side not in self._replacement:
+            # One of the two has been assigned, the other is still what it was.
+            return self._read(self._store(side), 0)
+        self.settle(None)
         if self.is_empty:
             return None
         handle = PagedKV(self, side)
         return handle if self.shared.is_fused else handle.dense(f"layer.{side}s is read")
+
+    def _replace(self, side: str, new: Any) -> None:
+        if isinstance(new, PagedKV):
+            if new.layer is self and new.side == side and not self._replacement:
+                return  # assigned to itself
+            new = new.dense(f"layer.{side}s is assigned to")
+        if not isinstance(new, torch.Tensor) or self.is_empty and not self._replacement:
+            raise ValueError(
+                f"layer {self.index}: keys and values can only be replaced, once there are any, by tensors [B, H, L, "
+                "D]; call update() for the first ones and reset() to forget them"
+            )
+        if not self._replacement:
+            self.settle(None)
+        self._replacement[side] = new
+        if len(self._replacement) == 2:
+            self.settle(None)
+
+    def _finish_replacing(self) -> None:
+        replacement, self._replacement = self._replacement, {}
+        key, value = (
+            replacement[side] if side in replacement else self._read(self._store(side), 0) for side in ("key", "value")
+        )
+        self._check_shapes(key, value)
+        self._rewrite(key, value)
+
+    @abstractmethod
+    def _rewrite(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store these keys and values `[B, H, L, D]` and nothing else."""
 
     # -- operations ------------------------------------------------------------------------------------------------
     # An operation on one layer first stops sharing its table. The cache changes each table once and has its layers
@@ -323,6 +376,7 @@ class PagedLayer(CacheLayerMixin):
 
     def follow_reset(self) -> None:
         self._held = None
+        self._replacement = {}
         self.is_empty = True
         if self.is_initialized:
             self.clipped.zero_()

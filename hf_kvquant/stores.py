@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .formats import get_format
-from .ops import PagedTensor, reference
+from .ops import PagedTensor, read_pages
 from .policy import SidePlan
 from .rotary import RotaryLayout
 from .scales import as_head_channel
@@ -170,10 +170,7 @@ class PageStore:
 
     def read(self, pages: torch.Tensor) -> torch.Tensor:
         """The pages `[B, N]` as `[B, H, N * S, D]` in the model's dtype."""
-        paged = self.paged
-        codes = reference.gather(paged.pages, pages)
-        token_scale = None if paged.token_scale is None else reference.gather(paged.token_scale, pages)
-        return reference.dequantize(codes, paged.format, paged.scale, paged.zero, token_scale).to(self.dtype)
+        return read_pages(self.paged, pages, self.dtype)
 
     @property
     def page_nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The two operations of the cache, as torch operators: every backend implements these signatures, torch picks one.
+"""The operations of the cache, as torch operators: every backend implements these signatures, torch picks one.
 
 Shapes: B sequences, Hq query heads, H key/value heads, T new tokens, D head_dim (K and V may differ), P pages,
 S page_size, N columns of the page table.
@@ -55,10 +55,16 @@ _LIBRARY.define(
     " Tensor? attn_mask, int mask_start, Tensor? sinks, float softmax_scale, float? softcap, int? window, bool causal)"
     " -> Tensor"
 )
+_LIBRARY.define(
+    "read_pages(Tensor page_ids, Tensor pages, str format, Tensor? scale, Tensor? zero, Tensor? token_scale,"
+    " ScalarType dtype) -> Tensor"
+)
 _LIBRARY.impl("write_kv", reference.write_kv, "CompositeExplicitAutograd")
 _LIBRARY.impl("paged_attention", reference.paged_attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("read_pages", reference.read_pages, "CompositeExplicitAutograd")
 _LIBRARY.impl("write_kv", gpu.write_kv, "CUDA")
 _LIBRARY.impl("paged_attention", gpu.paged_attention, "CUDA")
+_LIBRARY.impl("read_pages", gpu.read_pages, "CUDA")
 
 
 @torch.library.register_fake("hf_kvquant::write_kv")
@@ -71,6 +77,15 @@ def _(query: torch.Tensor, page_table: object, seq_lens: object, *args: object) 
     v_pages = args[5]
     assert isinstance(v_pages, torch.Tensor)  # noqa: S101 - position in the schema above
     return query.new_empty(*query.shape[:3], v_pages.shape[-1])
+
+
+@torch.library.register_fake("hf_kvquant::read_pages")
+def _(
+    page_ids: torch.Tensor, pages: torch.Tensor, format: object, scale: object, zero: object, token_scale: object,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    _, num_heads, page_size, head_dim = pages.shape
+    return pages.new_empty(page_ids.shape[0], num_heads, page_ids.shape[1] * page_size, head_dim, dtype=dtype)
 
 
 def write_kv(
@@ -140,6 +155,18 @@ def paged_attention(
         v.pages, v.format, v.scale, v.zero, v.token_scale,
         attn_mask, mask_start, sinks, softmax_scale, softcap, window, causal,
     )  # fmt: skip
+
+
+def read_pages(side: PagedTensor, page_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The pages `page_ids` `[B, N]` as dense numbers `[B, H, N * S, D]`; slots never written give anything.
+
+    Raises ValueError for page ids of another shape or dtype.
+    """
+    if page_ids.ndim != 2 or page_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"page_ids is {page_ids.dtype} {list(page_ids.shape)}; expected int32 or int64 [B, N]")
+    return torch.ops.hf_kvquant.read_pages(
+        page_ids, side.pages, side.format, side.scale, side.zero, side.token_scale, dtype
+    )
 
 
 # Messages are only put together when they are needed: these run in every layer of every step.

@@ -26,6 +26,12 @@ def paged_attention(query: torch.Tensor, *args: Any) -> torch.Tensor:
     return _implementation(query, k_pages, v_pages).paged_attention(query, *args)
 
 
+def read_pages(page_ids: torch.Tensor, pages: torch.Tensor, *args: Any) -> torch.Tensor:
+    """`read_pages` of the dispatch key CUDA (NVIDIA and AMD)."""
+    dtype = args[-1]
+    return _choose(pages.device, dtype, pages.shape[3], pages.shape[3]).read_pages(page_ids, pages, *args)
+
+
 def _implementation(x: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> ModuleType:
     return _choose(x.device, x.dtype, k_pages.shape[3], v_pages.shape[3])
 

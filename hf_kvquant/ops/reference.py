@@ -1,4 +1,4 @@
-"""The specification: both operations in plain torch, written to be read. Kernels are held to these, bytes and values.
+"""The specification: all operations in plain torch, written to be read. Kernels are held to these, bytes and values.
 
 It runs on any device. Shapes and words are those of the package docstring.
 """
@@ -111,6 +111,20 @@ def by_age(page_table: torch.Tensor, seq_lens: torch.Tensor, page_size: int) -> 
 def gather(store: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     """The pages `[B, N]` of `store` `[P, H, S, ...]` as `[B, H, N * S, ...]`."""
     return store[pages].transpose(1, 2).flatten(2, 3)
+
+
+def read_pages(
+    page_ids: torch.Tensor,
+    pages: torch.Tensor,
+    format_name: str,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    token_scale: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    codes = gather(pages, page_ids)
+    token_scale = None if token_scale is None else gather(token_scale, page_ids)
+    return dequantize(codes, format_name, scale, zero, token_scale).to(dtype)
 
 
 def paged_attention(

@@ -12,13 +12,15 @@ from . import tuning
 from .attention import attention_kernel, merge_kernel
 from .codes import CODE_OF
 from .launch import Launcher
+from .read import read_kernel
 from .write import write_kernel
 
 _write = Launcher(write_kernel)
 _attention = Launcher(attention_kernel)
 _merge = Launcher(merge_kernel)
+_read = Launcher(read_kernel)
 
-_ELEMENTS_PER_WRITE = 4096
+_ELEMENTS_PER_PROGRAM = 4096  # of programs that write or read pages
 
 
 def why_not(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int) -> str | None:
@@ -60,7 +62,7 @@ def write_kv(
     value = value if value.stride(3) == 1 else value.contiguous()
     k_strides, v_strides = key.stride()[:3], value.stride()[:3]
     k_block, v_block = _padded(k_dim), _padded(v_dim)
-    block_t = min(_padded(num_tokens, 1), max(1, _ELEMENTS_PER_WRITE // max(k_block, v_block)))
+    block_t = min(_padded(num_tokens, 1), max(1, _ELEMENTS_PER_PROGRAM // max(k_block, v_block)))
     pointers = (key, value, k_pages, v_pages)
     is_aligned = not any(number % 16 for number in k_strides + v_strides) and not any(
         tensor.data_ptr() % 16 for tensor in pointers
@@ -113,7 +115,7 @@ def paged_attention(
     batch_size, num_q_heads, num_tokens, k_dim = query.shape
     num_heads, page_size, v_dim = k_pages.shape[1], k_pages.shape[2], v_pages.shape[3]
     device = query.device
-    # Laid out as the models want it next: `[B, T, Hq, D]`.
+    # Laid out as the model wants it next.
     output = query.new_empty(batch_size, num_tokens, num_q_heads, v_dim).transpose(1, 2)
     if query.numel() == 0:
         return output
@@ -142,17 +144,16 @@ def paged_attention(
         mask_strides = tuple(
             0 if size == 1 else stride for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True)
         )
-        if attn_mask.dtype != torch.bool:
-            mask_kind = 3
-        else:
-            mask_kind = 1 if mask_strides[1] == mask_strides[2] == 0 else 2
+        by_key = mask_strides[1] == mask_strides[2] == 0
+        mask_kind = 3 if attn_mask.dtype != torch.bool else 1 if by_key else 2
+    chained = splits > 1 and tuning.can_chain(device)
     v_kinds = (_kind(v_scale), _kind(v_zero))
     constants = (
         num_heads, group, page_size, tiles.block_m, tiles.block_n,
         CODE_OF[k_format], k_dim, k_block, _kind(k_scale), _kind(k_zero), k_token_scale is not None,
         CODE_OF[v_format], v_dim, v_block, *v_kinds, v_token_scale is not None,
         causal, window is not None, mask_kind, softcap is not None, sinks is not None,
-        splits > 1, tuning.instruction_set(device), _dot_dtype(is_exact), tiles.num_stages,
+        splits > 1, chained, tuning.instruction_set(device), _dot_dtype(is_exact), tiles.num_stages,
     )  # fmt: skip
     is_aligned = k_pages.data_ptr() % 16 == 0 and v_pages.data_ptr() % 16 == 0
     dtypes = (
@@ -166,7 +167,7 @@ def paged_attention(
             k_pages, k_scale, k_zero, k_token_scale, v_pages, v_scale, v_zero, v_token_scale,
             attn_mask, sinks, partial, stats,
             softmax_scale, 0.0 if softcap is None else softcap,
-            *query.stride()[:3], *output.stride()[:3], *mask_strides,
+            *query.stride()[:3], *mask_strides,
             mask_start, mask_len, 0 if window is None else window, num_tokens, num_columns, splits,
         ),
         constants,
@@ -177,11 +178,42 @@ def paged_attention(
         block_s = min(_padded(splits, 1), max(1, 8192 // v_block))
         _merge(
             (batch_size * num_heads * num_rows, 1, 1),
-            (output, partial, stats, v_scale, v_zero, sinks, *output.stride()[:3], num_tokens, splits),
-            (num_heads, group, v_dim, v_block, v_format != "model", *v_kinds, sinks is not None, block_s),
-            (("num_warps", 4),),
+            (output, partial, stats, v_scale, v_zero, sinks, num_tokens, splits),
+            (num_heads, group, v_dim, v_block, v_format != "model", *v_kinds, sinks is not None, block_s, chained),
+            (("num_warps", 4), ("launch_pdl", True)) if chained else (("num_warps", 4),),
             dtypes,
         )
+    return output
+
+
+def read_pages(
+    page_ids: torch.Tensor,
+    pages: torch.Tensor,
+    format_name: str,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    token_scale: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    batch_size, num_columns = page_ids.shape
+    _, num_heads, page_size, head_dim = pages.shape
+    num_tokens = num_columns * page_size
+    output = pages.new_empty(batch_size, num_heads, num_tokens, head_dim, dtype=dtype)
+    if output.numel() == 0:
+        return output
+    block = _padded(head_dim)
+    block_t = max(1, _ELEMENTS_PER_PROGRAM // block)
+    is_aligned = pages.data_ptr() % 16 == 0
+    _read(
+        (-(-num_tokens // block_t) * num_heads, batch_size, 1),
+        (output, page_ids.contiguous(), pages, scale, zero, token_scale, num_columns),
+        (
+            num_heads, page_size, block_t, tuning.instruction_set(pages.device),
+            CODE_OF[format_name], head_dim, block, _kind(scale), _kind(zero), token_scale is not None,
+        ),
+        (("num_warps", 4),),
+        (page_ids.dtype, pages.dtype, dtype) if is_aligned else None,
+    )  # fmt: skip
     return output
 
 

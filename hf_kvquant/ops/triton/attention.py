@@ -1,11 +1,12 @@
 """`paged_attention` as kernels: one that reads pages, for any number of new tokens, and one that merges its splits.
 
-Rows are query tokens times the query heads of a group, so that K and V are read once for all of them. Logits are computed
-transposed, [tokens, rows]: tokens of the past are many and fill the 64 or 16 rows of a matrix instruction, a few queries
-fill its 8 columns. K and V are then its first operand, which comes from registers, where codes are converted.
+Rows are query tokens times the query heads of a group, so that K and V are read once for all of them. Logits are
+computed transposed, [tokens, rows]: tokens of the past are many and fill the 64 or 16 rows of a matrix instruction, a
+few queries fill its 8 columns. K and V are then its first operand, which comes from registers, where codes are
+converted.
 
-Tiles of BLOCK_N tokens are taken from the pages, which are smaller or larger; the ids of the next tile's pages are loaded
-while this one is computed, since a load whose address waits for another load cannot be started ahead.
+Tiles of BLOCK_N tokens are taken from the pages, which are smaller or larger; the ids of the next tile's pages are
+loaded while this one is computed, since a load whose address waits for another load cannot be started ahead.
 
 Nothing is scaled inside the loop but logits: a K scale per tensor, head or channel is in the query, a V scale in the
 output. A token's own V scale weighs its probability. Its power of two goes into the exponent, 2^(logit + e), with the
@@ -25,15 +26,26 @@ from .write import load_scale
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+# Sizes change from call to call: one compiled kernel has to serve them all.
+_SIZES = [
+    "query_stride_b", "query_stride_h", "query_stride_t",
+    "mask_stride_b", "mask_stride_h", "mask_stride_t", "mask_stride_n",
+    "mask_start", "mask_len", "window", "num_tokens", "num_columns", "num_splits",
+]  # fmt: skip
+_SMALL_TENSORS = [
+    "query_ptr", "output_ptr", "page_table_ptr", "seq_lens_ptr", "k_scale_ptr", "k_zero_ptr", "k_token_scale_ptr",
+    "v_scale_ptr", "v_zero_ptr", "v_token_scale_ptr", "mask_ptr", "sinks_ptr", "partial_ptr", "stats_ptr",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_SMALL_TENSORS)
 def attention_kernel(
     query_ptr, output_ptr, page_table_ptr, seq_lens_ptr,
     k_ptr, k_scale_ptr, k_zero_ptr, k_token_scale_ptr,
     v_ptr, v_scale_ptr, v_zero_ptr, v_token_scale_ptr,
     mask_ptr, sinks_ptr, partial_ptr, stats_ptr,
     softmax_scale, softcap,
-    query_stride_b, query_stride_h, query_stride_t, output_stride_b, output_stride_h, output_stride_t,
-    mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_n,
+    query_stride_b, query_stride_h, query_stride_t, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_n,
     mask_start, mask_len, window, num_tokens, num_columns, num_splits,
     H: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     K_FORMAT: tl.constexpr, K_DIM: tl.constexpr, K_BLOCK: tl.constexpr,
@@ -41,14 +53,17 @@ def attention_kernel(
     V_FORMAT: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
     V_SCALE: tl.constexpr, V_ZERO: tl.constexpr, V_DYNAMIC: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    SPLIT: tl.constexpr, ISA: tl.constexpr, DOT_DTYPE: tl.constexpr, NUM_STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, CHAINED: tl.constexpr, ISA: tl.constexpr, DOT_DTYPE: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program attends BLOCK_M rows of one key/value head to one part of one sequence.
+    """A program attends BLOCK_M rows of one key/value head to one part of one sequence. The output is `[B, T, Hq, D]`.
 
     Grid: row blocks * H * num_splits, B. MASK: 0 none, 1 bool by key alone, 2 bool, 3 added.
     K_BLOCK and V_BLOCK are head_dim padded to a power of two. DOT_DTYPE is what quantized operands are multiplied in.
+    CHAINED: the kernel that merges the splits may be launched while this one runs; it waits by itself.
     """
     OFFSET: tl.constexpr = K_ZERO > 0 and (SOFTCAP or SINKS)
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
     num_rows = num_tokens * GROUP
     split = tl.program_id(0) % num_splits
     head = (tl.program_id(0) // num_splits) % H
@@ -90,8 +105,8 @@ def attention_kernel(
     full_begin = tl.minimum(tl.maximum(tl.cdiv(all_begin, BLOCK_N), tile_begin), tile_end)
     full_end = tl.maximum(tl.minimum(all_end // BLOCK_N, tile_end), full_begin)
 
-    # The query [D, rows]: channels in pairs for 8-bit pages, with K's scale per channel, made at most 2 by a power of two
-    # a row.
+    # The query [D, rows]: channels in pairs for 8-bit pages, with K's scale per channel, made at most 2 by a power of
+    # two a row.
     query_ptr += sequence.to(tl.int64) * query_stride_b
     query_offsets = row_head.to(tl.int64) * query_stride_h + row_token.to(tl.int64) * query_stride_t
     logit_offset = tl.zeros([BLOCK_M], tl.float32)
@@ -141,8 +156,9 @@ def attention_kernel(
         columns = (full_begin * BLOCK_N + in_tile) // PAGE_SIZE % num_columns
         columns = tl.where(full_begin < full_end, columns, 0)
         pages = tl.load(table_ptr + columns)
-        k_next = _load_token_scale(k_token_scale_ptr, _slots(pages, head, full_begin * BLOCK_N + in_tile, H, PAGE_SIZE), None, K_DYNAMIC)
-        v_next = _load_token_scale(v_token_scale_ptr, _slots(pages, head, full_begin * BLOCK_N + in_tile, H, PAGE_SIZE), None, V_DYNAMIC)
+        first_slots = _slots(pages, head, full_begin * BLOCK_N + in_tile, H, PAGE_SIZE)
+        k_next = _load_token_scale(k_token_scale_ptr, first_slots, None, K_DYNAMIC)
+        v_next = _load_token_scale(v_token_scale_ptr, first_slots, None, V_DYNAMIC)
         for tile in tl.range(full_begin, full_end, num_stages=NUM_STAGES):
             slots = _slots(pages, head, tile * BLOCK_N + in_tile, H, PAGE_SIZE)
             next_tile = tl.minimum(tile + 1, full_end - 1)
@@ -216,8 +232,7 @@ def attention_kernel(
                 tl.store(targets + V_PAIRS, odd, mask=row_inside[None, :])
     else:
         share, ratio = _normalize(highest, total, sinks_ptr, row_head, SINKS)
-        output_ptr += sequence.to(tl.int64) * output_stride_b
-        output_offsets = row_head.to(tl.int64) * output_stride_h + row_token.to(tl.int64) * output_stride_t
+        output_rows = (sequence.to(tl.int64) * num_tokens + row_token) * (H * GROUP) + row_head
         even = tl.trans(even * share[None, :])
         if V_FORMAT == MODEL:
             result = even
@@ -229,7 +244,7 @@ def attention_kernel(
         if V_ZERO:
             result = result + load_scale(v_zero_ptr, head, channels, V_DIM, V_ZERO)[None, :] * ratio[:, None]
         tl.store(
-            output_ptr + output_offsets[:, None] + channels[None, :],
+            output_ptr + output_rows[:, None] * V_DIM + channels[None, :],
             result.to(output_ptr.dtype.element_ty),
             mask=row_inside[:, None] & (channels < V_DIM)[None, :],
         )
@@ -353,14 +368,22 @@ def _normalize(highest, total, sinks_ptr, row_head, SINKS: tl.constexpr):
     return share, share * total
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_splits"],
+    do_not_specialize_on_alignment=["v_scale_ptr", "v_zero_ptr", "sinks_ptr"],
+)
 def merge_kernel(
     output_ptr, partial_ptr, stats_ptr, v_scale_ptr, v_zero_ptr, sinks_ptr,
-    output_stride_b, output_stride_h, output_stride_t, num_tokens, num_splits,
+    num_tokens, num_splits,
     H: tl.constexpr, GROUP: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, PAIRED: tl.constexpr,
-    V_SCALE: tl.constexpr, V_ZERO: tl.constexpr, SINKS: tl.constexpr, BLOCK_S: tl.constexpr,
+    V_SCALE: tl.constexpr, V_ZERO: tl.constexpr, SINKS: tl.constexpr, BLOCK_S: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """A program merges the splits of one row: one token of one query head. Grid: B * H * T * GROUP."""
+    """A program merges the splits of one row: one token of one query head. Grid: B * H * T * GROUP.
+
+    CHAINED: it was launched while the kernel before it still ran, and waits for that one's results here.
+    """
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     num_rows = num_tokens * GROUP
     token = (row % num_rows) // GROUP
@@ -398,11 +421,5 @@ def merge_kernel(
     if V_ZERO:
         zero = load_scale(v_zero_ptr, head, channels, V_DIM, V_ZERO)
         result = result + zero * ratio
-    targets = (
-        output_ptr
-        + sequence.to(tl.int64) * output_stride_b
-        + row_head.to(tl.int64) * output_stride_h
-        + token.to(tl.int64) * output_stride_t
-        + channels
-    )
+    targets = output_ptr + ((sequence.to(tl.int64) * num_tokens + token) * (H * GROUP) + row_head) * V_DIM + channels
     tl.store(targets, result.to(output_ptr.dtype.element_ty), mask=channels < V_DIM)

@@ -1,4 +1,4 @@
-"""Launching kernels: without the compiler's own lookup in every call, which would cost more than a small kernel runs."""
+"""Launching kernels without the compiler's own lookup in every call, which costs more than a small kernel runs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 class Launcher:
     """A kernel that is compiled once for each key.
 
-    Triton binds and specializes every argument in every call, 20 to 80 microseconds of Python. Here what was compiled is
-    found by a key of the caller's, and launched as it is.
+    Triton binds and specializes every argument in every call, 20 to 80 microseconds of Python. Here what was compiled
+    is found by a key of the caller's, and launched as it is.
     """
 
     def __init__(self, kernel: Any) -> None:

@@ -29,13 +29,13 @@ def attention_tiles(num_rows: int, head_dim: int, element_size: int, is_exact: b
     """Tiles for `num_rows` rows over pages of `element_size` bytes; `is_exact` for fp32 arithmetic."""
     if is_exact:
         return Tiles(16, 32, 4, 2, 2)
+    if num_rows <= 8:
+        return Tiles(8, 64, 2, 3, 6 if element_size == 1 else 3) if head_dim <= 128 else Tiles(8, 64, 4, 3, 2)
     if num_rows <= 16:
-        return Tiles(16, 64, 4, 3, 4 if head_dim <= 128 else 2)
-    if num_rows <= 32:
-        return Tiles(32, 64, 4, 3, 3 if head_dim <= 128 else 2)
-    if num_rows <= 64 or head_dim > 128:
-        return Tiles(64, 64, 4, 3, 2 if head_dim <= 128 else 1)
-    return Tiles(128, 64, 8, 3, 1)
+        return Tiles(16, 64, 4, 3, 2)
+    if num_rows <= 32 or head_dim > 128:
+        return Tiles(32, 64, 4, 2 if element_size > 1 else 3, 2 if head_dim <= 128 else 1)
+    return Tiles(64, 64, 4, 2 if element_size > 1 else 3, 1)
 
 
 def num_splits(num_programs: int, max_tiles: int, tiles: Tiles, num_cores: int) -> int:
@@ -47,6 +47,14 @@ def num_splits(num_programs: int, max_tiles: int, tiles: Tiles, num_cores: int) 
 def num_multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the device has (1 for the interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def can_chain(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the one before it runs (NVIDIA, compute capability 9.0 and later)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache

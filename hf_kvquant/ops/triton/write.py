@@ -6,7 +6,20 @@ import triton.language as tl
 from .codes import INT8, MODEL, bf16_bits_to_fp32, encode, round_up_to_bf16_bits
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_columns"],
+    do_not_specialize_on_alignment=[
+        "page_table_ptr",
+        "seq_lens_ptr",
+        "k_scale_ptr",
+        "k_zero_ptr",
+        "k_token_scale_ptr",
+        "v_scale_ptr",
+        "v_zero_ptr",
+        "v_token_scale_ptr",
+        "clipped_ptr",
+    ],
+)
 def write_kernel(
     key_ptr, value_ptr, page_table_ptr, seq_lens_ptr,
     k_ptr, k_scale_ptr, k_zero_ptr, k_token_scale_ptr,
