@@ -170,6 +170,12 @@ class FixedLayer(PagedLayer):
         for store in (self.k, self.v):
             store.select_rows(order, len(indices))
 
+    def _rewrite(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        raise ValueError(
+            f"layer {self.index}: keys and values at fixed addresses cannot be replaced; make the cache without "
+            "max_cache_len"
+        )
+
     def activate_past_recording(self) -> None:
         """Nothing to change: a fixed window keeps some tokens more than it needs, and `crop` is held to them."""
         self.record_past = True

@@ -270,7 +270,8 @@ class PagedLayer(CacheLayerMixin):
 
     def read(self, side: str, num_new: int) -> torch.Tensor:
         """The dense keys or values `[B, H, L, D]` that the host's mask is made for."""
-        self.settle(None)
+        if not self._replacement:  # one of the two has been assigned, both are still what they were
+            self.settle(None)
         return self._read(self._store(side), num_new)
 
     def with_new(self, dense: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -326,10 +327,8 @@ class PagedLayer(CacheLayerMixin):
         self._replace("value", values)
 
     def _stored(self, side: str) -> Any:
-        if self._replacement and side not in self._replacement:
-            # One of the two has been assigned, the other is still what it was.
-            return self._read(self._store(side), 0)
-        self.settle(None)
+        if side in self._replacement:
+            return self._replacement[side]
         if self.is_empty:
             return None
         handle = PagedKV(self, side)

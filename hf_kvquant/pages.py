@@ -103,6 +103,11 @@ class PageTable:
         self._set_rows(rows, self.length, self.first_page)
         pool.add_table(self)
 
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether no page belongs to two sequences, of this table or of another."""
+        return int(self.pool.references().max(initial=0)) <= 1
+
     def clear(self) -> None:
         """Forget all sequences and give their pages back."""
         self._set_rows(_NONE.reshape(0, 0), length=0, first_page=0)

@@ -12,8 +12,11 @@ import pytest
 import torch
 from helpers import prompt, tiny_llama
 from test_cache import add, both_contents_equal, contents, hybrid_model, keys_and_values, make_cache, sliding_model
+from transformers import DynamicCache
 
 from hf_kvquant import OutOfPagesError, QuantizedPagedCache
+
+UNQUANTIZED = {"kv_cache_dtype": "model", "page_size": 4}
 
 # -- forks ----------------------------------------------------------------------------------------------------------
 
@@ -145,3 +148,93 @@ def test_a_fork_before_the_first_real_tokens_takes_its_own_scales() -> None:
 def test_pickling_is_refused() -> None:
     with pytest.raises(TypeError, match=r"not pickled.*fork\(\).*save_pretrained\(\)"):
         pickle.dumps(make_cache())
+
+
+# -- keys and values as attributes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["kvquant", "sdpa"])
+def test_pruning_by_assignment(attention: str) -> None:
+    """As kvpress does it: keep some tokens of every layer, then go on; equal to doing so in a dense cache."""
+    model = tiny_llama(attention)
+    kept = torch.tensor([0, 1, 5, 6, 8, 13, 17, 20])
+    logits = []
+    for cache in (DynamicCache(config=model.config), QuantizedPagedCache.from_model(model, **UNQUANTIZED)):
+        with torch.no_grad():
+            model(prompt(), past_key_values=cache)
+            for layer in cache.layers:
+                keys, values = layer.keys, layer.values
+                layer.keys = keys[:, :, kept]
+                layer.values = values[:, :, kept]
+            assert cache.get_seq_length() == 8
+            positions = torch.arange(21, 24)[None]
+            logits.append(model(prompt(length=3, seed=4), past_key_values=cache, position_ids=positions).logits)
+    torch.testing.assert_close(*logits)
+    assert len(cache._tables) == 1, "layers that are pruned to the same length share a table again"
+    assert cache.layers[0].table.pages_in_use == 2 * 3
+
+
+@pytest.mark.parametrize("dtype", ["model", "int8", "fp8"])
+@pytest.mark.parametrize("make_model", [tiny_llama, sliding_model], ids=["full", "sliding"])
+def test_replacing_by_as_many(make_model: Any, dtype: str) -> None:
+    """Other numbers in the same places, seen by no fork and by no other beam."""
+    model = make_model()
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype=dtype, page_size=4)
+    with torch.no_grad():
+        model(prompt(1), past_key_values=cache)
+    tables = len(cache._tables)
+    for layer in cache.layers:
+        layer.values = layer.values * 1.0
+    cache.crop(0)
+    assert len(cache._tables) == tables
+    cache.batch_repeat_interleave(3)
+    fork = cache.fork()
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in fork.layers]
+    factor = torch.tensor([1.0, 2.0, 4.0])[:, None, None, None]
+    for layer, (_, values) in zip(cache.layers, before, strict=True):
+        layer.values = values * factor
+    cache.crop(0)
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        error = (layer.values - values * factor).abs().amax() / (values * factor).abs().amax()
+        assert error <= {"model": 0, "int8": 1 / 127, "fp8": 1 / 16}[dtype]
+        assert layer.get_seq_length() == 21
+        assert layer.keys.shape == keys.shape
+    for layer, (keys, values) in zip(fork.layers, before, strict=True):
+        assert torch.equal(layer.keys.clone(), keys)
+        assert torch.equal(layer.values.clone(), values)
+
+
+def test_a_layer_may_be_emptied_and_pruned_by_itself() -> None:
+    cache = make_cache(kv_cache_dtype="int8", page_size=4)
+    add(cache, 20)
+    for layer, kept in zip(cache.layers, (0, 7), strict=True):
+        keys, values = layer.keys, layer.values
+        layer.keys, layer.values = keys[:, :, :kept], values[:, :, :kept]
+        assert layer.get_seq_length() == kept
+    add(cache, 3)
+    assert [layer.get_seq_length() for layer in cache.layers] == [3, 10]
+
+
+def test_replacements_that_do_not_fit_are_refused() -> None:
+    cache = make_cache(kv_cache_dtype="int8", page_size=4)
+    with pytest.raises(ValueError, match="layer 0: keys and values can only be replaced, once there are any"):
+        cache.layers[0].keys = torch.zeros(1, 2, 5, 16)
+    add(cache, 9)
+    layer = cache.layers[0]
+    layer.keys = torch.zeros(1, 2, 5, 16)
+    with pytest.raises(ValueError, match=r"layer 0: keys are \[1, 2, 5, 16\] and values \[1, 2, 9, 16\]"):
+        add(cache, 1)
+    layer.keys = torch.zeros(1, 2, 5, 8)
+    with pytest.raises(ValueError, match="layer 0.*another model"):
+        layer.values = torch.zeros(1, 2, 5, 16)
+    assert layer.get_seq_length() == 9
+    fixed = make_cache(max_cache_len=32)
+    add(fixed, 9)
+    with pytest.raises(ValueError, match="layer 0.*fixed addresses"):
+        fixed.layers[0].keys, fixed.layers[0].values = torch.zeros(2, 1, 2, 5, 16)
+    model = sliding_model(window=6)
+    cache = QuantizedPagedCache.from_model(model)
+    with torch.no_grad():
+        model(prompt(1), past_key_values=cache)
+    with pytest.raises(ValueError, match="1 x 2 .* cannot replace 1 x 5 of a sliding window"):
+        cache.layers[0].keys, cache.layers[0].values = torch.zeros(2, 1, 2, 2, 16)
