@@ -35,6 +35,12 @@ class SidePlan:
     granularity: str = "tensor"
     margin: float = 1.0
 
+    def bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes that a token takes: its numbers, in the model's `dtype` if unquantized, and its dynamic scales."""
+        number = (get_format(self.format).storage_dtype or dtype).itemsize
+        scale = torch.bfloat16.itemsize if self.kind == "dynamic" else 0
+        return num_kv_heads * (head_dim * number + scale)
+
 
 @dataclass(frozen=True, eq=False)
 class LayerPlan:
@@ -49,7 +55,7 @@ SKIPPED = LayerPlan(*[replace(UNQUANTIZED, source="not quantized (skip_layers)")
 
 
 # A scale of fp8 that stands for numbers beyond 224: they come from outlier channels.
-_LARGE_FP8_SCALE = 0.5
+LARGE_FP8_SCALE = 0.5
 
 
 def plan_layers(
@@ -103,7 +109,7 @@ def _risk(plan: SidePlan, bias: float | None) -> str | None:
         return f"the bias of its projection reaches {bias:.0f}"
     largest = plan.scale.max().item()
     # Exactly 1.0 is what tools write that do not measure, or that never go below it.
-    if plan.format == "fp8_e4m3" and largest > _LARGE_FP8_SCALE and largest != 1.0:
+    if plan.format == "fp8_e4m3" and largest > LARGE_FP8_SCALE and largest != 1.0:
         return f"its scale is {largest:.3g}, for numbers up to {largest * get_format(plan.format).qmax:.0f}"
     return None
 

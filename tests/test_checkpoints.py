@@ -11,69 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import FP8, INT8, PATHS, Tensors, layers_at, layers_of, scales_of_layers, write, write_sharded
 from helpers import llama_config, prompt, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache, read_scales
+from hf_kvquant import KVQuantConfig, QuantizedPagedCache, read_scales
 from hf_kvquant.checkpoints import ModelLayers, ScaleSource
 from hf_kvquant.hosts import attention_paths, model_layers
-
-FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-INT8 = {**FP8, "type": "int"}
-
-
-def layers_at(*paths: str) -> ModelLayers:
-    """A model whose cache layers have their attention at `paths` ("" for none), with two key/value heads."""
-    return ModelLayers([[path] if path else [] for path in paths], [2] * len(paths))
-
-
-PATHS = layers_at("model.layers.0.self_attn", "model.layers.1.self_attn")
-
-Tensors = dict[str, torch.Tensor]
-
-
-def scales_of_layers(num_layers: int = 2, prefix: str = "model.layers.{}.self_attn", **shape: Any) -> Tensors:
-    """k_scale 0.01, 0.02, ... and v_scale 0.5, 1.0, ..., `[1]`."""
-    tensors = {}
-    for index in range(num_layers):
-        tensors[f"{prefix.format(index)}.k_scale"] = torch.tensor([0.01 * (index + 1)])
-        tensors[f"{prefix.format(index)}.v_scale"] = torch.tensor([0.5 * (index + 1)])
-    return tensors
-
-
-def write(
-    directory: Path, tensors: Tensors | None = None, scheme: dict[str, Any] | None = FP8, config: Any = None
-) -> Path:
-    """A checkpoint of one file."""
-    directory.mkdir(exist_ok=True)
-    if config is None:
-        config = {"model_type": "llama"}
-        if scheme is not None:
-            config["quantization_config"] = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
-    (directory / "config.json").write_text(json.dumps(config))
-    # A weight, so that a checkpoint without scales is a checkpoint too.
-    weight = {"model.layers.0.self_attn.k_proj.weight": torch.ones(4, 4)}
-    save_file({**weight, **(scales_of_layers() if tensors is None else tensors)}, directory / "model.safetensors")
-    return directory
-
-
-def write_sharded(directory: Path, shards: dict[str, Tensors], index: dict[str, str] | None = None) -> Path:
-    """A checkpoint of several files; `index` overrides entries of the weight map."""
-    write(directory)
-    (directory / "model.safetensors").unlink()
-    for file, tensors in shards.items():
-        save_file(tensors, directory / file)
-    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
-    content = {"metadata": {}, "weight_map": {**weight_map, **(index or {})}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(content))
-    return directory
-
-
-def layers_of(found: Any) -> list[LayerScales]:
-    assert found is not None
-    assert all(layer is not None for layer in found.layers)
-    return found.layers
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +168,9 @@ def test_garbage_in_q_scale_is_ignored(tmp_path: Path, bad: float) -> None:
         found = read_scales(write(tmp_path, given))
     assert layers_of(found)[0].q_scale is None
     assert found is not None
-    assert found.notes == ["model.layers.0.self_attn.q_scale is no finite, positive and plausible number; it is ignored"]
+    assert found.notes == [
+        "model.layers.0.self_attn.q_scale is no finite, positive and plausible number; it is ignored"
+    ]
 
 
 @pytest.mark.parametrize("strategy", [None, "tensor", "token", "attn_head"])
@@ -521,7 +468,9 @@ def test_scales_of_another_model(tmp_path: Path) -> None:
 def test_two_sets_of_scales_for_one_module(tmp_path: Path) -> None:
     """One of them may be the module's own path; otherwise nobody knows which one is meant."""
     tensors = scales_of_layers(1, "language_model.model.layers.{}.self_attn")
-    tensors |= {name: scale * 3 for name, scale in scales_of_layers(1, "model.language_model.layers.{}.self_attn").items()}
+    tensors |= {
+        name: scale * 3 for name, scale in scales_of_layers(1, "model.language_model.layers.{}.self_attn").items()
+    }
     write(tmp_path, tensors)
     with pytest.raises(ValueError, match="two sets of scales for one module"):
         read_scales(tmp_path, layers_at("model.layers.0.self_attn"))

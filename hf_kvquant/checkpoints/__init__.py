@@ -7,6 +7,7 @@ dtype, or leaves uninitialised memory where a checkpoint has none.
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 
@@ -62,6 +63,9 @@ def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -
             read = reader.read(module, parts, _num_kv_heads(files, model, index))
             if read is not None:
                 layers[index], sources[index] = read
+        if reader.suspicious:  # of which there may be hundreds
+            more = f" (and {len(reader.suspicious) - 1} more such notes)" if len(reader.suspicious) > 1 else ""
+            warnings.warn(f"{files.path}: {reader.suspicious[0]}{more}", stacklevel=2)
         if not any(layers):
             if declared.file is None:
                 return None
@@ -71,11 +75,6 @@ def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -
                     "usable k_scale / v_scale; use scales='dynamic', or scales='unit' if 1.0 is meant"
                 )
             _fill_with_ones(files, found, model, layers, sources, notes)
-        elif declared.kv_cache_dtype == "fp8_e5m2":
-            raise ValueError(
-                f"{files.path}: {declared.file} declares fp8_e5m2, which has no static scales, but holds some; use "
-                "scales='dynamic', or a kv_cache_dtype of your own with scales='checkpoint'"
-            )
         for index, layer in enumerate(layers):
             if layer is None and (model is None or model.paths[index]):
                 notes.append(f"layer {index} has no scales in {files.path}; it is quantized dynamically")

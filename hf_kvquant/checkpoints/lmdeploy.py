@@ -99,7 +99,7 @@ def _layers(content: Any, key: str, where: str) -> Mapping[str, torch.Tensor]:
 def _scale_and_zero(
     maximum: torch.Tensor, minimum: torch.Tensor, wanted: Wanted, where: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """int8 in LMDeploy's asymmetric way, with a zero in the middle; fp8 around zero. `[H, D]`, `[H]` or `[1]`."""
+    """int8 in LMDeploy's asymmetric way, with a zero in the middle; fp8 around zero. `[H, D]`, `[H, 1]` or `[1]`."""
     row = get_format(wanted.kv_cache_dtype)
     if not row.is_quantized or wanted.granularity not in GRANULARITIES:
         raise ValueError(
@@ -110,7 +110,7 @@ def _scale_and_zero(
     if not bool((maximum.isfinite() & minimum.isfinite()).all()):
         raise ValueError(f"{where} holds NaN or infinite values; calibrate again")
     if wanted.granularity == "head":
-        maximum, minimum = maximum.amax(1), minimum.amin(1)
+        maximum, minimum = maximum.amax(1, keepdim=True), minimum.amin(1, keepdim=True)
     elif wanted.granularity == "tensor":
         maximum, minimum = maximum.amax().reshape(1), minimum.amin().reshape(1)
     if row.name == "int8":

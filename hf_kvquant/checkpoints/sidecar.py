@@ -59,10 +59,10 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
 
 
 def _tensor(values: Any, where: str) -> torch.Tensor:
-    """`[1]`, `[H]` or `[H, D]` from lists."""
+    """`[H, 1]` (`[1, 1]` for a tensor) or `[H, D]` from lists."""
     rows = values if isinstance(values, list) else [values]
     if not any(isinstance(row, list) for row in rows):
-        return torch.tensor(numbers(rows, where), dtype=torch.float32)
+        rows = [[row] for row in rows]
     columns = [numbers(row, where) for row in rows]
     if len({len(row) for row in columns}) != 1:
         raise ValueError(f"{where} has rows of different length")

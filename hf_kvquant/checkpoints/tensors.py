@@ -50,6 +50,11 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
             message = f"{files.path} holds {ignored[0]}, which looks like a KV scale of no known format; it is not used"
             warnings.warn(message, stacklevel=2)
         return None
+    if declared.kv_cache_dtype == "fp8_e5m2" and names:
+        raise ValueError(
+            f"{files.path}: {declared.file} declares fp8_e5m2, which has no scales in checkpoints, but there are some; "
+            "use scales='dynamic'"
+        )
     values = files.read(name for parts in names.values() for name in parts.values())
     by_path: dict[str, dict[str, Value]] = {
         module: {part: (ScaleSource(files.file_of(name), name), values[name]) for part, name in parts.items()}

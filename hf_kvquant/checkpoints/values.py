@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +24,14 @@ class LayerReader:
         factor: what scales are multiplied by.
         ranks: values are one a tensor-parallel rank.
         notes: what had to be decided; is added to.
+        suspicious: those of the notes that deserve a warning.
     """
 
     path: str
     factor: float = 1.0
     ranks: bool = False
     notes: list[str] = field(default_factory=list)
+    suspicious: list[str] = field(default_factory=list)
 
     def read(
         self, module: str, parts: Parts, num_kv_heads: int | None
@@ -58,8 +59,7 @@ class LayerReader:
         for side, other in (("k", "v"), ("v", "k")):
             if side not in scales:
                 message = f"{module} has a usable {other}_scale but no {side}_scale; {other}_scale is used for both"
-                warnings.warn(f"{self.path}: {message}", stacklevel=2)
-                self.notes.append(message)
+                self._suspect(message)
                 scales[side], used[f"{side}_scale"] = scales[other], used[f"{other}_scale"]
         zeros = {side: self._zero(side, parts, scales[side], numbers, used) for side in "kv"}
         q_scale = self._q_scale(parts, used)
@@ -94,9 +94,7 @@ class LayerReader:
         q_scale = _to_float(value, self.path).flatten() * self.factor
         low, high = _PLAUSIBLE
         if q_scale.numel() == 0 or not bool((q_scale.isfinite() & (q_scale > low) & (q_scale < high)).all()):
-            message = f"{value[0].key} is no finite, positive and plausible number; it is ignored"
-            warnings.warn(f"{self.path}: {message}", stacklevel=2)
-            self.notes.append(message)
+            self._suspect(f"{value[0].key} is no finite, positive and plausible number; it is ignored")
             return None
         used["q_scale"] = value
         return q_scale
@@ -105,7 +103,11 @@ class LayerReader:
         low, high = _PLAUSIBLE
         if bool(((scale < low) | (scale > high)).any()):
             worst = scale.max() if bool((scale > high).any()) else scale.min()
-            self.notes.append(f"{value[0].key} holds {worst.item():.3g}, which no activation can have led to")
+            self._suspect(f"{value[0].key} holds {worst.item():.3g}, which no activation can have led to")
+
+    def _suspect(self, message: str) -> None:
+        self.notes.append(message)
+        self.suspicious.append(message)
 
     def _shaped(self, value: Value, num_kv_heads: int | None) -> torch.Tensor:
         """fp32 `[1]`, `[H]` or `[H, D]`. Files have any of these in other ranks, `[H * D]` head by head too."""

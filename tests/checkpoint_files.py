@@ -1,0 +1,69 @@
+"""Hand-made checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from hf_kvquant import LayerScales
+from hf_kvquant.checkpoints import ModelLayers
+
+FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+INT8 = {**FP8, "type": "int"}
+
+
+def layers_at(*paths: str) -> ModelLayers:
+    """A model whose cache layers have their attention at `paths` ("" for none), with two key/value heads."""
+    return ModelLayers([[path] if path else [] for path in paths], [2] * len(paths))
+
+
+PATHS = layers_at("model.layers.0.self_attn", "model.layers.1.self_attn")
+
+Tensors = dict[str, torch.Tensor]
+
+
+def scales_of_layers(num_layers: int = 2, prefix: str = "model.layers.{}.self_attn") -> Tensors:
+    """k_scale 0.01, 0.02, ... and v_scale 0.5, 1.0, ..., `[1]`."""
+    tensors = {}
+    for index in range(num_layers):
+        tensors[f"{prefix.format(index)}.k_scale"] = torch.tensor([0.01 * (index + 1)])
+        tensors[f"{prefix.format(index)}.v_scale"] = torch.tensor([0.5 * (index + 1)])
+    return tensors
+
+
+def write(
+    directory: Path, tensors: Tensors | None = None, scheme: dict[str, Any] | None = FP8, config: Any = None
+) -> Path:
+    """A checkpoint of one file."""
+    directory.mkdir(exist_ok=True)
+    if config is None:
+        config = {"model_type": "llama"}
+        if scheme is not None:
+            config["quantization_config"] = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
+    (directory / "config.json").write_text(json.dumps(config))
+    # A weight, so that a checkpoint without scales is a checkpoint too.
+    weight = {"model.layers.0.self_attn.k_proj.weight": torch.ones(4, 4)}
+    save_file({**weight, **(scales_of_layers() if tensors is None else tensors)}, directory / "model.safetensors")
+    return directory
+
+
+def write_sharded(directory: Path, shards: dict[str, Tensors], index: dict[str, str] | None = None) -> Path:
+    """A checkpoint of several files; `index` overrides entries of the weight map."""
+    write(directory)
+    (directory / "model.safetensors").unlink()
+    for file, tensors in shards.items():
+        save_file(tensors, directory / file)
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    content = {"metadata": {}, "weight_map": {**weight_map, **(index or {})}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(content))
+    return directory
+
+
+def layers_of(found: Any) -> list[LayerScales]:
+    assert found is not None
+    assert all(layer is not None for layer in found.layers)
+    return found.layers
