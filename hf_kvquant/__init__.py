@@ -12,9 +12,8 @@ from ._version import __version__
 from .cache import QuantizedPagedCache
 from .calibration import Calibration, calibrate
 from .checkpoints import CheckpointScales
-from .checkpoints.writing import WrittenScales
 from .config import KVQuantConfig
-from .exporting import write_scales
+from .exporting import WrittenScales, write_scales
 from .pools import OutOfPagesError
 from .prefix import PrefixCache
 from .reading import read_scales

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from .checkpoints import ModelLayers
-from .checkpoints.writing import HasScales, WrittenScales, write_checkpoint
+from .checkpoints.writing import HasScales, PreparedScales, prepare_checkpoint
 from .hosts import model_layers
+from .scales import LayerScales
 from .skeleton import model_skeleton
+
+
+@dataclass(frozen=True)
+class WrittenScales:
+    """What `write_scales` wrote.
+
+    Attributes:
+        path: the directory with the scales.
+        layout: how they are laid out.
+        files: the files in it that are new or changed.
+        notes: which readers of this layout cannot read these scales, and what did not survive.
+    """
+
+    path: str
+    layout: str
+    files: list[str]
+    notes: list[str]
 
 
 def write_scales(
@@ -41,4 +64,42 @@ def write_scales(
     if model is None:
         model = getattr(scales, "model_layers", None) or model_skeleton(checkpoint)
     layers = model_layers(model) if isinstance(model, PreTrainedModel) else model
-    return write_checkpoint(scales, layers, checkpoint, output, layout, getattr(scales, "settings", None))
+    settings = getattr(scales, "settings", None)
+    prepared = _prepared(scales, layers, checkpoint, output, layout, settings)
+    return WrittenScales(prepared.path, prepared.layout, prepared.write(), prepared.notes)
+
+
+def check_export(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    layout: str = "auto",
+    kv_cache_dtype: str = "fp8_e4m3",
+    granularity: str = "tensor",
+    symmetric: bool = True,
+    q_scale: bool = False,
+) -> None:
+    """Whether scales of this kind could be written, before they are measured.
+
+    Warns and raises ValueError as `write_scales` would.
+    """
+    layers = model_layers(model_skeleton(checkpoint))
+    ones = torch.ones({"tensor": (1,), "head": (2,), "channel": (2, 2)}[granularity])
+    zeros = None if symmetric else torch.zeros_like(ones)
+    one = LayerScales(ones, ones, torch.ones(1) if q_scale else None, zeros, zeros)
+    _prepared(
+        _Ones(kv_cache_dtype, [one if paths else None for paths in layers.paths]), layers, checkpoint, output, layout
+    )
+
+
+@dataclass(frozen=True)
+class _Ones:
+    kv_cache_dtype: str | None
+    layers: Sequence[LayerScales | None]
+
+
+def _prepared(scales: HasScales, layers: ModelLayers, *arguments: Any) -> PreparedScales:
+    prepared = prepare_checkpoint(scales, layers, *arguments)
+    for note in prepared.notes:
+        warnings.warn(f"layout {prepared.layout!r}: {note}", stacklevel=3)
+    return prepared

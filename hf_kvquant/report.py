@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .tables import pair, size, table
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -50,35 +52,17 @@ class CacheReport:
 
     def __str__(self) -> str:
         header = ("layer", "type", "format", "scales", "stored", "model dtype", "clipped", "dense")
-        rows = [header] + [_row(layer) for layer in self.layers]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [table([header, *(_row(layer) for layer in self.layers)])]
         share = f" ({self.nbytes / self.model_dtype_bytes:.3f} of it)" if self.model_dtype_bytes else ""
         lines.append(
-            f"total: {_size(self.nbytes)} in use, {_size(self.nbytes_allocated)} allocated; "
-            f"{_size(self.model_dtype_bytes)} in the model's dtype{share}"
+            f"total: {size(self.nbytes)} in use, {size(self.nbytes_allocated)} allocated; "
+            f"{size(self.model_dtype_bytes)} in the model's dtype{share}"
         )
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
-    def pair(values: tuple[object, object]) -> str:
-        one, other = (str(value) for value in values)
-        if one == other:
-            return one
-        module = one.rpartition(".")[0] + "."  # of two tensors of one module the module is named once
-        return f"{one} / {other.removeprefix(module)}"
-
     return (
-        str(layer.layer), layer.layer_type, pair(layer.kv_cache_dtype), pair(layer.scales), _size(layer.stored_bytes),
-        _size(layer.model_dtype_bytes), pair(layer.clipped), "; ".join(layer.dense) or "-",
+        str(layer.layer), layer.layer_type, pair(layer.kv_cache_dtype), pair(layer.scales), size(layer.stored_bytes),
+        size(layer.model_dtype_bytes), pair(layer.clipped), "; ".join(layer.dense) or "-",
     )  # fmt: skip
-
-
-def _size(nbytes: int) -> str:
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"

@@ -50,6 +50,7 @@ def model_skeleton(source: str | os.PathLike[str], revision: str | None = None) 
         raise ValueError(f"{source} has no configuration that transformers can read: {error}") from error
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # it is about weights, which are not loaded
+    dtype = config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
     names = [name for name in getattr(config, "architectures", None) or () if hasattr(transformers, name)]
     model_class = getattr(transformers, names[0]) if names else AutoModelForCausalLM
     make = model_class.from_config if model_class is AutoModelForCausalLM else model_class._from_config
@@ -57,6 +58,7 @@ def model_skeleton(source: str | os.PathLike[str], revision: str | None = None) 
         # The plainest attention and the usual dtype: what every model can be traced with.
         model: PreTrainedModel = make(config, dtype=torch.bfloat16, attn_implementation="eager")
     model.config._name_or_path = str(source)
+    model.config.get_text_config(decoder=True).dtype = dtype  # what its weights are in
     return model.eval()
 
 

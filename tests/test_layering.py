@@ -13,13 +13,14 @@ import hf_kvquant
 ROOT = Path(hf_kvquant.__file__).parent
 # Floors from the ground up. Where a floor has steps, a module may also use the steps before its own.
 FLOORS: tuple[tuple[set[str], ...], ...] = (
-    ({"_version", "formats", "scales"}, {"config"}),
+    ({"_version", "formats", "scales", "tables"}, {"config"}),
     ({"checkpoints", "ops"},),
     ({"rotary", "hosts", "pools", "static_pages", "policy"}, {"pages", "stores", "reading", "risks"}),
     ({"handle", "report", "skeleton"}, {"layers"}, {"growing", "fixed"}, {"hybrid"}, {"cache"}, {"encoder_decoder", "prefix"}),
     ({"attention"},),
-    ({"generation", "calibration_data", "exporting"}, {"calibration"}),
+    ({"generation", "calibration_data", "exporting", "doctor", "inspection", "planning"}, {"calibration"}),
     ({""},),  # the package itself
+    ({"cli"}, {"__main__"}),
 )
 HEIGHT = {
     name: (floor, step) for floor, steps in enumerate(FLOORS) for step, names in enumerate(steps) for name in names

@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +24,7 @@ from . import sidecar
 from .files import INDEX, CheckpointFiles
 from .found import ModelLayers
 from .layouts import (
+    JSON_LAYOUTS,
     check_holds,
     choose_layout,
     declared_in,
@@ -55,32 +55,29 @@ class HasScales(Protocol):
 
 
 @dataclass(frozen=True)
-class WrittenScales:
-    """What was written.
-
-    Attributes:
-        path: the directory with the scales.
-        layout: how they are laid out.
-        files: the files in it that are new or changed.
-        notes: which readers of this layout cannot read these scales, and what did not survive.
-    """
+class PreparedScales:
+    """Scales that can be written: everything that may be refused has been looked at, and nothing is written yet."""
 
     path: str
     layout: str
-    files: list[str]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
+    write: Callable[[], list[str]]
 
 
-def write_checkpoint(
+def prepare_checkpoint(
     scales: HasScales,
     model: ModelLayers,
     checkpoint: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     layout: str = "auto",
     settings: Mapping[str, Any] | None = None,
-) -> WrittenScales:
-    """Write scales of the layers of `model`; see `hf_kvquant.write_scales`. `settings` say how they were made."""
-    if scales.kv_cache_dtype is None:
+) -> PreparedScales:
+    """Get ready to write scales of the layers of `model`; see `hf_kvquant.write_scales`.
+
+    `settings` say how the scales were made. Raises ValueError for whatever would be refused.
+    """
+    dtype = scales.kv_cache_dtype
+    if dtype is None:
         raise ValueError("these scales do not say which format they are for; they cannot be written")
     if len(model) != len(scales.layers):
         raise ValueError(f"there are scales of {len(scales.layers)} layers, but this model has {len(model)}")
@@ -89,32 +86,33 @@ def write_checkpoint(
     if not by_prefix:
         raise ValueError("there are no scales to write")
     layout = choose_layout(layout, files.config, files.path)
-    check_holds(layout, scales.kv_cache_dtype, by_prefix)
-    notes = limits(layout, scales.kv_cache_dtype, by_prefix)
-    for note in notes:
-        warnings.warn(f"layout {layout!r}: {note}", stacklevel=3)
+    check_holds(layout, dtype, by_prefix)
+    target = Path(files.path if output is None else output)
 
-    directory = Path(files.path if output is None else output)
-    if layout == "sidecar":
-        _put_json(directory / sidecar.FILE, sidecar.content(scales.kv_cache_dtype, by_prefix, settings or {}))
-        return WrittenScales(str(directory), layout, [sidecar.FILE], notes)
-    if layout == "vllm-json":
-        _put_json(directory / _VLLM_JSON, vllm_json(by_prefix, files.config))
-        return WrittenScales(str(directory), layout, [_VLLM_JSON], notes)
+    def prepared(write: Callable[[], list[str]]) -> PreparedScales:
+        return PreparedScales(str(target), layout, limits(layout, dtype, by_prefix), write)
 
+    if layout in JSON_LAYOUTS:
+        if layout == "sidecar":
+            name, content = sidecar.FILE, sidecar.content(dtype, by_prefix, settings or {})
+        else:
+            name, content = _VLLM_JSON, vllm_json(by_prefix, files.config)
+        return prepared(lambda: _put_json(target / name, content))
     _check_complete(scales, model, files)
     addition = _Addition(
         tensors_of(layout, by_prefix),
-        declared_in(layout, scales.kv_cache_dtype, by_prefix, files.config),
+        declared_in(layout, dtype, by_prefix, files.config),
         list(by_prefix),
         is_modelopt=layout == "modelopt",
     )
-    if output is not None:
-        return WrittenScales(str(directory), layout, _add_to_copy(files, addition, directory), notes)
-    if not Path(checkpoint).is_dir():
-        raise ValueError(f"{checkpoint} is not a directory; give an output directory for the new checkpoint")
-    _check_in_place(files, addition)
-    return WrittenScales(files.path, layout, _add(files, addition), notes)
+    if output is None:
+        if not Path(checkpoint).is_dir():
+            raise ValueError(f"{checkpoint} is not a directory; give an output directory for the new checkpoint")
+        _check_in_place(files, addition)
+        return prepared(lambda: _add(files, addition))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not empty; give a new directory")
+    return prepared(lambda: _add_to_copy(files, addition, target))
 
 
 def _by_prefix(scales: HasScales, model: ModelLayers, files: CheckpointFiles) -> dict[str, LayerScales]:
@@ -166,8 +164,6 @@ class _Addition:
 
 def _add_to_copy(files: CheckpointFiles, addition: _Addition, target: Path) -> list[str]:
     """Copy a checkpoint and add to the copy; `target` is there as a whole or not at all."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not empty; give a new directory")
     partial = target.parent / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
@@ -255,9 +251,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _put_json(file: Path, content: Mapping[str, Any]) -> None:
+def _put_json(file: Path, content: Mapping[str, Any]) -> list[str]:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     _put(file, lambda path: path.write_text(text, encoding="utf-8"))
+    return [file.name]
 
 
 def _put(file: Path, write: Callable[[Path], object]) -> None:

@@ -1,0 +1,194 @@
+"""`hf-kvquant`: inspect, doctor, plan, calibrate and convert from a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from . import __version__
+from .calibration import ESTIMATORS, FORMATS, calibrate
+from .checkpoints.layouts import JSON_LAYOUTS, LAYOUTS
+from .doctor import diagnose
+from .exporting import WrittenScales, check_export, write_scales
+from .formats import get_format
+from .inspection import inspect_scales
+from .planning import plan_memory
+from .reading import read_scales
+from .scales import GRANULARITIES
+from .skeleton import model_skeleton
+
+_UNITS = {"": 2**30, "MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30, "TB": 10**12, "TIB": 2**40}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, or 1 with a line on standard error for what a user can mend."""
+    options = _parser().parse_args(arguments)
+    logging.set_verbosity_error()
+    warnings.showwarning = _show_warning
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"hf-kvquant: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-kvquant", description="Scales and memory of 8-bit KV caches.")
+    parser.add_argument("--version", action="version", version=f"hf-kvquant {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        return added
+
+    inspect = command("inspect", _inspect, "show the KV scales of a checkpoint and what is odd about them")
+    inspect.add_argument("path", help="directory, file or hub id")
+    inspect.add_argument("--model", help="directory or hub id of the model, if the path has no config.json")
+
+    doctor = command("doctor", _doctor, "say what the cache will do with a model, without loading it")
+    doctor.add_argument("model", help="directory or hub id")
+    doctor.add_argument("--device", help="where it is to run, such as cpu or cuda (default: what this machine has)")
+    doctor.add_argument("--kv-cache-dtype", default="auto", help="as in cache_config (default: auto)")
+    doctor.add_argument("--scales", default="auto", help="as in cache_config (default: auto)")
+
+    plan = command("plan", _plan, "show what a model's cache takes by batch and format, and what fits")
+    plan.add_argument("model", help="directory or hub id")
+    plan.add_argument("--context", type=int, help="tokens of a sequence (default: what the model is made for)")
+    plan.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128], help="sequences (default: 1 8 32 128)")
+    plan.add_argument("--memory", type=_bytes, help="of the device, such as 24GiB or 80GB; a bare number is GiB")
+
+    for added in (inspect, doctor, plan):
+        added.add_argument("--json", action="store_true", help="print JSON")
+        added.add_argument("--revision", help="of a hub id")
+
+    calibrate_ = command("calibrate", _calibrate, "measure scales on text and write them into a checkpoint")
+    calibrate_.add_argument("model", help="directory or hub id")
+    calibrate_.add_argument(
+        "--data", required=True, help="text, JSON or JSONL file, or name[:config][:split] of a data set"
+    )
+    calibrate_.add_argument("--kv-cache-dtype", default="fp8", choices=["fp8", *FORMATS], help="default: fp8")
+    calibrate_.add_argument("--granularity", default="tensor", choices=GRANULARITIES, help="default: tensor")
+    calibrate_.add_argument("--estimator", default="absmax", choices=ESTIMATORS, help="default: absmax")
+    calibrate_.add_argument("--percentile", type=float, default=99.99, help="for that estimator (default: 99.99)")
+    calibrate_.add_argument("--asymmetric", action="store_true", help="with a zero in the middle of the range")
+    calibrate_.add_argument("--q-scale", action="store_true", help="scales of the queries as well")
+    calibrate_.add_argument("--num-samples", type=int, default=512, help="most sequences (default: 512)")
+    calibrate_.add_argument("--max-length", type=int, default=2048, help="tokens of a sequence (default: 2048)")
+    calibrate_.add_argument("--batch-size", type=int, default=1, help="sequences in a forward pass (default: 1)")
+    calibrate_.add_argument("--device", default="auto", help="cpu, cuda, ..., or auto: whatever there is (default)")
+    calibrate_.add_argument("--dtype", default="auto", help="to load the model in (default: its own)")
+
+    convert = command("convert", _convert, "take the scales of one checkpoint or file into another")
+    convert.add_argument("source", help="where the scales are: directory, file or hub id")
+    convert.add_argument("model", help="directory or hub id of the model that gets them")
+
+    for added in (calibrate_, convert):
+        target = added.add_mutually_exclusive_group(required=True)
+        target.add_argument(
+            "--output", help=f"new directory for the checkpoint; for {' and '.join(JSON_LAYOUTS)}, where the file goes"
+        )
+        target.add_argument("--in-place", action="store_true", help="add to the model's own directory")
+        added.add_argument("--layout", default="auto", choices=["auto", *LAYOUTS], help="default: auto")
+    return parser
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([\d.]+)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 24GiB, 80GB or a number of GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _show(result: Any, as_json: bool) -> None:
+    print(json.dumps(result.to_dict(), indent=2) if as_json else result)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    _show(inspect_scales(options.path, model=options.model, revision=options.revision), options.json)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    wanted = {"kv_cache_dtype": options.kv_cache_dtype, "scales": options.scales}
+    asked = {name: value for name, value in wanted.items() if value != "auto"}
+    _show(diagnose(options.model, asked, device=options.device, revision=options.revision), options.json)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    planned = plan_memory(
+        options.model,
+        context=options.context,
+        batches=options.batch,
+        memory=options.memory,
+        revision=options.revision,
+    )
+    _show(planned, options.json)
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    # Hours of calibration must not end in a refusal.
+    check_export(
+        options.model,
+        options.output,
+        layout=options.layout,
+        kv_cache_dtype=get_format(options.kv_cache_dtype).name,
+        granularity=options.granularity,
+        symmetric=not options.asymmetric,
+        q_scale=options.q_scale,
+    )
+    on_device: dict[str, Any] = {}
+    if options.device != "auto":
+        on_device = {"device_map": options.device}
+    elif torch.accelerator.is_available():
+        on_device = {"device_map": "auto"}
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **on_device)
+    scales = calibrate(
+        model,
+        options.data,
+        kv_cache_dtype=options.kv_cache_dtype,
+        granularity=options.granularity,
+        estimator=options.estimator,
+        symmetric=not options.asymmetric,
+        percentile=options.percentile,
+        q_scale=options.q_scale,
+        num_samples=options.num_samples,
+        max_length=options.max_length,
+        batch_size=options.batch_size,
+    )
+    for note in scales.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{scales.num_tokens:,} tokens seen")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they came before
+        written = write_scales(scales, options.model, options.output, layout=options.layout)
+    _report(written)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    model = model_skeleton(options.model)
+    scales = read_scales(options.source, model)
+    if scales is None:
+        raise ValueError(f"{options.source} has no KV scales")
+    for note in scales.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if scales.dynamic:
+        raise ValueError(f"{options.source} asks for dynamic scales; there are none to convert")
+    _report(write_scales(scales, options.model, options.output, layout=options.layout, model=model))
+
+
+def _report(written: WrittenScales) -> None:
+    print(f"{written.path}: scales written as {written.layout} ({', '.join(written.files)})")

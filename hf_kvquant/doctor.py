@@ -1,0 +1,176 @@
+"""`diagnose`: what the cache will do with a model, from its files alone, before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .cache import QuantizedPagedCache
+from .hosts import uses_attention_interface
+from .layers import PagedLayer
+from .risks import large_key_biases
+from .skeleton import LayerShape, layer_shapes, model_skeleton
+from .tables import pair, size, table
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    """One cache layer.
+
+    Attributes:
+        layer: index in the cache.
+        layer_type: the host's name for it.
+        kv_cache_dtype: formats of K and V.
+        scales: where the scales of K and V come from.
+        bytes_per_token: stored for a token.
+        model_dtype_bytes_per_token: the same in the model's dtype.
+        risk: why 8 bits may not suit it, or None.
+    """
+
+    layer: int
+    layer_type: str
+    kv_cache_dtype: tuple[str, str]
+    scales: tuple[str, str]
+    bytes_per_token: float
+    model_dtype_bytes_per_token: int
+    risk: str | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the cache will do with a model. `str()` is a table.
+
+    Attributes:
+        model: directory or hub id.
+        model_type: the host's name of its architecture.
+        dtype: of its weights, and of a cache without quantization.
+        device: what was asked about.
+        kernels: what computes attention over the pages there.
+        attention: whether the model's attention reads the pages itself.
+        layers: those that are in pages.
+        bytes_per_token, model_dtype_bytes_per_token: of all layers together, while no window is full.
+        notes: decisions and what to know of them.
+    """
+
+    model: str
+    model_type: str
+    dtype: str
+    device: str
+    kernels: str
+    attention: str
+    layers: list[LayerDiagnosis]
+    bytes_per_token: float
+    model_dtype_bytes_per_token: int
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [("layer", "type", "format", "scales", "bytes/token", "model dtype", "risk")]
+        for layer in self.layers:
+            sizes = (f"{layer.bytes_per_token:g}", str(layer.model_dtype_bytes_per_token))
+            names = (pair(layer.kv_cache_dtype), pair(layer.scales))
+            rows.append((str(layer.layer), layer.layer_type, *names, *sizes, layer.risk or "-"))
+        share = self.bytes_per_token / self.model_dtype_bytes_per_token if self.model_dtype_bytes_per_token else 1.0
+        lines = [
+            f"{self.model} ({self.model_type}, {self.dtype}) on {self.device}",
+            table(rows),
+            f"a token takes {size(self.bytes_per_token)}, {size(self.model_dtype_bytes_per_token)} in {self.dtype} "
+            f"({share:.3f} of it)",
+            f"attention: {self.attention}",
+            f"kernels: {self.kernels}",
+        ]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def diagnose(
+    source: str | os.PathLike[str],
+    options: Mapping[str, Any] | None = None,
+    *,
+    device: str | None = None,
+    revision: str | None = None,
+) -> Diagnosis:
+    """What the cache does with the model of a directory or hub id: formats, scales, bytes, and layers at risk.
+
+    Only the configuration, the headers of the weight files and the few tensors that matter are read.
+
+    Args:
+        source: directory or hub id.
+        options: as in `cache_config`.
+        device: what the model is to run on; by default the accelerator of this machine, else its CPU.
+        revision: of a hub id.
+
+    Raises ValueError for options that do not fit the model, and for a source without a configuration.
+    """
+    model = model_skeleton(source, revision)
+    where = torch.device(device) if device else torch.accelerator.current_accelerator() or torch.device("cpu")
+    cache = QuantizedPagedCache.for_generation(model, options)
+    shapes = layer_shapes(model)
+    biases = large_key_biases(model)
+    dtype = model.config.get_text_config(decoder=True).dtype
+    layers = []
+    for layer, shape in zip(cache.layers, shapes, strict=True):
+        if isinstance(layer, PagedLayer):
+            layers.append(_diagnose(layer, shape, dtype, biases.get(layer.index)))
+    notes = list(cache.notes)
+    if others := len(cache.layers) - len(layers):
+        notes.append(f"{others} layers keep a state of another kind, which stays as transformers has it")
+    return Diagnosis(
+        str(source),
+        model.config.model_type,
+        str(dtype).removeprefix("torch."),
+        str(where),
+        _kernels(where, dtype, shapes),
+        _attention(model),
+        layers,
+        sum(layer.bytes_per_token for layer in layers),
+        sum(layer.model_dtype_bytes_per_token for layer in layers),
+        notes,
+    )
+
+
+def _diagnose(layer: PagedLayer, shape: LayerShape, dtype: torch.dtype, bias: float | None) -> LayerDiagnosis:
+    plans = (layer.plan.k, layer.plan.v)
+    dims = (shape.k_head_dim, shape.v_head_dim)
+    risk = None
+    if bias is not None:
+        risk = f"key bias of {bias:.0f}"
+        if plans[0].format.startswith("fp8"):
+            risk += "; fp8 keeps little beside it, int8 more"
+        elif plans[0].kind == "dynamic" and plans[0].equalize:
+            risk += "; met by equalized channels"
+    return LayerDiagnosis(
+        layer.index,
+        layer.layer_type,
+        (plans[0].format, plans[1].format),
+        (plans[0].source, plans[1].source),
+        sum(plan.bytes_per_token(shape.num_kv_heads, dim, dtype) for plan, dim in zip(plans, dims, strict=True)),
+        shape.numbers_per_token * dtype.itemsize,
+        risk,
+    )
+
+
+def _attention(model: Any) -> str:
+    if uses_attention_interface(model.config):
+        return "attn_implementation='kvquant' reads the pages; any other gets dense keys and values"
+    return "the model computes it itself, from dense keys and values (storage only)"
+
+
+def _kernels(device: torch.device, dtype: torch.dtype, shapes: list[LayerShape]) -> str:
+    if device.type != "cuda":
+        return f"those of this package for {device.type}, or plain torch"
+    if not torch.cuda.is_available():
+        return "Triton kernels, from compute capability 8.0 on (there is no such device here)"
+    try:
+        from .ops import triton
+    except ImportError as error:
+        return f"plain torch, because Triton cannot be imported ({error})"
+    reasons = [triton.why_not(device, dtype, shape.k_head_dim, shape.v_head_dim) for shape in set(shapes)]
+    reason = next((reason for reason in reasons if reason is not None), None)
+    return "Triton kernels" if reason is None else f"plain torch, because {reason}"
