@@ -115,8 +115,7 @@ def paged_attention(
     batch_size, num_q_heads, num_tokens, k_dim = query.shape
     num_heads, page_size, v_dim = k_pages.shape[1], k_pages.shape[2], v_pages.shape[3]
     device = query.device
-    # Laid out as the model wants it next.
-    output = query.new_empty(batch_size, num_tokens, num_q_heads, v_dim).transpose(1, 2)
+    output = query.new_empty(batch_size, num_q_heads, num_tokens, v_dim)
     if query.numel() == 0:
         return output
     query = query if query.stride(3) == 1 else query.contiguous()
@@ -217,8 +216,8 @@ def read_pages(
     return output
 
 
-def _padded(number: int, least: int = 16) -> int:
-    """The next power of two."""
+def _padded(number: int, least: int = 32) -> int:
+    """The next power of two; at least 32, pairs of channels then fill a matrix instruction."""
     return max(least, 1 << (number - 1).bit_length())
 
 

@@ -55,7 +55,7 @@ def attention_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
     SPLIT: tl.constexpr, CHAINED: tl.constexpr, ISA: tl.constexpr, DOT_DTYPE: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program attends BLOCK_M rows of one key/value head to one part of one sequence. The output is `[B, T, Hq, D]`.
+    """A program attends BLOCK_M rows of one key/value head to one part of one sequence. The output is `[B, Hq, T, D]`.
 
     Grid: row blocks * H * num_splits, B. MASK: 0 none, 1 bool by key alone, 2 bool, 3 added.
     K_BLOCK and V_BLOCK are head_dim padded to a power of two. DOT_DTYPE is what quantized operands are multiplied in.
@@ -232,7 +232,7 @@ def attention_kernel(
                 tl.store(targets + V_PAIRS, odd, mask=row_inside[None, :])
     else:
         share, ratio = _normalize(highest, total, sinks_ptr, row_head, SINKS)
-        output_rows = (sequence.to(tl.int64) * num_tokens + row_token) * (H * GROUP) + row_head
+        output_rows = (sequence.to(tl.int64) * (H * GROUP) + row_head) * num_tokens + row_token
         even = tl.trans(even * share[None, :])
         if V_FORMAT == MODEL:
             result = even
@@ -421,5 +421,5 @@ def merge_kernel(
     if V_ZERO:
         zero = load_scale(v_zero_ptr, head, channels, V_DIM, V_ZERO)
         result = result + zero * ratio
-    targets = output_ptr + ((sequence.to(tl.int64) * num_tokens + token) * (H * GROUP) + row_head) * V_DIM + channels
+    targets = output_ptr + ((sequence.to(tl.int64) * (H * GROUP) + row_head) * num_tokens + token) * V_DIM + channels
     tl.store(targets, result.to(output_ptr.dtype.element_ty), mask=channels < V_DIM)
