@@ -91,9 +91,15 @@ class QuantizedPagedCache(DynamicCache):
             states = getattr(host_layer, "number_of_states", None)
             options = {} if states is None else {"number_of_states": states}
             if capacity is None:
-                layers.append(growing(*arguments, table=tables.for_window(window), **options))
+                offloads = kvquant.offload and window is None
+                layers.append(growing(*arguments, table=tables.for_window(window), offloads=offloads, **options))
             else:
                 layers.append(fixed(*arguments, capacity=capacity, num_pages=kvquant.num_pages, **options))
+        # Layers whose pages rest in host memory, in their order, and which of them was used last.
+        self._offloaded = [layer.index for layer in layers if isinstance(layer, GrowingLayer) and layer.offloads]
+        self._last_used: int | None = None
+        if self._offloaded:
+            self.notes.append(f"offload: the pages of {len(self._offloaded)} layer(s) rest in host memory")
         Cache.__init__(self, layers=layers)
 
     @classmethod
@@ -141,7 +147,15 @@ class QuantizedPagedCache(DynamicCache):
                 f"layer {layer_idx} does not exist in this cache of {len(self.layers)} layers; it was made for another "
                 "model, make a new one with from_model()"
             )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx not in self._offloaded:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._last_used is not None and self._last_used != layer_idx:
+            self.layers[self._last_used].offload()
+        self._last_used = layer_idx
+        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        following = self._offloaded.index(layer_idx) + 1
+        self.layers[self._offloaded[following % len(self._offloaded)]].prefetch()
+        return result
 
     @property
     def _paged_layers(self) -> list[PagedLayer]:
@@ -232,7 +246,7 @@ class QuantizedPagedCache(DynamicCache):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.notes = list(self.notes)
-        other.shared = self.shared.copy()
+        other.shared, other._last_used = self.shared.copy(), None
         tables = {id(table): table.fork() for table in self._tables}
         for table in self._tables:
             tables[id(table)].siblings = tuple(tables[id(t)] for t in table.siblings if id(t) in tables)

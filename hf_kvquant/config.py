@@ -33,6 +33,8 @@ class KVQuantConfig:
         num_pages: upper bound of the pages of a layer, for all sequences together; None for no bound.
         max_cache_len: reserve this many tokens a sequence at the first update, at fixed addresses. Such a cache can be
             compiled, and cannot grow.
+        offload: let the pages of layers without a window rest in host memory; a layer's come to the device, in 8 bits,
+            while the layer before it computes.
         skip_layers: layers kept in the model's dtype, by index (negative counts from the end) or by layer type
             (`sliding_attention`, ...).
 
@@ -47,6 +49,7 @@ class KVQuantConfig:
     page_size: int = 16
     num_pages: int | None = None
     max_cache_len: int | None = None
+    offload: bool = False
     skip_layers: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -77,6 +80,12 @@ class KVQuantConfig:
                 raise ValueError(f"{name}={value!r}; it must be a positive integer")
             set_(self, name, int(value))
         set_(self, "margin", float(self.margin))
+        if not isinstance(self.offload, bool):
+            raise ValueError(f"offload={self.offload!r}; it is True or False")
+        if self.offload and self.max_cache_len is not None:
+            raise ValueError(
+                "offload=True and max_cache_len: pages at fixed addresses stay on the device; give one of both"
+            )
 
     @classmethod
     def parse(cls, options: KVQuantConfig | Mapping[str, Any] | None, **defaults: Any) -> KVQuantConfig:

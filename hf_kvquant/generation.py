@@ -196,12 +196,13 @@ def _will_compile(model: Any, generation_config: Any) -> bool:
     """
     if generation_config.disable_compile or (generation_config.num_beams or 1) > 1:  # the host compiles no beam search
         return False
+    options = options_for(model, generation_config.cache_config)
+    if options.offload:
+        return False
     compile_config = generation_config.compile_config
     if compile_config is not None and compile_config._compile_all_devices:
         return True
-    if compile_config is None and (
-        generation_config.return_dict_in_generate or options_for(model, generation_config.cache_config).num_pages
-    ):
+    if compile_config is None and (generation_config.return_dict_in_generate or options.num_pages):
         return False
     return is_fused(model.config.get_text_config(decoder=True)) and model.device.type in ("cuda", "xpu")
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .layers import PagedLayer
+from .offload import OffloadedStore
 from .ops import reference
 from .pages import PageTable
 from .pools import PagePool
@@ -19,6 +20,7 @@ class GrowingLayer(PagedLayer):
 
     Args:
         table: the shared one, of a table for this layer's window.
+        offloads: whether the pages rest in host memory.
         args, kwargs: of `PagedLayer`.
     """
 
@@ -26,9 +28,11 @@ class GrowingLayer(PagedLayer):
     knows_length = True
     table: PageTable
 
-    def __init__(self, *args: Any, table: PageTable, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, table: PageTable, offloads: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.table = table
+        self.offloads = offloads
+        self.store_type = OffloadedStore if offloads else PageStore
         self.length = 0  # tokens that this layer has written
         self._copies = 1  # of every sequence of the last update
 
@@ -53,6 +57,24 @@ class GrowingLayer(PagedLayer):
             key, value, page_table, seq_lens = (x[:: self._copies] for x in (key, value, page_table, seq_lens))
             page_table, seq_lens = page_table.contiguous(), seq_lens.contiguous()
         super()._write(key, value, page_table, seq_lens)
+        for store in self._offloaded_stores:
+            store.save(self.table.pages_since(self.length - key.shape[2]))
+
+    def prefetch(self) -> None:
+        for store in self._offloaded_stores:
+            store.prefetch()
+
+    def offload(self) -> None:
+        if not self.offloads:
+            super().offload()
+        for store in self._offloaded_stores:
+            store.release()
+
+    @property
+    def _offloaded_stores(self) -> list[OffloadedStore]:
+        if not self.is_initialized:
+            return []
+        return [store for store in (self.k, self.v) if isinstance(store, OffloadedStore)]
 
     @property
     def _num_kept(self) -> int:
@@ -146,7 +168,7 @@ class GrowingLayer(PagedLayer):
             )
             table.append(length, batch_size)
         self.shared.replaced = table
-        nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.k.index_device)
         self.k, self.v = self.k.with_pages(nothing), self.v.with_pages(nothing)
         self.table.remove_follower(self)
         self.table, self.length, self.is_empty, self._copies = table, length, not length, 1
@@ -179,7 +201,7 @@ def move_to_own_pool(table: PageTable, shares: bool = True) -> None:
     layers = [layer for layer in table.followers if isinstance(layer, GrowingLayer)]
     copies = []
     for layer in layers:
-        index = torch.from_numpy(pages).to(layer.device)
+        index = torch.from_numpy(pages).to(layer.k.index_device)
         copies.append((layer.k.with_pages(index), layer.v.with_pages(index)))
     pool = PagePool(table.pool.num_pages)
     pool.size = len(pages)

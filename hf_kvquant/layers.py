@@ -75,6 +75,7 @@ class PagedLayer(CacheLayerMixin):
     """
 
     is_croppable = True
+    store_type: type[PageStore] = PageStore
     # Whether the host knows how many tokens there are.
     knows_length = False
 
@@ -114,7 +115,7 @@ class PagedLayer(CacheLayerMixin):
             where = f"layer {self.index}: {side}"
             plan = getattr(self.plan, side)
             rotary = None if side == "v" else self.shared.rotary[self.index] if self.shared.rotary else RotaryLayout()
-            return PageStore(plan, num_heads, head_dim, self.shared.page_size, dtype, device, where, rotary)
+            return self.store_type(plan, num_heads, head_dim, self.shared.page_size, dtype, device, where, rotary)
 
         k, v = store("k", key_states.shape[-1]), store("v", value_states.shape[-1])
         self.k, self.v = k, v
@@ -427,9 +428,13 @@ class PagedLayer(CacheLayerMixin):
         self.select(torch.arange(max(self.batch_size, 0))[indices.cpu()].tolist())
 
     def offload(self) -> None:
-        raise NotImplementedError("offloading of 8-bit pages is not supported; use a cache without offloading")
+        """Let the pages rest in host memory until attention needs them."""
+        raise ValueError(
+            f"layer {self.index}: its pages are on the device; make the cache with cache_config={{'offload': True}}"
+        )
 
-    prefetch = offload
+    def prefetch(self) -> None:
+        """Start to bring pages that rest in host memory; these are on the device."""
 
     # -- sizes -----------------------------------------------------------------------------------------------------
 

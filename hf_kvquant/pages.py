@@ -140,6 +140,10 @@ class PageTable:
             lens = self._seq_lens[key] = torch.full((len(self.rows),), key[1], dtype=torch.int32, device=device)
         return lens
 
+    def pages_since(self, position: int) -> np.ndarray:
+        """The pages, ascending, that hold tokens from `position` on."""
+        return np.unique(self.rows[:, max(position // self.page_size - self.first_page, 0) :])
+
     # -- sizes -----------------------------------------------------------------------------------------------------
 
     @property

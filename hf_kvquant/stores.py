@@ -63,24 +63,29 @@ class PageStore:
             )
 
         storage_dtype = row.storage_dtype or dtype
+        dynamic = plan.kind == "dynamic"
         self.paged = PagedTensor(
             pages=torch.zeros(0, num_heads, page_size, head_dim, dtype=storage_dtype, device=device),
             format=plan.format,
             scale=place(plan.scale, "scale"),
             zero=place(plan.zero, "zero"),
+            token_scale=torch.zeros(0, num_heads, page_size, dtype=torch.bfloat16, device=device) if dynamic else None,
         )
-        if plan.kind == "dynamic":
-            self.paged.token_scale = torch.zeros(0, num_heads, page_size, dtype=torch.bfloat16, device=device)
         self.needs_tokens = plan.kind == "first_batch" or plan.equalize
 
     # -- pages -----------------------------------------------------------------------------------------------------
 
     @property
+    def at_rest(self) -> PagedTensor:
+        """The pages where they stay between steps."""
+        return self.paged
+
+    @property
     def index_device(self) -> torch.device:
-        return self.paged.pages.device
+        return self.at_rest.pages.device
 
     def resize(self, num_pages: int) -> None:
-        if num_pages == len(self.paged.pages):
+        if num_pages == len(self.at_rest.pages):
             return
 
         def resized(store: torch.Tensor) -> torch.Tensor:
@@ -108,7 +113,7 @@ class PageStore:
     def with_pages(self, pages: torch.Tensor) -> PageStore:
         """A store of its own with copies of these pages, numbered anew, and the same scales."""
         other = copy.copy(self)
-        other.paged = replace(self.paged)
+        other.paged = replace(self.at_rest)
         other.keep(pages, len(pages))
         return other
 
@@ -120,10 +125,11 @@ class PageStore:
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         with mutable_everywhere():
-            pages = change(self.paged.pages)
-            if self.paged.token_scale is not None:
-                self.paged.token_scale = change(self.paged.token_scale)
-            self.paged.pages = pages
+            paged = self.at_rest
+            pages = change(paged.pages)
+            if paged.token_scale is not None:
+                paged.token_scale = change(paged.token_scale)
+            paged.pages = pages
 
     # -- scales ----------------------------------------------------------------------------------------------------
 
@@ -139,8 +145,12 @@ class PageStore:
         if self.plan.kind == "first_batch":
             self._freeze(largest, x.shape[0] * x.shape[2] if valid is None else int(valid.sum()))
         else:
-            self.paged.scale = self._equalizer(largest)
+            self.set_scale(self._equalizer(largest))
             self.needs_tokens = False
+
+    def set_scale(self, scale: torch.Tensor) -> None:
+        """Take `scale` `[1 | H, 1 | D]` for everything that is written from now on."""
+        self.paged.scale = scale
 
     def _equalizer(self, largest: torch.Tensor) -> torch.Tensor:
         """`[H, D]`, 1 for the largest channel of a head."""
@@ -162,7 +172,7 @@ class PageStore:
         else:
             per_head = largest.amax(dim=1, keepdim=True).clamp(min=whole * _STATIC_SHARE)
             largest = per_head if granularity == "head" else largest.clamp(min=per_head * _STATIC_SHARE)
-        self.paged.scale = largest * (margin / get_format(self.plan.format).qmax)
+        self.set_scale(largest * (margin / get_format(self.plan.format).qmax))
         self.source = f"first batch ({num_tokens} tokens, per {granularity}, margin {margin:g})"
         self.needs_tokens = False
 
@@ -175,16 +185,16 @@ class PageStore:
     @property
     def page_nbytes(self) -> int:
         """Bytes of one page with its token scales."""
-        tensors = (self.paged.pages, self.paged.token_scale)
+        tensors = (self.at_rest.pages, self.at_rest.token_scale)
         return sum(t.element_size() * t.shape[1:].numel() for t in tensors if t is not None)
 
     @property
     def nbytes_allocated(self) -> int:
-        return sum(t.nbytes for t in (self.paged.pages, self.paged.token_scale) if t is not None)
+        return sum(t.nbytes for t in (self.at_rest.pages, self.at_rest.token_scale) if t is not None)
 
     @property
     def scale_nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.paged.scale, self.paged.zero) if t is not None)
+        return sum(t.nbytes for t in (self.at_rest.scale, self.at_rest.zero) if t is not None)
 
 
 def mutable_everywhere() -> AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ ROOT = Path(hf_kvquant.__file__).parent
 FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"_version", "formats", "scales", "tables"}, {"config"}),
     ({"checkpoints", "ops"},),
-    ({"rotary", "hosts", "pools", "static_pages", "policy"}, {"pages", "stores", "reading", "risks"}),
+    ({"rotary", "hosts", "pools", "static_pages", "policy"}, {"pages", "stores", "reading", "risks"}, {"offload"}),
     ({"handle", "report", "skeleton"}, {"layers"}, {"growing", "fixed"}, {"hybrid"}, {"cache"}, {"encoder_decoder", "prefix"}),
     ({"attention"},),
     ({"generation", "calibration_data", "exporting", "doctor", "inspection", "planning"}, {"calibration"}),

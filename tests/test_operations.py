@@ -238,3 +238,91 @@ def test_replacements_that_do_not_fit_are_refused() -> None:
         model(prompt(1), past_key_values=cache)
     with pytest.raises(ValueError, match="1 x 2 .* cannot replace 1 x 5 of a sliding window"):
         cache.layers[0].keys, cache.layers[0].values = torch.zeros(2, 1, 2, 2, 16)
+
+
+# -- pages in host memory -------------------------------------------------------------------------------------------
+
+
+def on_device(cache: QuantizedPagedCache) -> list[int]:
+    """Layers whose pages are on the device."""
+    return [layer.index for layer in cache.layers if layer.offloads and layer.k.is_here]
+
+
+@pytest.mark.parametrize("dtype", ["model", "int8", "fp8"])
+@pytest.mark.parametrize("attention", ["kvquant", "sdpa"])
+@pytest.mark.parametrize("make_model", [tiny_llama, sliding_model, hybrid_model], ids=["full", "sliding", "hybrid"])
+def test_offloaded_pages_give_the_same(make_model: Any, attention: str, dtype: str) -> None:
+    model = make_model()
+    model.set_attn_implementation(attention)
+    logits = []
+    for offload in (False, True):
+        cache = QuantizedPagedCache.from_model(model, kv_cache_dtype=dtype, page_size=4, offload=offload)
+        with torch.no_grad():
+            steps = [model(prompt(2, n, 90, seed=n), past_key_values=cache).logits for n in (21, 1, 1, 9, 1)]
+            cache.reorder_cache(torch.tensor([1, 1]))
+            fork = cache.fork()
+            steps += [model(prompt(2, n, 90, seed=n), past_key_values=cache).logits for n in (1, 30)]
+            steps += [model(prompt(2, n, 90, seed=n), past_key_values=fork).logits for n in (2, 5)]
+        logits.append(steps)
+    for one, other in zip(*logits, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_no_more_than_two_layers_are_on_the_device() -> None:
+    model = tiny_llama("kvquant", num_hidden_layers=5)
+    options = {"cache_config": {"offload": True, "page_size": 4}, "max_new_tokens": 12, "do_sample": False}
+    counts = []
+    layer_type = type(QuantizedPagedCache.from_model(model).layers[0])
+    attend = layer_type.attend
+
+    def counting(layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        counts.append(on_device(caches[0]))
+        return attend(layer, *args, **kwargs)
+
+    caches = [QuantizedPagedCache.from_model(model, **options.pop("cache_config"))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_type, "attend", counting)
+        given = model.generate(prompt(), past_key_values=caches[0], **options)
+    assert len(counts) == 5 * 11
+    assert all(len(here) == 2 for here in counts)
+    assert counts[:5] == [[0, 1], [1, 2], [2, 3], [3, 4], [0, 4]]  # the next layer's are on their way
+    made = model.generate(
+        prompt(), cache_config={"offload": True, "page_size": 4}, return_dict_in_generate=True, **options
+    )
+    assert torch.equal(made.sequences, given)
+    assert torch.equal(given, model.generate(prompt(), cache_config={"page_size": 4}, **options))
+    report = made.past_key_values.report()
+    assert any("5 layer(s) rest in host memory" in note for note in report.notes)
+
+
+def test_offloading_is_chosen_when_the_cache_is_made() -> None:
+    cache = make_cache()
+    add(cache, 3)
+    with pytest.raises(ValueError, match="layer 0.*'offload': True"):
+        cache.layers[0].offload()
+    with pytest.raises(ValueError, match="offload=True and max_cache_len"):
+        make_cache(offload=True, max_cache_len=10)
+    with pytest.raises(ValueError, match="offload='yes'"):
+        make_cache(offload="yes")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["model", "int8", "fp8"])
+def test_offloaded_pages_on_a_gpu(dtype: str) -> None:
+    """Copies run beside the computation: the same tokens, and device memory for two layers."""
+    model = tiny_llama("kvquant", dtype=torch.bfloat16, num_hidden_layers=8, max_position_embeddings=40000).cuda()
+    ids = prompt(2, 30000).cuda()
+    sequences, peaks = [], []
+    for offload in (False, True):
+        cache = QuantizedPagedCache.from_model(model, kv_cache_dtype=dtype, offload=offload)
+        with torch.no_grad():
+            for chunk in ids[:, :-1].split(2000, dim=1):
+                model(chunk, past_key_values=cache, logits_to_keep=1)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        sequences.append(model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False))
+        peaks.append(torch.cuda.max_memory_allocated())
+        nbytes = cache.nbytes
+        del cache
+    assert torch.equal(*sequences)
+    assert peaks[1] < peaks[0] - 0.5 * nbytes
