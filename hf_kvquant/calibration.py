@@ -16,7 +16,7 @@ from typing import Any, overload
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
@@ -160,7 +160,7 @@ class _Statistics:
     def __init__(self, sample_tokens: int) -> None:
         self.low: torch.Tensor | None = None  # [H, D]
         self.high: torch.Tensor | None = None
-        self.num_unusable = 0
+        self.num_unusable: torch.Tensor | int = 0
         self.sample: torch.Tensor | None = None  # [S, H, D], on the CPU
         self._sample_tokens = sample_tokens
         # The tokens with the largest of random numbers drawn one a token are a uniform sample of all that came by.
@@ -170,7 +170,7 @@ class _Statistics:
     def add(self, x: torch.Tensor) -> None:
         """`[N, H, D]` of N tokens."""
         usable = x.isfinite()
-        self.num_unusable += int((~usable).sum())
+        self.num_unusable = self.num_unusable + (~usable).sum()  # read back once, at the end
         x = torch.where(usable, x, 0)
         low, high = (bound.to(torch.float32) for bound in x.aminmax(dim=0))
         self.low = low if self.low is None else torch.minimum(self.low, low)
@@ -197,7 +197,7 @@ class _Gatherer:
         template = DynamicCache(config=self._text_config).layers
         types = layer_type_names(self._text_config, template)
         self.num_layers = len(template)
-        self.attention_layers = [index for index, layer in enumerate(template) if hasattr(layer, "keys")]
+        self.attention_layers = [index for index, layer in enumerate(template) if isinstance(layer, DynamicLayer)]
         self._rotary = rotary_layouts(model, types)
         self._statistics: dict[tuple[int, str], _Statistics] = {}
         self._valid: torch.Tensor | None = None  # [B, T] of the batch, None where all are tokens
@@ -207,7 +207,7 @@ class _Gatherer:
 
     @property
     def num_unusable(self) -> int:
-        return sum(statistics.num_unusable for statistics in self._statistics.values())
+        return sum(int(statistics.num_unusable) for statistics in self._statistics.values())
 
     def run(self, batches: Iterator[Batch], queries: bool, progress: bool) -> bool:
         """Gather from all batches; returns whether that was interrupted."""

@@ -15,6 +15,8 @@ from transformers import AutoTokenizer
 
 _TEXT_FIELDS = ("text", "content", "prompt")
 _CHAT_FIELDS = ("messages", "conversations", "conversation")
+# A text file is tokenized in pieces of at least so many characters: it may be large, and few tokens of it needed.
+_PIECE = 2**16
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,17 @@ def _read_file(path: Path) -> Iterator[Any]:
                 if line.strip():
                     yield _parse(line, f"{path}, line {number}")
     else:
-        yield path.read_text(encoding="utf-8", errors="replace")
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            piece: list[str] = []
+            length = 0
+            for line in lines:
+                piece.append(line)
+                length += len(line)
+                if length >= _PIECE:
+                    yield "".join(piece)
+                    piece, length = [], 0
+            if piece:
+                yield "".join(piece)
 
 
 def _parse(text: str, where: str) -> Any:

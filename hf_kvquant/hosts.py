@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .checkpoints import ModelLayers
 
@@ -37,7 +37,12 @@ def attention_paths(model: PreTrainedModel, num_layers: int) -> list[list[str]]:
 def model_layers(model: PreTrainedModel) -> ModelLayers:
     """What reading scales needs to know of the layers of `model`."""
     config = model.config.get_text_config(decoder=True)
-    paths = attention_paths(model, len(DynamicCache(config=config).layers))
+    layers = DynamicCache(config=config).layers
+    paths = [
+        # Layers that use the keys of another, or keep a state of another kind, have none to scale.
+        of_layer if isinstance(layer, DynamicLayer) else []
+        for layer, of_layer in zip(layers, attention_paths(model, len(layers)), strict=True)
+    ]
     modules = dict(model.named_modules())
     return ModelLayers(paths, [_num_kv_heads(config, [modules[path] for path in of_layer]) for of_layer in paths],
                        model.config.model_type)  # fmt: skip
