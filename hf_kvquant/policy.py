@@ -201,7 +201,9 @@ def _checkpoint_scales(
             raise ValueError(f"scales='checkpoint', but {message}; use kv_cache_dtype={declared!r} or other scales")
         notes.append(message)
     return [
-        _NOT_GIVEN if scales is None else (scales, *(f"checkpoint: {source[f'{side}_scale'].key}" for side in "kv"))
+        _NOT_GIVEN
+        if scales is None
+        else (scales, f"checkpoint: {source['k_scale'].key}", f"checkpoint: {source['v_scale'].key}")
         for scales, source in zip(checkpoint.layers, checkpoint.sources, strict=True)
     ]
 

@@ -91,38 +91,6 @@ def test_files_beside_the_index_are_not_read(tmp_path: Path) -> None:
     assert len(layers_of(read_scales(tmp_path))) == 2
 
 
-def test_only_scales_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_kvquant.checkpoints import files
-
-    opened = files.safe_open
-    read: list[str] = []
-
-    class Recording:
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.handle = opened(*args, **kwargs)
-
-        def __enter__(self) -> Any:
-            self.handle.__enter__()
-            return self
-
-        def __exit__(self, *args: Any) -> None:
-            self.handle.__exit__(*args)
-
-        def keys(self) -> Any:
-            return self.handle.keys()
-
-        def get_slice(self, name: str) -> Any:
-            return self.handle.get_slice(name)
-
-        def get_tensor(self, name: str) -> torch.Tensor:
-            read.append(name)
-            return self.handle.get_tensor(name)
-
-    monkeypatch.setattr(files, "safe_open", Recording)
-    read_scales(write(tmp_path))
-    assert sorted(read) == sorted(scales_of_layers())
-
-
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_zero_points_become_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
     """x = (q - zero_point) * scale."""

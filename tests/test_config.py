@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import llama_config
@@ -115,6 +116,22 @@ def test_bad_margin(given: Any) -> None:
 def test_bad_sizes(name: str, given: Any) -> None:
     with pytest.raises(ValueError, match=f"{name}=.*positive integer"):
         KVQuantConfig(**{name: given})
+
+
+def test_numbers_of_numpy() -> None:
+    """They come out of arrays and loops, and must not reach JSON as they are."""
+    config = KVQuantConfig(
+        page_size=np.int64(8),  # type: ignore[arg-type]
+        max_cache_len=np.int32(99),  # type: ignore[arg-type]
+        margin=np.float32(2.0),  # type: ignore[arg-type]
+        skip_layers=np.arange(2),  # type: ignore[arg-type]
+        scales={np.int64(1): SCALES},
+    )
+    assert config.skip_layers == (0, 1)
+    assert json.loads(json.dumps(config.to_dict()))["page_size"] == 8
+    assert KVQuantConfig.parse(config.to_dict()).max_cache_len == 99
+    cache = QuantizedPagedCache(llama_config(), KVQuantConfig("fp8", scales={np.int64(1): SCALES}))
+    assert [row.scales[0] for row in cache.report().layers] == ["dynamic", "given"]
 
 
 def test_page_size_may_not_be_none() -> None:

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 
 from ..config import SCALE_SOURCES
 from .names import looks_like_kv_scale
+from .safetensors_file import SafetensorsFile
 
 INDEX = "model.safetensors.index.json"
 # Configuration and scales that are no safetensors; small files all.
 _SMALL_FILES = ("*.json", "key_stats.pth", "value_stats.pth", "*.past_kv_scale.*.weight")
-# More numbers than the scales of any layer have, and more bytes than any index has.
-_MAX_NUMBERS = 2**20
+# More bytes than any index has.
 _MAX_BYTES = 2**28
 
 
@@ -127,20 +126,13 @@ class CheckpointFiles:
 
         Raises ValueError if a file lacks its own, or if one is far too large for a scale.
         """
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.file_of(name), []).append(name)
+        opened: dict[str, SafetensorsFile] = {}
         values = {}
-        for file, wanted in by_file.items():
-            with _open(Path(self.path) / file) as handle:
-                for name in wanted:
-                    try:
-                        shape = handle.get_slice(name).get_shape()
-                        if torch.Size(shape).numel() > _MAX_NUMBERS:
-                            raise ValueError(f"{self.where(name)} has shape {shape}; no KV scale is that large")
-                        values[name] = handle.get_tensor(name)
-                    except (SafetensorError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-                        raise ValueError(f"{self.where(name)} cannot be read: {error}") from error
+        for name in names:
+            file = self.file_of(name)
+            if file not in opened:
+                opened[file] = SafetensorsFile(Path(self.path) / file)
+            values[name] = opened[file].read(name)
         return values
 
     def documents(self, *names: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -186,10 +178,6 @@ class CheckpointFiles:
                 return value
         return None
 
-    def where(self, name: str) -> str:
-        """`name` with its file, for errors."""
-        return f"{name} in {Path(self.path) / self.file_of(name)}"
-
 
 def read_bytes(file: Path, limit: int = _MAX_BYTES) -> bytes:
     """At most `limit` bytes of a file. Raises ValueError that names it if it cannot be read."""
@@ -202,8 +190,8 @@ def read_bytes(file: Path, limit: int = _MAX_BYTES) -> bytes:
 
 def tensors_in(file: Path, is_wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
     """The small tensors of one safetensors file whose names are wanted."""
-    files = CheckpointFiles(str(file.parent), {}, dict.fromkeys(_names_in(file), file.name))
-    return files.read(name for name in files.tensors if is_wanted(name))
+    opened = SafetensorsFile(file)
+    return {name: opened.read(name) for name in opened.names if is_wanted(name)}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -236,17 +224,7 @@ def _is_file_name(name: Any) -> bool:
 
 
 def _names_in(file: Path) -> list[str]:
-    with _open(file) as handle:
-        return list(handle.keys())
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file} cannot be read as safetensors ({error}); fetch or save it again, or remove it if it is not needed"
-        ) from error
+    return SafetensorsFile(file).names
 
 
 def _check_size(file: Path) -> None:
