@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -19,11 +21,12 @@ from transformers.cache_utils import (
     StaticCache,
 )
 
+from . import sessions
 from .checkpoints import CheckpointScales
 from .config import KVQuantConfig
 from .fixed import FixedLayer
 from .growing import GrowingLayer, move_to_own_pool
-from .hosts import attention_name, checkpoint_of, disable_fake_quantization, layer_type_names
+from .hosts import attention_name, checkpoint_of, disable_fake_quantization, layer_type_names, without_wrapper
 from .hybrid import HybridFixedLayer, HybridGrowingLayer
 from .layers import PagedLayer, SharedState, tokens_to_take_back
 from .pages import PageTable, PageTables
@@ -121,6 +124,7 @@ class QuantizedPagedCache(DynamicCache):
         cls, model: PreTrainedModel, options: Any, expected_length: int | None = None, max_cache_len: int | None = None
     ) -> QuantizedPagedCache:
         """`from_model` with what `generate` knows beside the user's `options`."""
+        model = without_wrapper(model)
         kvquant = options_for(model, options, max_cache_len)
         notes: list[str] = []
         checkpoint = _find_checkpoint(model, kvquant, notes) if asks_for_files(kvquant) else None
@@ -130,7 +134,31 @@ class QuantizedPagedCache(DynamicCache):
             key_biases=biases,
         )  # fmt: skip
         cache.shared.rotary = rotary_layouts(model, cache._layer_types)
+        cache.shared.model = weakref.ref(model)
         cache.notes += disable_fake_quantization(model)
+        return cache
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the cache to disk: its live pages, scales and page tables, in one file that is complete or not there.
+
+        The text is not in it: keep the token ids, `generate` wants all of them. Forks are saved one by one.
+
+        Raises ValueError if it is empty.
+        """
+        sessions.save(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], model: PreTrainedModel) -> QuantizedPagedCache:
+        """A cache that `save_pretrained` has written, on the devices of `model`.
+
+        Raises ValueError if it was written with a model of another configuration or of other weights, and if the file
+        is missing, damaged or of another version.
+        """
+        model = without_wrapper(model)
+        saved = sessions.SavedCache.open(directory)
+        saved.check_model(model)
+        cache = cls.for_generation(model, saved.options)
+        saved.fill(cache, model)
         return cache
 
     # -- the host's operations, each table once --------------------------------------------------------------------

@@ -24,6 +24,11 @@ def layer_type_names(config: PreTrainedConfig, layers: Sequence[Any]) -> list[st
     return ["sliding_attention" if getattr(layer, "is_sliding", False) else "full_attention" for layer in layers]
 
 
+def without_wrapper(model: Any) -> PreTrainedModel:
+    """The transformers model, also where adapters (peft) have put one of their own around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def attention_paths(model: PreTrainedModel, num_layers: int) -> list[list[str]]:
     """For each cache layer the paths of the attention modules that carry its index."""
     paths: dict[int, list[str]] = {}
@@ -32,6 +37,23 @@ def attention_paths(model: PreTrainedModel, num_layers: int) -> list[list[str]]:
         if isinstance(index, int) and "attention" in type(module).__name__.lower():
             paths.setdefault(index, []).append(path)
     return [paths.get(index, []) for index in range(num_layers)]
+
+
+def layer_devices(model: PreTrainedModel, num_layers: int) -> list[torch.device]:
+    """For each cache layer the device on which its attention runs, which need not be where its weights are kept."""
+    modules = dict(model.named_modules())
+    devices = []
+    for paths in attention_paths(model, num_layers):
+        device = model.device
+        for module in (modules[path] for path in paths[:1]):
+            runs_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            weight = next(module.parameters(), None)
+            if runs_on is not None:
+                device = torch.device(runs_on)
+            elif weight is not None:
+                device = weight.device
+        devices.append(device)
+    return devices
 
 
 def model_layers(model: PreTrainedModel) -> ModelLayers:

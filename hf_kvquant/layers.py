@@ -5,6 +5,7 @@ What is the same for pages that grow with the tokens (`growing.py`) and for page
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ class SharedState:
         padding_mask: `[B, T]` of the first prompt (True is a token), when `generate` knows it.
         copies: how many sequences in a row begin with the same prompt (beams); they share its pages.
         prompt_length: tokens of that prompt, if it is known to come in pieces.
+        model: whose cache it is, if that is known.
         replaced: table of the layer whose contents were replaced last, for others that become as long.
     """
 
@@ -46,6 +48,7 @@ class SharedState:
     padding_mask: torch.Tensor | None = None
     copies: int = 1
     prompt_length: int = 0
+    model: weakref.ref[torch.nn.Module] | None = None
     replaced: PageTable | None = None
 
     def copies_of(self, length: int, num_new: int, batch_size: int) -> int:

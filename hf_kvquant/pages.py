@@ -113,6 +113,12 @@ class PageTable:
         self._set_rows(_NONE.reshape(0, 0), length=0, first_page=0)
         self.pool.shrink()
 
+    def restore(self, rows: np.ndarray, length: int, first_page: int) -> np.ndarray:
+        """Hold sequences of `length` tokens in pages `rows` `[B, N]` of the pool, oldest first; returns the pages."""
+        self.pool.grow(int(rows.max()) + 1)
+        self._set_rows(rows, length, first_page)
+        return rows
+
     def _set_rows(self, rows: np.ndarray, length: int, first_page: int) -> None:
         self.rows = rows  # [B, N], oldest page first; never changed in place, a fork may have it as well
         self.length = length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 
@@ -58,6 +59,35 @@ class StaticPageTable:
     @property
     def nbytes(self) -> int:
         return self._table.nbytes + self._seq_lens.nbytes
+
+    # What a growing table holds as well; read from the device.
+
+    @property
+    def length(self) -> int:
+        """Tokens of every sequence."""
+        return int(self._seq_lens[0])
+
+    @property
+    def first_page(self) -> int:
+        """Number of the oldest page that is held."""
+        return max(-(-self.length // self.page_size) - self._table.shape[1], 0)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 `[B, N]`: the pages that hold tokens, oldest first."""
+        numbers = np.arange(self.first_page, -(-self.length // self.page_size))
+        return self._table.cpu().numpy().astype(np.int64)[:, numbers % self._table.shape[1]]
+
+    def restore(self, rows: np.ndarray, length: int, first_page: int) -> np.ndarray:
+        """Hold sequences of `length` tokens; returns the pages `[B, N]`, oldest first, that are to hold them.
+
+        Raises ValueError if they are not as many as `rows` has.
+        """
+        self._seq_lens.fill_(length)
+        self._first_lost = first_page * self.page_size
+        if self.rows.shape != rows.shape or self.first_page != first_page or length > self.capacity:
+            raise ValueError(f"{length} tokens in pages {rows.shape} do not fit tables of {self._table.shape}")
+        return self.rows
 
     def append(self, num_tokens: int) -> None:
         """Count `num_tokens` more tokens. Beyond the capacity it is an error, on a GPU when the device gets there."""

@@ -15,8 +15,20 @@ ROOT = Path(hf_kvquant.__file__).parent
 FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"_version", "formats", "scales", "tables"}, {"config"}),
     ({"checkpoints", "ops"},),
-    ({"rotary", "hosts", "pools", "static_pages", "policy"}, {"pages", "stores", "reading", "risks"}, {"offload"}),
-    ({"handle", "report", "skeleton"}, {"layers"}, {"growing", "fixed"}, {"hybrid"}, {"cache"}, {"encoder_decoder", "prefix"}),
+    (
+        {"rotary", "hosts", "pools", "static_pages", "policy", "identity"},
+        {"pages", "stores", "reading", "risks"},
+        {"offload"},
+    ),
+    (
+        {"handle", "report", "skeleton"},
+        {"layers"},
+        {"growing", "fixed"},
+        {"hybrid"},
+        {"sessions"},
+        {"cache"},
+        {"encoder_decoder", "prefix"},
+    ),
     ({"attention"},),
     ({"generation", "calibration_data", "exporting", "doctor", "inspection", "planning"}, {"calibration"}),
     ({""},),  # the package itself

@@ -1,0 +1,298 @@
+"""Caches that went to disk and back: the same tokens, few bytes, and no file that is half or another model's."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from helpers import prompt, tiny_llama
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_cache import add, contents, make_cache, sliding_model
+from test_prefix import hybrid_model
+
+from hf_kvquant import LayerScales, QuantizedPagedCache, sessions
+
+NUM_NEW = 14
+MODELS: dict[str, Any] = {"full": tiny_llama, "sliding": sliding_model, "hybrid": hybrid_model}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {"kv_cache_dtype": "model"},
+    "fp8": {"kv_cache_dtype": "fp8", "scales": "dynamic"},
+    "int8": {"kv_cache_dtype": "int8", "scales": "dynamic"},
+    "first_batch": {"kv_cache_dtype": "int8", "scales": "first_batch", "granularity": "channel"},
+    "mixed": {"kv_cache_dtype": ("fp8_e5m2", "model"), "scales": "unit", "skip_layers": (0,), "page_size": 5},
+    "offload": {"kv_cache_dtype": "int8", "scales": "dynamic", "offload": True},
+    "fixed": {"kv_cache_dtype": "fp8", "scales": "dynamic", "max_cache_len": 128},
+}
+
+
+def generate(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
+    options = {"max_new_tokens": NUM_NEW, "do_sample": False, **options}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+
+
+def filled(model: Any, batch_size: int = 2, **options: Any) -> tuple[QuantizedPagedCache, torch.Tensor]:
+    """A cache after a turn of generating, and the text."""
+    cache = QuantizedPagedCache.from_model(model, **options)
+    return cache, generate(model, prompt(batch_size, 23), cache)
+
+
+def equal(one: Any, other: Any) -> bool:
+    pairs = zip(contents(one), contents(other), strict=True)
+    return all(
+        (a is None and b is None) or torch.equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_session_goes_on_as_if_nothing_had_been(name: str, options: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    cache, text = filled(model, **OPTIONS[options])
+    cache.save_pretrained(tmp_path)
+    loaded = QuantizedPagedCache.from_pretrained(tmp_path, model)
+    assert equal(loaded, cache)
+    assert loaded.get_seq_length() == cache.get_seq_length()
+    assert loaded.kvquant == cache.kvquant
+    one, other = loaded.report(), cache.report()
+    for mine, original in zip(one.layers, other.layers, strict=True):
+        assert (mine.kv_cache_dtype, mine.scales, mine.clipped) == (
+            original.kv_cache_dtype, original.scales, original.clipped,
+        )  # fmt: skip
+        assert mine.stored_bytes <= original.stored_bytes
+    turn = torch.cat([text, prompt(2, 5, seed=3)], dim=1)
+    both = [generate(model, turn, each, return_dict_in_generate=True, output_logits=True) for each in (cache, loaded)]
+    assert torch.equal(both[0].sequences, both[1].sequences)
+    assert all(torch.equal(*pair) for pair in zip(both[0].logits, both[1].logits, strict=True))
+    assert equal(loaded, cache)
+
+
+def test_half_the_bytes_of_a_dense_dump(tmp_path: Path) -> None:
+    model = tiny_llama(dtype=torch.bfloat16, head_dim=64, num_key_value_heads=1)
+    for dtype, bound in (("fp8", 0.54), ("int8", 0.54), ("model", 1.04)):
+        cache = QuantizedPagedCache.from_model(model, kv_cache_dtype=dtype, scales="dynamic")
+        for index in range(2):
+            cache.update(*torch.randn(2, 1, 1, 1000, 64, dtype=torch.bfloat16), index)
+        cache.save_pretrained(tmp_path)
+        dense = 2 * 2 * 1000 * 64 * 2
+        assert (tmp_path / sessions.FILE).stat().st_size <= bound * dense
+
+
+def test_only_live_pages_are_written(tmp_path: Path) -> None:
+    """Not those of other forks, nor what a crop has taken back, and shared pages once."""
+    cache = make_cache(page_size=4)
+    add(cache, 4 * 9 + 3)
+    fork = cache.fork()
+    for index in range(2):
+        fork.update(*torch.randn(2, 1, 2, 50, 16), index)
+    cache.crop(-6)
+    cache.batch_repeat_interleave(3)
+    cache.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / sessions.FILE)
+    assert tensors["tables.0"].shape == (3, 9)
+    assert len([name for name in tensors if name.startswith("tables")]) == 1
+    for name, tensor in tensors.items():
+        if name.endswith(("pages", "token_scale")):
+            assert len(tensor) == 9  # 33 tokens
+            assert tensor[-1, :, 0].any()
+            assert not tensor[-1, :, 1:].any()
+
+
+def test_beams_and_layers_that_went_their_own_way(tmp_path: Path) -> None:
+    """Rows that share pages still do, and a layer that was skipped has its own table."""
+    model = tiny_llama(num_hidden_layers=3)
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="fp8", scales="dynamic", page_size=4)
+    model(prompt(1, 21), past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    for index in (0, 2):
+        cache.update(*torch.randn(2, 2, 2, 3, 16), index)
+    cache.layers[1].crop(-2)
+    cache.save_pretrained(tmp_path)
+    loaded = QuantizedPagedCache.from_pretrained(tmp_path, model)
+    assert equal(loaded, cache)
+    assert [layer.get_seq_length() for layer in loaded.layers] == [24, 19, 24]
+    assert loaded.layers[0].table is loaded.layers[2].table
+    for one, other in zip(loaded.layers, cache.layers, strict=True):
+        assert one.table.pages_in_use == other.table.pages_in_use
+    for each in (loaded, cache):
+        each.batch_select_indices(torch.tensor([1]))
+        for index in range(3):
+            each.update(*torch.ones(2, 1, 2, 6, 16) * index, index)
+    assert equal(loaded, cache)
+
+
+def test_scales_of_a_checkpoint_come_with_the_cache(tmp_path: Path) -> None:
+    model = tiny_llama()
+    scales = {0: LayerScales(torch.rand(2) + 0.01, torch.rand(2, 16) + 0.01, k_zero=torch.randn(2)), 1: None}
+    cache, text = filled(model, kv_cache_dtype="fp8", scales=scales)
+    cache.save_pretrained(tmp_path)
+    loaded = QuantizedPagedCache.from_pretrained(tmp_path, model)
+    assert equal(loaded, cache)
+    assert [row.scales for row in loaded.report().layers] == [row.scales for row in cache.report().layers]
+    for each in (loaded, cache):
+        each.reset()  # frozen scales stay
+        model(text, past_key_values=each)
+    assert equal(loaded, cache)
+
+
+def test_scales_that_still_wait_for_tokens(tmp_path: Path) -> None:
+    cache = make_cache(kv_cache_dtype="fp8", scales="first_batch")
+    zeros = torch.zeros(1, 2, 5, 16)
+    for index in range(2):
+        cache.update(zeros, zeros, index)
+    cache.save_pretrained(tmp_path)
+    loaded = QuantizedPagedCache.from_pretrained(tmp_path, tiny_llama())
+    for each in (cache, loaded):
+        assert "none seen yet" in each.report().layers[0].scales[0]
+        add(each, 7)
+    assert equal(loaded, cache)
+    assert "first batch (7 tokens" in loaded.report().layers[0].scales[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_copy_of_a_loaded_cache_is_one(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    cache, text = filled(model, batch_size=1, kv_cache_dtype="int8", scales="dynamic")
+    cache.save_pretrained(tmp_path)
+    loaded = QuantizedPagedCache.from_pretrained(tmp_path, model)
+    fork, other = loaded.fork(), copy.deepcopy(loaded)
+    turn = torch.cat([text, prompt(1, 5, seed=3)], dim=1)
+    results = [generate(model, turn, each) for each in (cache, fork, loaded, other)]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_what_is_not_the_same_model(tmp_path: Path) -> None:
+    model = tiny_llama()
+    cache, _ = filled(model)
+    cache.save_pretrained(tmp_path)
+    QuantizedPagedCache.from_pretrained(tmp_path, tiny_llama("sdpa"))
+    others = {
+        r"rope_parameters .*5000": tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 5000.0}),
+        r"num_hidden_layers 2 \(here 3\)": tiny_llama(num_hidden_layers=3),
+        "model_type 'llama'": families.build("qwen2"),
+        "other weights": tiny_llama(seed=1),
+        "other weights .*precision": tiny_llama(dtype=torch.bfloat16),
+    }
+    for message, other in others.items():
+        with pytest.raises(ValueError, match=message):
+            QuantizedPagedCache.from_pretrained(tmp_path, other)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 1.01
+    with pytest.raises(ValueError, match="other weights"):
+        QuantizedPagedCache.from_pretrained(tmp_path, model)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_adapters_make_another_model(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = tiny_llama()
+    filled(model)[0].save_pretrained(tmp_path / "without")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    with pytest.raises(ValueError, match="adapter"):
+        QuantizedPagedCache.from_pretrained(tmp_path / "without", model)
+    cache, text = filled(adapted)
+    cache.save_pretrained(tmp_path / "with")
+    assert equal(QuantizedPagedCache.from_pretrained(tmp_path / "with", model), cache)
+    with adapted.disable_adapter(), pytest.raises(ValueError, match="adapter"):
+        QuantizedPagedCache.from_pretrained(tmp_path / "with", model)
+
+
+def test_a_cache_without_its_model_is_checked_by_configuration(tmp_path: Path) -> None:
+    cache = make_cache()
+    add(cache, 9)
+    cache.save_pretrained(tmp_path)
+    assert equal(QuantizedPagedCache.from_pretrained(tmp_path, tiny_llama(seed=5)), cache)
+    with pytest.raises(ValueError, match="vocab_size"):
+        QuantizedPagedCache.from_pretrained(tmp_path, tiny_llama(vocab_size=101))
+
+
+def test_there_is_never_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    cache, _ = filled(model)
+    cache.save_pretrained(tmp_path)
+    before = (tmp_path / sessions.FILE).read_bytes()
+    add(cache, 3, batch_size=2)
+
+    def fails(*args: Any) -> None:
+        raise OSError("no space left on device")
+
+    for name in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fails)
+            with pytest.raises(OSError, match="no space"):
+                cache.save_pretrained(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [sessions.FILE]
+        assert (tmp_path / sessions.FILE).read_bytes() == before
+    cache.save_pretrained(tmp_path)
+    assert equal(QuantizedPagedCache.from_pretrained(tmp_path, model), cache)
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Change tensors and header of a saved cache."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["hf_kvquant"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    change(tensors, header)
+    save_file(tensors, path, {"hf_kvquant": json.dumps(header)})
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "version": (lambda tensors, header: header.update(version=99), "version 99.*reads version 1"),
+    "missing tensor": (lambda tensors, header: tensors.pop("layers.1.v.pages"), "damaged.*layers.1.v.pages"),
+    "missing scale": (lambda tensors, header: tensors.pop("layers.1.v.token_scale"), "damaged.*layers.1.v.token_scale"),
+    "page out of range": (lambda tensors, header: tensors["tables.0"].add_(50), "damaged"),
+    "negative page": (lambda tensors, header: tensors["tables.0"].sub_(50), "damaged"),
+    "length": (lambda tensors, header: header["tables"][0].update(length=999), "damaged"),
+    "dtype": (
+        lambda tensors, header: tensors.update({"layers.0.k.pages": tensors["layers.0.k.pages"].float()}),
+        "damaged.*layers.0.k.pages",
+    ),
+    "page size": (
+        lambda tensors, header: tensors.update(
+            {"layers.0.k.pages": tensors["layers.0.k.pages"][:, :, :3].contiguous()}
+        ),
+        "damaged.*layers.0.k.pages",
+    ),
+    "scale": (
+        lambda tensors, header: tensors.update({"layers.0.k.scale": torch.ones(3, 1)}),
+        r"layer 0: k_scale has shape \[3\]",
+    ),
+    "layer kinds": (lambda tensors, header: header["layers"].pop(), "kinds"),
+    "state": (lambda tensors, header: header["layers"][0]["state"].update(settle=1), "settle"),
+    "format": (lambda tensors, header: header["layers"][0]["k"]["plan"].update(format="int3"), "int3"),
+    "plan": (lambda tensors, header: header["layers"][0]["k"]["plan"].update(code="x"), "damaged"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damaged_files_are_refused(what: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    cache, _ = filled(model, kv_cache_dtype="fp8", scales="dynamic")
+    cache.save_pretrained(tmp_path)
+    change, message = DAMAGE[what]
+    rewrite(tmp_path / sessions.FILE, change)
+    with pytest.raises(ValueError, match=message):
+        QuantizedPagedCache.from_pretrained(tmp_path, model)
+
+
+def test_what_is_no_saved_cache(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="holds no saved cache: there is no kv_cache.safetensors"):
+        QuantizedPagedCache.from_pretrained(tmp_path, model)
+    path = tmp_path / sessions.FILE
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="not a cache that save_pretrained"):
+        QuantizedPagedCache.from_pretrained(tmp_path, model)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not a cache that save_pretrained"):
+        QuantizedPagedCache.from_pretrained(tmp_path, model)
+    with pytest.raises(ValueError, match="empty"):
+        make_cache().save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
