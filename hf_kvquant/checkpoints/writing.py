@@ -221,10 +221,15 @@ def _add(files: CheckpointFiles, addition: _Addition) -> list[str]:
         weight_map = {name: _SINGLE_IN_INDEX if file == _SINGLE else file for name, file in weight_map.items()}
     index["metadata"] = {**(index.get("metadata") or {}), "total_size": sum(sizes)}
     index["weight_map"] = weight_map | dict.fromkeys(addition.tensors, _SHARD)
+    if becomes_sharded:
+        _link(single, directory / _SINGLE_IN_INDEX)
     _put_json(directory / INDEX, index)
     changed += [_SHARD, INDEX]
     if becomes_sharded:  # until now it came before the index
-        single.rename(directory / _SINGLE_IN_INDEX)
+        if (directory / _SINGLE_IN_INDEX).exists():
+            os.remove(single)
+        else:
+            single.rename(directory / _SINGLE_IN_INDEX)
         changed.append(_SINGLE_IN_INDEX)
     if addition.is_modelopt and (directory / _MODELOPT_CONFIG).exists():
         declared = _read_json(directory / _MODELOPT_CONFIG)
@@ -233,6 +238,17 @@ def _add(files: CheckpointFiles, addition: _Addition) -> list[str]:
         changed.append(_MODELOPT_CONFIG)
     _put_json(directory / _CONFIG, addition.config)
     return sorted({*changed, _CONFIG} - ({_SINGLE} if becomes_sharded else set()))
+
+
+def _link(file: Path, name: Path) -> None:
+    """Give a file a second name, where the file system can."""
+    try:
+        os.link(file, name)
+    except FileExistsError:  # by a run that was killed
+        if not name.samefile(file):
+            raise
+    except OSError:
+        pass
 
 
 def _without(file: Path, names: set[str]) -> Callable[[Path], None]:
