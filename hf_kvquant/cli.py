@@ -32,13 +32,17 @@ _UNITS = {"": 2**30, "MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30, "TB":
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, or 1 with a line on standard error for what a user can mend."""
     options = _parser().parse_args(arguments)
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    warnings.showwarning = _show_warning
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            options.run(options)
     except (ValueError, TypeError, OSError) as error:
         print(f"hf-kvquant: {error}", file=sys.stderr)
         return 1
+    finally:
+        logging.set_verbosity(verbosity)
     return 0
 
 
