@@ -62,8 +62,6 @@ def attention_kernel(
     CHAINED: the kernel that merges the splits may be launched while this one runs; it waits by itself.
     """
     OFFSET: tl.constexpr = K_ZERO > 0 and (SOFTCAP or SINKS)
-    if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
     num_rows = num_tokens * GROUP
     split = tl.program_id(0) % num_splits
     head = (tl.program_id(0) // num_splits) % H
@@ -75,8 +73,23 @@ def attention_kernel(
     row_token = tl.minimum(rows // GROUP, num_tokens - 1)
     row_head = head * GROUP + rows % GROUP
 
-    # Which tokens: written and still held; seen by any row; seen by all rows.
+    # Loads first, used later: a call for one short sequence takes as long as its loads wait for each other.
     length = tl.load(seq_lens_ptr + sequence)
+    query_ptr += sequence.to(tl.int64) * query_stride_b
+    query_offsets = row_head.to(tl.int64) * query_stride_h + row_token.to(tl.int64) * query_stride_t
+    if K_FORMAT == MODEL:
+        channels = tl.arange(0, K_BLOCK)
+        q_mask = (channels < K_DIM)[:, None] & row_inside[None, :]
+        q_even = tl.load(query_ptr + query_offsets[None, :] + channels[:, None], mask=q_mask, other=0.0)
+        q_odd = q_even
+    else:
+        pairs = tl.arange(0, K_BLOCK // 2)
+        q_mask = (2 * pairs < K_DIM)[:, None] & row_inside[None, :]
+        q_pointers = query_ptr + query_offsets[None, :] + 2 * pairs[:, None]
+        q_even = tl.load(q_pointers, mask=q_mask, other=0.0)
+        q_odd = tl.load(q_pointers + 1, mask=q_mask, other=0.0)
+
+    # Which tokens: written and still held; seen by any row; seen by all rows.
     first_held = tl.maximum((length - 1) // PAGE_SIZE - num_columns + 1, 0) * PAGE_SIZE
     positions = length - num_tokens + row_token
     first_position = length - num_tokens + tl.minimum(block * BLOCK_M // GROUP, num_tokens - 1)
@@ -94,7 +107,8 @@ def attention_kernel(
     if MASK:
         begin = tl.maximum(begin, mask_start)
         end = tl.minimum(end, mask_start + mask_len)
-        all_end = begin
+        all_begin = tl.maximum(all_begin, begin)
+        all_end = tl.minimum(all_end, end) if MASK == 1 else begin
 
     # This program's tiles, and those among them that need no mask.
     first_tile = begin // BLOCK_N
@@ -105,24 +119,23 @@ def attention_kernel(
     full_begin = tl.minimum(tl.maximum(tl.cdiv(all_begin, BLOCK_N), tile_begin), tile_end)
     full_end = tl.maximum(tl.minimum(all_end // BLOCK_N, tile_end), full_begin)
 
+    # The first pages. What lies in the table behind the last one need not be a page: nothing is looked up there.
+    table_ptr = page_table_ptr + sequence.to(tl.int64) * num_columns
+    in_tile = tl.arange(0, BLOCK_N)
+    columns = (full_begin * BLOCK_N + in_tile) // PAGE_SIZE % num_columns
+    columns = tl.where(full_begin < full_end, columns, 0)
+    pages = tl.load(table_ptr + columns)
+
     # The query [D, rows]: channels in pairs for 8-bit pages, with K's scale per channel, made at most 2 by a power of
     # two a row.
-    query_ptr += sequence.to(tl.int64) * query_stride_b
-    query_offsets = row_head.to(tl.int64) * query_stride_h + row_token.to(tl.int64) * query_stride_t
     logit_offset = tl.zeros([BLOCK_M], tl.float32)
     if K_FORMAT == MODEL:
-        channels = tl.arange(0, K_BLOCK)
-        q_mask = (channels < K_DIM)[:, None] & row_inside[None, :]
-        q_even = tl.load(query_ptr + query_offsets[None, :] + channels[:, None], mask=q_mask, other=0.0)
         q_even = q_even.to(k_ptr.dtype.element_ty)
         q_odd = q_even
         logit_scale = tl.zeros([BLOCK_M], tl.float32) + softmax_scale
     else:
-        pairs = tl.arange(0, K_BLOCK // 2)
-        q_mask = (2 * pairs < K_DIM)[:, None] & row_inside[None, :]
-        q_pointers = query_ptr + query_offsets[None, :] + 2 * pairs[:, None]
-        q_even = tl.load(q_pointers, mask=q_mask, other=0.0).to(tl.float32)
-        q_odd = tl.load(q_pointers + 1, mask=q_mask, other=0.0).to(tl.float32)
+        q_even = q_even.to(tl.float32)
+        q_odd = q_odd.to(tl.float32)
         if OFFSET:
             # The same number for every token of a row: without softcap and sinks the softmax drops it.
             zero_even = load_scale(k_zero_ptr, head, 2 * pairs, K_DIM, K_ZERO)[:, None]
@@ -146,39 +159,37 @@ def attention_kernel(
     even = tl.zeros([V_PAIRS, BLOCK_M], tl.float32)
     odd = tl.zeros([V_PAIRS, BLOCK_M], tl.float32)
 
-    table_ptr = page_table_ptr + sequence.to(tl.int64) * num_columns
-    in_tile = tl.arange(0, BLOCK_N)
-    PAGES_PER_TILE: tl.constexpr = (BLOCK_N + PAGE_SIZE - 1) // PAGE_SIZE
-
-    # Tiles that all rows see whole. Their pages are distinct, so a column past the end of the ring wraps once.
-    if not MASK:
-        # What lies in the table behind the last page need not be a page: nothing is looked up there.
-        columns = (full_begin * BLOCK_N + in_tile) // PAGE_SIZE % num_columns
-        columns = tl.where(full_begin < full_end, columns, 0)
-        pages = tl.load(table_ptr + columns)
-        first_slots = _slots(pages, head, full_begin * BLOCK_N + in_tile, H, PAGE_SIZE)
-        k_next = _load_token_scale(k_token_scale_ptr, first_slots, None, K_DYNAMIC)
-        v_next = _load_token_scale(v_token_scale_ptr, first_slots, None, V_DYNAMIC)
+    # Tiles that all rows see whole, but for keys hidden from all of them. Their pages are distinct: a column past the
+    # end of the ring wraps once.
+    PAGES_PER_TILE: tl.constexpr = BLOCK_N // PAGE_SIZE
+    if MASK <= 1:
+        mask_row_ptr = mask_ptr
+        if MASK:
+            mask_row_ptr += sequence.to(tl.int64) * mask_stride_b - mask_start.to(tl.int64) * mask_stride_n
+        slots = _slots(pages, head, full_begin * BLOCK_N + in_tile, H, PAGE_SIZE)
+        shown = _load_visible(mask_row_ptr, full_begin * BLOCK_N + in_tile, full_end * BLOCK_N, mask_stride_n, MASK)
+        k_token_scale = _load_token_scale(k_token_scale_ptr, slots, None, K_DYNAMIC)
+        v_token_scale = _load_token_scale(v_token_scale_ptr, slots, None, V_DYNAMIC)
         for tile in tl.range(full_begin, full_end, num_stages=NUM_STAGES):
             slots = _slots(pages, head, tile * BLOCK_N + in_tile, H, PAGE_SIZE)
             next_tile = tl.minimum(tile + 1, full_end - 1)
-            if PAGE_SIZE <= BLOCK_N:
+            if BLOCK_N % PAGE_SIZE == 0:
                 columns += (next_tile - tile) * PAGES_PER_TILE
                 columns = tl.where(columns >= num_columns, columns - num_columns, columns)
             else:
                 columns = (next_tile * BLOCK_N + in_tile) // PAGE_SIZE % num_columns
             pages = tl.load(table_ptr + columns)
-            k_token_scale = k_next
-            v_token_scale = v_next
-            next_slots = _slots(pages, head, next_tile * BLOCK_N + in_tile, H, PAGE_SIZE)
-            k_next = _load_token_scale(k_token_scale_ptr, next_slots, None, K_DYNAMIC)
-            v_next = _load_token_scale(v_token_scale_ptr, next_slots, None, V_DYNAMIC)
             highest, total, even, odd = _attend_tile(
-                q_even, q_odd, logit_scale, logit_offset, softcap, highest, total, even, odd, slots, None, None, None,
-                k_ptr, k_token_scale, v_ptr, v_token_scale,
+                q_even, q_odd, logit_scale, logit_offset, softcap, highest, total, even, odd,
+                slots, None, shown, None, k_ptr, k_token_scale, v_ptr, v_token_scale,
                 BLOCK_M, BLOCK_N, K_FORMAT, K_DIM, K_BLOCK, K_DYNAMIC, V_FORMAT, V_DIM, V_BLOCK, V_DYNAMIC,
-                False, False, OFFSET, SOFTCAP, ISA, DOT_DTYPE,
+                False, MASK == 1, False, OFFSET, SOFTCAP, ISA, DOT_DTYPE,
             )  # fmt: skip
+            # After the computation, while which the ids have come.
+            shown = _load_visible(mask_row_ptr, next_tile * BLOCK_N + in_tile, full_end * BLOCK_N, mask_stride_n, MASK)
+            slots = _slots(pages, head, next_tile * BLOCK_N + in_tile, H, PAGE_SIZE)
+            k_token_scale = _load_token_scale(k_token_scale_ptr, slots, None, K_DYNAMIC)
+            v_token_scale = _load_token_scale(v_token_scale_ptr, slots, None, V_DYNAMIC)
 
     # Those at the edges, or all of them under a mask.
     num_before = full_begin - tile_begin
@@ -210,13 +221,16 @@ def attention_kernel(
                 else:
                     bias = tl.load(pointers, mask=in_mask, other=float("-inf")).to(tl.float32)
         highest, total, even, odd = _attend_tile(
-            q_even, q_odd, logit_scale, logit_offset, softcap, highest, total, even, odd, slots, written, visible, bias,
+            q_even, q_odd, logit_scale, logit_offset, softcap, highest, total, even, odd,
+            slots, written, visible, bias,
             k_ptr, _load_token_scale(k_token_scale_ptr, slots, written, K_DYNAMIC),
             v_ptr, _load_token_scale(v_token_scale_ptr, slots, written, V_DYNAMIC),
             BLOCK_M, BLOCK_N, K_FORMAT, K_DIM, K_BLOCK, K_DYNAMIC, V_FORMAT, V_DIM, V_BLOCK, V_DYNAMIC,
-            True, MASK == 3, OFFSET, SOFTCAP, ISA, DOT_DTYPE,
+            True, True, MASK == 3, OFFSET, SOFTCAP, ISA, DOT_DTYPE,
         )  # fmt: skip
 
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
     v_channels = tl.arange(0, V_PAIRS)
     even = even * decode_factor(V_FORMAT, ISA)
     odd = odd * decode_factor(V_FORMAT, ISA)
@@ -263,12 +277,17 @@ def _attend_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     K_FORMAT: tl.constexpr, K_DIM: tl.constexpr, K_BLOCK: tl.constexpr, K_DYNAMIC: tl.constexpr,
     V_FORMAT: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_DYNAMIC: tl.constexpr,
-    MASKED: tl.constexpr, BIASED: tl.constexpr, OFFSET: tl.constexpr, SOFTCAP: tl.constexpr, ISA: tl.constexpr,
+    PARTIAL: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, OFFSET: tl.constexpr,
+    SOFTCAP: tl.constexpr, ISA: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over BLOCK_N tokens, which lie at `slots`."""
-    k = _load_tile(k_ptr, slots, written, K_FORMAT, K_DIM, K_BLOCK, MASKED, False)
-    v = _load_tile(v_ptr, slots, written, V_FORMAT, V_DIM, V_BLOCK, MASKED, True)
+    """One step of the online softmax over BLOCK_N tokens, which lie at `slots`.
+
+    PARTIAL: only `written` slots may be read. MASKED: rows attend where `visible` `[BLOCK_N, 1 or BLOCK_M]` says.
+    BIASED: `bias` is added.
+    """
+    k = _load_tile(k_ptr, slots, written, K_FORMAT, K_DIM, K_BLOCK, PARTIAL, False)
+    v = _load_tile(v_ptr, slots, written, V_FORMAT, V_DIM, V_BLOCK, PARTIAL, True)
     if K_FORMAT == MODEL:
         logits = tl.dot(k, q_even, input_precision="ieee")
     else:
@@ -320,7 +339,7 @@ def _attend_tile(
 @triton.jit
 def _load_tile(
     ptr, slots, written,
-    FORMAT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    FORMAT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PARTIAL: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """`[tokens, BLOCK]` elements of unquantized pages, or `[tokens, BLOCK / 2]` pairs of codes; or their transpose."""
     if FORMAT == MODEL:
@@ -334,7 +353,7 @@ def _load_tile(
     columns = tl.expand_dims(tl.arange(0, COLUMNS), token_axis)
     pointers = ptr + tl.expand_dims(slots, 1 - token_axis).to(tl.int64) * WIDTH + columns
     # Slots that hold no token may hold a NaN, and so may whatever lies behind the last channel.
-    if MASKED:
+    if PARTIAL:
         return tl.load(pointers, mask=tl.expand_dims(written, 1 - token_axis) & (columns < WIDTH), other=0)
     elif WIDTH < COLUMNS:
         return tl.load(pointers, mask=columns < WIDTH, other=0)
@@ -351,6 +370,15 @@ def _load_token_scale(ptr, slots, written, DYNAMIC: tl.constexpr):
         return tl.load(ptr.to(tl.pointer_type(tl.int16)) + slots)
     else:
         return tl.load(ptr.to(tl.pointer_type(tl.int16)) + slots, mask=written, other=0x3F80)
+
+
+@triton.jit
+def _load_visible(mask_row_ptr, tokens, end, mask_stride_n, MASK: tl.constexpr):
+    """`[BLOCK_N, 1]`: which keys the mask by key alone shows."""
+    if MASK:
+        return (tl.load(mask_row_ptr + tokens.to(tl.int64) * mask_stride_n, mask=tokens < end, other=0) != 0)[:, None]
+    else:
+        return tokens  # not used
 
 
 @triton.jit
@@ -400,8 +428,10 @@ def merge_kernel(
         places = row.to(tl.int64) * num_splits + splits
         split_highest = tl.load(stats_ptr + places * 2, mask=splits < num_splits, other=float("-inf"))
         split_total = tl.load(stats_ptr + places * 2 + 1, mask=splits < num_splits, other=0.0)
-        used = split_total != 0  # NaN counts as used
-        values = tl.load(partial_ptr + places[:, None] * V_BLOCK + columns[None, :], mask=used[:, None], other=0.0)
+        values = tl.load(
+            partial_ptr + places[:, None] * V_BLOCK + columns[None, :], mask=(splits < num_splits)[:, None]
+        )
+        values = tl.where((split_total != 0)[:, None], values, 0.0)  # not written if there were no tokens; NaN is
         new_highest = tl.maximum(highest, tl.max(split_highest, axis=0))
         base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         weights = tl.exp2(split_highest - base)

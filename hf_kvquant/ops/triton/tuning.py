@@ -39,8 +39,13 @@ def attention_tiles(num_rows: int, head_dim: int, element_size: int, is_exact: b
 
 
 def num_splits(num_programs: int, max_tiles: int, tiles: Tiles, num_cores: int) -> int:
-    """Into how many parts every sequence is split so that `num_programs` fill the device in whole waves."""
-    return max(1, min(num_cores * tiles.programs_per_core // num_programs, max_tiles))
+    """Into how many parts every sequence is split so that `num_programs` fill the device.
+
+    Two programs a multiprocessor are worth a merge for any length; more of them only where each has much to read.
+    """
+    most = num_cores * tiles.programs_per_core // num_programs
+    least = 2 * num_cores // num_programs
+    return max(1, min(max(least, min(most, max_tiles // 32)), most, max_tiles))
 
 
 @functools.cache

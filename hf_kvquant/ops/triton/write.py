@@ -51,12 +51,12 @@ def write_kernel(
     _write_side(
         key_ptr + row * key_stride_b + head.to(tl.int64) * key_stride_h, tokens * key_stride_t, slots, inside, head,
         k_ptr, k_scale_ptr, k_zero_ptr, k_token_scale_ptr, clipped_ptr,
-        K_FORMAT, K_DIM, K_BLOCK, K_SCALE, K_ZERO, K_DYNAMIC, COUNT_CLIPPED, ISA,
+        K_FORMAT, K_DIM, K_BLOCK, K_SCALE, K_ZERO, K_DYNAMIC, COUNT_CLIPPED, 0, ISA,
     )  # fmt: skip
     _write_side(
         value_ptr + row * value_stride_b + head.to(tl.int64) * value_stride_h, tokens * value_stride_t, slots, inside,
-        head, v_ptr, v_scale_ptr, v_zero_ptr, v_token_scale_ptr, clipped_ptr + 1,
-        V_FORMAT, V_DIM, V_BLOCK, V_SCALE, V_ZERO, V_DYNAMIC, COUNT_CLIPPED, ISA,
+        head, v_ptr, v_scale_ptr, v_zero_ptr, v_token_scale_ptr, clipped_ptr,
+        V_FORMAT, V_DIM, V_BLOCK, V_SCALE, V_ZERO, V_DYNAMIC, COUNT_CLIPPED, 1, ISA,
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def _write_side(
     pages_ptr, scale_ptr, zero_ptr, token_scale_ptr, clipped_ptr,
     FORMAT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     SCALE: tl.constexpr, ZERO: tl.constexpr, DYNAMIC: tl.constexpr,
-    COUNT_CLIPPED: tl.constexpr, ISA: tl.constexpr,
+    COUNT_CLIPPED: tl.constexpr, SIDE: tl.constexpr, ISA: tl.constexpr,
 ):  # fmt: skip
     channels = tl.arange(0, BLOCK)
     mask = inside[:, None] & (channels < DIM)[None, :]
@@ -99,7 +99,7 @@ def _write_side(
             fits = (tl.abs(y) <= limit) | (mask == 0)
             count = tl.sum(tl.sum((fits == 0).to(tl.int32), axis=1), axis=0)
             if count > 0:
-                tl.atomic_add(clipped_ptr, count.to(tl.int64), sem="relaxed")
+                tl.atomic_add(clipped_ptr + SIDE, count.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
