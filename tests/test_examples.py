@@ -53,15 +53,17 @@ def test_chat_keeps_what_it_stored() -> None:
     assert "total:" in output
 
 
-def test_own_scales() -> None:
-    output = run("own_scales.py", "--quick")
-    lines = re.findall(r"^(fp8|int8) +(dynamic|own, per channel) +([\d.]+) +([\d.]+)% +([\d,]+)$", output, re.MULTILINE)
-    assert len(lines) == 4, output
+def test_calibrate(tmp_path: Path) -> None:
+    output = run("calibrate.py", "--quick", "--output", str(tmp_path / "new"))
+    lines = re.findall(r"^(fp8|int8) +(dynamic|per [\w, ]+?) +([\d.]+) +([\d.]+)% +([\d,]+)$", output, re.MULTILINE)
+    assert len(lines) == 10, output
     exact = float(re.search(r"^DynamicCache +- +([\d.]+)", output, re.MULTILINE)[1])
     for _, source, perplexity, agreement, clipped in lines:
         assert abs(float(perplexity) / exact - 1) < 0.03
         assert float(agreement) > 90
         assert source != "dynamic" or clipped == "0"
+    assert f"{tmp_path / 'new'}: config.json" in output
+    assert hf_kvquant.read_scales(tmp_path / "new").producer == "compressed-tensors"
 
 
 def test_long_context() -> None:
