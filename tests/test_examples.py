@@ -75,3 +75,21 @@ def test_long_context() -> None:
     assert "OutOfPagesError: 513 tokens" in output
     assert "still held: 512 tokens" in output
     assert "after reset(): 0 tokens" in output
+
+
+def test_shared_prompt() -> None:
+    output = run("shared_prompt.py", "--tokens", "256", "--new-tokens", "4")
+    kept = int(re.search(r"^kept: 256 tokens, ([\d,]+) bytes", output)[1].replace(",", ""))
+    computed = [(int(new), int(whole)) for new, whole in re.findall(r"(\d+) of (\d+) tokens to compute", output)]
+    assert len(computed) == 3
+    assert all(whole - new == 256 for new, whole in computed)
+    together = int(re.search(r"hold ([\d,]+) bytes together", output)[1].replace(",", ""))
+    assert together < 2 * kept  # three requests, each as long as what is kept
+
+
+def test_saved_session(tmp_path: Path) -> None:
+    output = run("saved_session.py", "--tokens", "300", "--new-tokens", "6", "--directory", str(tmp_path / "new"))
+    size, dense = (int(number.replace(",", "")) for number in re.findall(r" ([\d,]{5,})", output)[:2])
+    assert sum(file.stat().st_size for file in (tmp_path / "new").iterdir()) == size < 0.55 * dense
+    assert len(set(re.findall(r"(\d+ of \d+) tokens to compute", output))) == 1
+    assert "same tokens: True" in output
