@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import get_format
-from . import gpu, reference
+from . import cpu, gpu, reference
 
 
 @dataclass(eq=False)
@@ -62,6 +62,8 @@ _LIBRARY.define(
 _LIBRARY.impl("write_kv", reference.write_kv, "CompositeExplicitAutograd")
 _LIBRARY.impl("paged_attention", reference.paged_attention, "CompositeExplicitAutograd")
 _LIBRARY.impl("read_pages", reference.read_pages, "CompositeExplicitAutograd")
+_LIBRARY.impl("write_kv", cpu.write_kv, "CPU")
+_LIBRARY.impl("paged_attention", cpu.paged_attention, "CPU")
 _LIBRARY.impl("write_kv", gpu.write_kv, "CUDA")
 _LIBRARY.impl("paged_attention", gpu.paged_attention, "CUDA")
 _LIBRARY.impl("read_pages", gpu.read_pages, "CUDA")

@@ -182,14 +182,14 @@ def paged_attention(
             visible = visible & (relative < window)
         bias = None
         if attn_mask is not None:
-            bias = _mask_at(attn_mask[:, :, rows], mask_start, kv_positions)
+            bias = mask_at(attn_mask[:, :, rows], mask_start, kv_positions)
         outputs.append(
             attend(query[:, :, rows].to(compute_dtype), key, value, softmax_scale, softcap, visible, bias, sinks)
         )
     return torch.cat(outputs, dim=2).to(query.dtype)
 
 
-def _mask_at(mask: torch.Tensor, mask_start: int, kv_positions: torch.Tensor) -> torch.Tensor:
+def mask_at(mask: torch.Tensor, mask_start: int, kv_positions: torch.Tensor) -> torch.Tensor:
     """The columns of `mask` that belong to `kv_positions` `[B, L]`; tokens outside its columns are hidden."""
     columns = kv_positions - mask_start
     outside = (columns < 0) | (columns >= mask.shape[-1])

@@ -1,0 +1,91 @@
+"""Both operators on a CPU: C++ kernels built on first use, torch operators where that cannot be done.
+
+What neither serves (float64, unusual layouts) goes to the reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import warnings
+from typing import Any
+
+import torch
+
+from .. import reference
+from . import build, chunked, kernels
+
+__all__ = ["paged_attention", "paths", "use", "write_kv"]
+
+_TORCH = "torch"
+
+_lock = threading.Lock()
+_libraries: dict[str, ctypes.CDLL | None] = {}  # by path; None: torch operators
+_path: str | None = None  # None: not asked yet
+
+
+def paths() -> list[str]:
+    """What this machine can run the operators on, the fastest first: instruction sets of the kernels, and torch."""
+    return [*build.instruction_sets(), _TORCH]
+
+
+def use(path: str | None = None) -> str:
+    """Run the operators on `path`, or on the fastest that works; returns its name.
+
+    Raises ValueError for a name that is not one of `paths()`, and build.BuildError if `path` cannot be built.
+    """
+    global _path
+    if path is not None and path not in paths():
+        raise ValueError(f"path {path!r} is not one of {paths()}")
+    with _lock:
+        if path is None:
+            path = build.instruction_sets()[0]
+            try:
+                _load(path)
+            except build.BuildError as error:
+                warnings.warn(
+                    f"hf_kvquant: attention on the CPU runs on torch operators, several times slower than its kernels, "
+                    f"which could not be built: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                path = _TORCH
+        _load(path)
+        _path = path
+    return path
+
+
+def _load(path: str) -> None:
+    if path not in _libraries:
+        _libraries[path] = None if path == _TORCH else build.load(path)
+
+
+def _library() -> ctypes.CDLL | None:
+    return _libraries[_path if _path is not None else use()]
+
+
+# Arguments as in the schemas: after the tables five of K, five of V, and the rest.
+
+
+def write_kv(
+    key: torch.Tensor, value: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, *args: Any
+) -> None:
+    """`write_kv` of the dispatch key CPU."""
+    library = _library()
+    written = library is not None and kernels.write_kv(
+        library, key, value, page_table, seq_lens, args[:5], args[5:10], *args[10:]
+    )
+    if not written:
+        reference.write_kv(key, value, page_table, seq_lens, *args)
+
+
+def paged_attention(query: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, *args: Any) -> torch.Tensor:
+    """`paged_attention` of the dispatch key CPU."""
+    library, output = _library(), None
+    if library is not None:
+        output = kernels.paged_attention(library, query, page_table, seq_lens, args[:5], args[5:10], *args[10:])
+    elif query.dtype != torch.float64:
+        output = chunked.paged_attention(query, page_table, seq_lens, args[:5], args[5:10], *args[10:])
+    if output is None:
+        output = reference.paged_attention(query, page_table, seq_lens, *args)
+    return output

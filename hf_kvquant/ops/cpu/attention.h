@@ -1,0 +1,356 @@
+// Attention works on the G query heads of a key/value head together: row t * G + g is token t of head g. An item of
+// work is some rows of one head over a span of tokens:
+//   1. logits of a chunk of tokens, straight from the codes (few rows) or from a tile of numbers (many rows);
+//   2. softmax over the chunk, a running one over chunks;
+//   3. rows += weights * values, again from the codes or from a tile.
+// Scales and zeros of K go into the query and V's into the output, token scales into logits and weights. Spans do not
+// depend on the number of threads, so neither does the result.
+#pragma once
+
+#include "products.h"
+#include "runtime.h"
+#include "tables.h"
+
+namespace {
+
+constexpr int DIRECT_CHUNK = 512;                // tokens of one softmax where codes are read
+constexpr int DIRECT_ROWS = 20;                  // up to so many rows read codes, more of them a tile of numbers
+constexpr int ROW_BLOCK = 128;                   // rows of an item when there are many
+constexpr int64_t SMALL_ATTENTION = 1 << 18;     // multiply-adds that are worth one more thread
+
+struct Attention {
+    Side k, v;
+    Tables tables;
+    const char* query;
+    int64_t query_format, query_batch, query_head, query_token;  // strides; channels are neighbours
+    char* output;                                                // contiguous, the query's dtype
+    int64_t num_q_heads, num_tokens;
+    const char* mask;
+    int64_t mask_format, mask_batch, mask_head, mask_token, mask_columns, mask_start;  // format -1: bool
+    const float* sinks;
+    int64_t window, causal;  // window -1: none
+    double softmax_scale, softcap;  // softcap 0: none
+
+    int64_t group() const { return num_q_heads / tables.num_heads; }
+    int64_t num_rows() const { return group() * num_tokens; }
+};
+
+struct Interval {
+    int64_t start, stop;
+};
+
+// What query token t of sequence b sees, apart from what the mask says inside its columns.
+Interval seen_by(const Attention& a, int64_t b, int64_t t) {
+    int64_t length = a.tables.seq_lens[b], position = length - a.num_tokens + t;
+    int64_t last_page = floor_div(std::max<int64_t>(length - 1, 0), a.tables.page_size);
+    int64_t start = std::max<int64_t>(last_page - a.tables.num_columns + 1, 0) * a.tables.page_size, stop = length;
+    if (a.causal) stop = std::min(stop, position + 1);
+    if (a.window >= 0) start = std::max(start, position - a.window + 1);
+    if (a.mask) {
+        start = std::max(start, a.mask_start);
+        stop = std::min(stop, a.mask_start + a.mask_columns);
+    }
+    return {start, std::max(start, stop)};
+}
+
+// Rows [first, first + count) of key/value head h of sequence b, and the spans of tokens that they are cut into.
+struct Block {
+    int64_t b, h, first, count, start, stop, span, num_spans, first_item, first_part;
+};
+
+// Spans are long enough to be worth their start and short enough for many cores.
+int64_t span_of(int64_t length, bool few_rows, int64_t num_blocks) {
+    if (few_rows) return std::clamp<int64_t>(round_up(length, 256 * 16) / 16, 256, 4096);
+    return num_blocks >= 64 ? std::max<int64_t>(length, 1) : std::max<int64_t>(4096, round_up(length, 8) / 8);
+}
+
+float bfloat_number(uint16_t x) { return float_of(uint32_t(x) << 16); }
+
+// Raw logits of one row over tokens [start, start + count), of which it sees `seen`, to weights; returns their sum.
+// `highest` is the running maximum.
+float softmax(const Attention& a, const Block& block, int64_t row, int64_t start, int64_t count, Interval seen,
+              const float* k_scales, const float* v_scales, float offset, float* logits, float& highest) {
+    int64_t low = std::min(std::max(seen.start - start, int64_t(0)), count);
+    int64_t high = std::max(std::min(seen.stop - start, count), low);
+    int64_t padded = round_up(count, W), from = low / W * W, to = round_up(high, W);
+    for (int64_t i = from; i < to; i += W) {
+        f32 x = load<f32>(logits + i);
+        if (k_scales) x = x * load<f32>(k_scales + i);
+        x = x + offset;
+        if (a.softcap) x = float(a.softcap) * tanh_of(x / float(a.softcap));
+        store(logits + i, x);
+    }
+    if (a.mask) {
+        int64_t head = block.h * a.group() + row % a.group();
+        int64_t at = block.b * a.mask_batch + head * a.mask_head + row / a.group() * a.mask_token + start + low -
+                     a.mask_start;
+        float* x = logits + low;
+        if (a.mask_format < 0) {
+            const uint8_t* shown = reinterpret_cast<const uint8_t*>(a.mask) + at;
+            for (int64_t i = 0; i < high - low; i++) x[i] = shown[i] ? x[i] : -INF;
+        } else if (a.mask_format == FLOAT) {
+            const float* bias = reinterpret_cast<const float*>(a.mask) + at;
+            for (int64_t i = 0; i < high - low; i++) x[i] += bias[i];
+        } else {
+            const uint16_t* bias = reinterpret_cast<const uint16_t*>(a.mask) + at;
+            for (int64_t i = 0; i < high - low; i++) x[i] += float_of(uint32_t(bias[i]) << 16);
+        }
+    }
+    std::fill(logits, logits + low, -INF);
+    std::fill(logits + high, logits + padded, -INF);
+
+    f32 most = splat(highest);
+    for (int64_t i = 0; i < padded; i += W) most = larger(load<f32>(logits + i), most);
+    for (int i = 0; i < W; i++) highest = most[i] > highest ? most[i] : highest;
+
+    f32 base = splat(highest == -INF ? 0.0f : highest), sums = {};
+    for (int64_t i = 0; i < padded; i += W) {
+        f32 weight = exp_of(load<f32>(logits + i) - base);
+        sums += weight;
+        if (v_scales) weight = weight * load<f32>(v_scales + i);
+        store(logits + i, weight);
+    }
+    return sum_of(sums);
+}
+
+// One item: sums[row], highest[row] and values[row] of a block over one span.
+int attend(const Attention& a, const Block& block, int64_t span_index, float* sums, float* highest, float* values) {
+    static thread_local Workspace workspace;
+    const int64_t rows = block.count, k_dim = a.k.dim, v_dim = a.v.dim, group = a.group();
+    const int64_t k_padded = round_up(k_dim, W), v_padded = round_up(v_dim, W);
+    const int64_t start = block.start + span_index * block.span, stop = std::min(start + block.span, block.stop);
+    const bool few = rows <= DIRECT_ROWS;
+    const bool k_direct = few && k_dim % W == 0, v_direct = few && v_dim % W == 0;
+    const int64_t chunk = k_direct && v_direct ? DIRECT_CHUNK : CHUNK, padded = round_up(block.span, W) + PADDING;
+
+    float *q, *logits, *offsets, *k_scales, *v_scales, *k_tile, *v_tile;
+    const char **k_rows, **v_rows;
+    const float **k_tile_rows, **v_tile_rows;
+    Carver carver{nullptr};
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass) carver = {workspace.of(carver.used)};
+        q = carver.take<float>(rows * k_padded);
+        offsets = carver.take<float>(rows);
+        logits = carver.take<float>(rows * chunk);
+        k_scales = carver.take<float>(a.k.token_scale ? padded : 0);
+        v_scales = carver.take<float>(a.v.token_scale ? padded : 0);
+        k_rows = carver.take<const char*>(padded);
+        v_rows = carver.take<const char*>(padded);
+        k_tile = carver.take<float>(k_direct ? 0 : k_padded * CHUNK);
+        v_tile = carver.take<float>(v_direct ? 0 : v_padded * CHUNK);
+        k_tile_rows = carver.take<const float*>(k_direct ? 0 : k_dim);
+        v_tile_rows = carver.take<const float*>(v_direct ? 0 : CHUNK);
+    }
+    if (!k_direct)
+        for (int64_t d = 0; d < k_dim; d++) k_tile_rows[d] = k_tile + d * CHUNK;
+    if (!v_direct)
+        for (int64_t t = 0; t < CHUNK; t++) v_tile_rows[t] = v_tile + t * v_padded;
+
+    // The query in units of the codes, and what K's zero adds.
+    float factor = 1.0f;
+    with_format(a.k.format, [&](auto codec) { factor = codec.factor; });
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t row = block.first + r, head = block.h * group + row % group;
+        const char* from = a.query + (block.b * a.query_batch + head * a.query_head + row / group * a.query_token) *
+                                         size_of(a.query_format);
+        float* to = q + r * k_padded;
+        with_format(a.query_format, [&](auto codec) {
+            typedef decltype(codec) C;
+            if constexpr (sizeof(typename C::T) > 1)
+                for (int64_t d = 0; d < k_dim; d += W)
+                    store(to + d, read_some<C>(reinterpret_cast<const typename C::T*>(from) + d, k_dim - d));
+        });
+        float offset = 0.0f;
+        if (a.k.zero)
+            for (int64_t d = 0; d < k_dim; d++)
+                offset += to[d] * a.k.zero[block.h * a.k.zero_head + d * a.k.zero_channel];
+        offsets[r] = offset * float(a.softmax_scale);
+        for (int64_t d = 0; d < k_dim; d++) {
+            float scale = a.k.scale ? a.k.scale[block.h * a.k.scale_head + d * a.k.scale_channel] : 1.0f;
+            to[d] = to[d] * (scale * float(a.softmax_scale)) * factor;
+        }
+        sums[r] = 0.0f;
+        highest[r] = -INF;
+    }
+    std::fill(values, values + rows * v_padded, 0.0f);
+
+    const int64_t k_size = size_of(a.k.format) * k_dim, v_size = size_of(a.v.format) * v_dim, total = stop - start;
+    for (int64_t t = 0; t < total;) {
+        const int64_t slot = a.tables.slot(block.b, block.h, start + t);
+        if (slot < 0) return 1;
+        const int64_t here = std::min(total - t, a.tables.page_size - (start + t) % a.tables.page_size);
+        for (int64_t i = 0; i < here; i++) k_rows[t + i] = a.k.pages + (slot + i) * k_size;
+        for (int64_t i = 0; i < here; i++) v_rows[t + i] = a.v.pages + (slot + i) * v_size;
+        if (a.k.token_scale)
+            for (int64_t i = 0; i < here; i++) k_scales[t + i] = bfloat_number(a.k.token_scale[slot + i]);
+        if (a.v.token_scale)
+            for (int64_t i = 0; i < here; i++) v_scales[t + i] = bfloat_number(a.v.token_scale[slot + i]);
+        t += here;
+    }
+    for (int64_t t = total; t < round_up(total, W) + PADDING && total; t++) {
+        k_rows[t] = k_rows[total - 1];
+        v_rows[t] = v_rows[total - 1];
+        if (a.k.token_scale) k_scales[t] = 0.0f;
+        if (a.v.token_scale) v_scales[t] = 0.0f;
+    }
+    for (int64_t t = 0; t < std::min(total, tokens_ahead(k_size)); t++) prefetch(k_rows[t], k_size);
+    for (int64_t t = 0; t < std::min(total, tokens_ahead(v_size)); t++) prefetch(v_rows[t], v_size);
+
+    for (int64_t t0 = 0; t0 < total; t0 += chunk) {
+        const int64_t count = std::min(chunk, total - t0), columns = round_up(count, W);
+        with_format(a.k.format, [&](auto codec) {
+            typedef decltype(codec) C;
+            auto codes = reinterpret_cast<const typename C::T* const*>(k_rows + t0);
+            if (k_direct) return dots_of_rows<C>(q, k_padded, rows, codes, count, k_dim, logits, chunk);
+            decode_turned<C>(codes, count, k_dim, k_tile);
+            for (int64_t r = 0; r < rows; r++) std::fill(logits + r * chunk, logits + r * chunk + columns, 0.0f);
+            accumulate_rows<Codec<FLOAT>>(q, k_padded, rows, k_tile_rows, k_dim, columns, logits, chunk, false);
+        });
+
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t row = block.first + r;
+            float before = highest[r];
+            float sum = softmax(a, block, row, start + t0, count, seen_by(a, block.b, row / group),
+                                a.k.token_scale ? k_scales + t0 : nullptr, a.v.token_scale ? v_scales + t0 : nullptr,
+                                offsets[r],
+                                logits + r * chunk, highest[r]);
+            if (highest[r] != before && before != -INF) {
+                float shrink = exp_of(before - highest[r]);
+                sums[r] *= shrink;
+                for (int64_t d = 0; d < v_padded; d++) values[r * v_padded + d] *= shrink;
+            }
+            sums[r] += sum;
+        }
+
+        with_format(a.v.format, [&](auto codec) {
+            typedef decltype(codec) C;
+            auto codes = reinterpret_cast<const typename C::T* const*>(v_rows + t0);
+            if (v_direct)
+                return accumulate_rows<C>(logits, chunk, rows, codes, count, v_dim, values, v_padded, true);
+            decode_tile<C>(codes, count, v_dim, v_tile, v_padded);
+            accumulate_rows<Codec<FLOAT>>(logits, chunk, rows, v_tile_rows, count, v_padded, values, v_padded, false);
+        });
+    }
+    return 0;
+}
+
+void store_number(char* output, int64_t index, int64_t format, float x) {
+    if (format == FLOAT) {
+        reinterpret_cast<float*>(output)[index] = x;
+        return;
+    }
+    uint32_t u = bits_of(x), magnitude = u & 0x7FFFFFFF, sign = u >> 16 & 0x8000, result;
+    if (format == BFLOAT) {
+        result = magnitude > 0x7F800000 ? 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+    } else if (magnitude > 0x7F800000) {
+        result = 0x7E00;
+    } else if (magnitude >= 0x477FF000) {  // rounds to 65536
+        result = sign | 0x7C00;
+    } else if (magnitude < 0x38800000) {  // denormal
+        result = sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f));
+    } else {
+        result = sign | (((magnitude + 0xFFF + (magnitude >> 13 & 1)) >> 13) - (112 << 10));
+    }
+    reinterpret_cast<uint16_t*>(output)[index] = uint16_t(result);
+}
+
+// The spans of a block put together, normalized, in the output. Span i has sums[i * stride + r] and so on; the values
+// of span 0 are written over.
+void finish(const Attention& a, const Block& block, const float* sums, const float* highest, float* values,
+            int64_t stride) {
+    const int64_t v_dim = a.v.dim, v_padded = round_up(v_dim, W), group = a.group();
+    float factor = 1.0f;
+    with_format(a.v.format, [&](auto codec) { factor = codec.factor; });
+    for (int64_t r = 0; r < block.count; r++) {
+        const int64_t row = block.first + r, head = block.h * group + row % group;
+        const float sink = a.sinks ? a.sinks[head] : -INF;
+        float top = sink;
+        for (int64_t i = 0; i < block.num_spans; i++) top = std::max(top, highest[i * stride + r]);
+        if (top == -INF) top = 0.0f;
+        float seen = 0.0f, *total = values + r * v_padded;
+        for (int64_t i = 0; i < block.num_spans; i++) {
+            const float weight = exp_of(highest[i * stride + r] - top), *part = total + i * stride * v_padded;
+            seen += sums[i * stride + r] * weight;
+            for (int64_t d = 0; d < v_padded; d++) total[d] = (i ? total[d] : 0.0f) + part[d] * weight;
+        }
+        const float sum = seen + exp_of(sink - top), reciprocal = sum == 0.0f ? 0.0f : 1.0f / sum;
+        const int64_t at = ((block.b * a.num_q_heads + head) * a.num_tokens + row / group) * v_dim;
+        for (int64_t d = 0; d < v_dim; d++) {
+            float x = total[d] * (reciprocal * factor);
+            if (a.v.scale) x *= a.v.scale[block.h * a.v.scale_head + d * a.v.scale_channel];
+            if (a.v.zero) x += a.v.zero[block.h * a.v.zero_head + d * a.v.zero_channel] * (seen * reciprocal);
+            store_number(a.output, at + d, a.query_format, x);
+        }
+    }
+}
+
+}  // namespace
+
+// Returns 0, or 1 if the page table names a page that the pool does not have.
+extern "C" int64_t hf_kvquant_paged_attention(const Attention* arguments) {
+    static thread_local Workspace block_space, part_space;
+    const Attention& a = *arguments;
+    const int64_t rows = a.num_rows(), group = a.group(), v_padded = round_up(a.v.dim, W);
+    const bool few = rows <= DIRECT_ROWS;
+    const int64_t rows_each = few ? rows : std::min<int64_t>(rows, ROW_BLOCK);
+    const int64_t row_blocks = (rows + rows_each - 1) / rows_each;
+    const int64_t num_blocks = a.tables.batch_size * a.tables.num_heads * row_blocks;
+
+    Block* blocks;
+    std::atomic<int64_t>* unfinished;
+    Carver carver{nullptr};
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass) carver = {block_space.of(carver.used)};
+        blocks = carver.take<Block>(num_blocks);
+        unfinished = carver.take<std::atomic<int64_t>>(num_blocks);
+    }
+    int64_t num_items = 0, num_parts = 0, work = 0, index = 0;
+    for (int64_t b = 0; b < a.tables.batch_size; b++)
+        for (int64_t i = 0; i < row_blocks; i++) {
+            const int64_t first = i * rows_each, count = std::min(rows_each, rows - first);
+            Interval seen{INT64_MAX, 0};
+            for (int64_t t = first / group; t <= (first + count - 1) / group; t++) {
+                const Interval one = seen_by(a, b, t);
+                if (one.start < one.stop) seen = {std::min(seen.start, one.start), std::max(seen.stop, one.stop)};
+            }
+            if (seen.stop == 0) seen.start = 0;
+            const int64_t length = seen.stop - seen.start;
+            const int64_t span = span_of(length, few, num_blocks);
+            const int64_t num_spans = std::max<int64_t>((length + span - 1) / span, 1);
+            for (int64_t h = 0; h < a.tables.num_heads; h++, index++) {
+                blocks[index] = {b, h, first, count, seen.start, seen.stop, span, num_spans, num_items, num_parts};
+                unfinished[index] = num_spans;
+                num_items += num_spans;
+                num_parts += num_spans > 1 ? num_spans : 0;
+                work += length * count * (a.k.dim + a.v.dim);
+            }
+        }
+
+    float *sums, *highest, *values;
+    for (int pass = 0; pass < 2; pass++) {
+        carver = {pass ? part_space.of(carver.used) : nullptr};
+        sums = carver.take<float>(num_parts * rows_each);
+        highest = carver.take<float>(num_parts * rows_each);
+        values = carver.take<float>(num_parts * rows_each * v_padded);
+    }
+    std::atomic<int> failed{0};
+    in_parallel(num_items, std::min(a.tables.num_threads, 1 + work / SMALL_ATTENTION), [&](int64_t item) {
+        const Block* after = std::upper_bound(blocks, blocks + num_blocks, item,
+                                              [](int64_t i, const Block& block) { return i < block.first_item; });
+        const Block& block = after[-1];
+        const int64_t part = block.first_part * rows_each;
+        float *block_sums = sums + part, *block_highest = highest + part, *block_values = values + part * v_padded;
+        if (block.num_spans == 1) {
+            static thread_local Workspace own_space;
+            const int64_t each = round_up(rows_each, W);
+            block_sums = reinterpret_cast<float*>(own_space.of((2 + v_padded) * each * sizeof(float)));
+            block_highest = block_sums + each;
+            block_values = block_highest + each;
+        }
+        const int64_t span = item - block.first_item, at = span * rows_each;
+        if (attend(a, block, span, block_sums + at, block_highest + at, block_values + at * v_padded)) failed = 1;
+        if (--unfinished[&block - blocks] == 0 && !failed)
+            finish(a, block, block_sums, block_highest, block_values, rows_each);
+    });
+    return failed;
+}

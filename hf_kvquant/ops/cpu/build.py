@@ -1,0 +1,149 @@
+"""Building the C++ kernels: on first use, once a user and instruction set, in a second or three."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+
+# Not -ffast-math: a library that is linked with it flushes denormals to zero in the whole process.
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-w")
+# For instruction sets by name and not for "this machine": a home directory may be shared by several.
+_AVX512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
+    "-mprefer-vector-width=512",
+)
+_INSTRUCTIONS: dict[str, tuple[str, ...]] = {
+    "avx512_vbmi": (*_AVX512, "-mavx512vbmi"),
+    "avx512": _AVX512,
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "default": (),
+}
+_TIMEOUT = 300.0  # seconds
+
+
+class BuildError(RuntimeError):
+    """There are no kernels for this machine; says why."""
+
+
+def instruction_sets() -> list[str]:
+    """Those that this machine runs and torch uses, the widest first. `default` is what every such machine has."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability.startswith(("AVX512", "AVX10")):
+        return [*(["avx512_vbmi"] if _has_vbmi() else []), "avx512", "avx2", "default"]
+    return ["avx2", "default"] if capability == "AVX2" else ["default"]
+
+
+def _has_vbmi() -> bool:
+    try:
+        return "avx512vbmi" in Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+
+
+def load(instructions: str) -> ctypes.CDLL:
+    """The kernels for `instructions`, built unless a build is cached. Raises BuildError."""
+    cached = _cache_directory()
+    error = BuildError("no writable cache directory")
+    for directory in (cached, None):  # None: a temporary one, for when the first cannot be written to or run from
+        try:
+            if directory is not None:
+                directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+                return _load_from(directory, instructions)
+            with tempfile.TemporaryDirectory(prefix="hf_kvquant-") as temporary:
+                return _load_from(Path(temporary), instructions)
+        except OSError as problem:
+            error = BuildError(str(problem))
+    raise error
+
+
+def _load_from(directory: Path, instructions: str) -> ctypes.CDLL:
+    """Raises OSError if the directory cannot be used and BuildError if the compiler cannot."""
+    builds = [(directory / _file_name(flags), flags) for flags in _flag_sets(instructions)]
+    for path, _ in builds:
+        if path.exists():
+            return ctypes.CDLL(str(path))
+    with _lock(directory / "build.lock"):
+        for path, _ in builds:
+            if path.exists():  # another process was faster
+                return ctypes.CDLL(str(path))
+        message = ""
+        for path, flags in builds:
+            message = _compile(path, flags)
+            if not message:
+                return ctypes.CDLL(str(path))
+    raise BuildError(message)
+
+
+def _flag_sets(instructions: str) -> list[tuple[str, ...]]:
+    """With threads, and without for compilers that lack OpenMP.
+
+    The OpenMP library that torch has loaded is the one that gets used: its symbols are global, or its name the same.
+    """
+    flags = (*_FLAGS, *_INSTRUCTIONS[instructions])
+    openmp: tuple[str, ...] = ("-fopenmp",)
+    if sys.platform == "darwin":
+        openmp = ("-Xpreprocessor", "-fopenmp", f"-L{Path(torch.__file__).parent / 'lib'}", "-lomp")
+    return [(*flags, *openmp), flags]
+
+
+def _file_name(flags: tuple[str, ...]) -> str:
+    digest = hashlib.sha256("\0".join((platform.machine(), sys.platform, *flags)).encode())
+    for source in sorted((*_SOURCE.parent.glob("*.h"), _SOURCE)):
+        digest.update(source.read_bytes())
+    return f"kernels-{digest.hexdigest()[:20]}.so"
+
+
+def _compile(target: Path, flags: tuple[str, ...]) -> str:
+    """Build `target`; returns why it could not be done, or nothing."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        return "no C++ compiler was found (c++, g++ or clang++)"
+    # Under another name first: whoever sees the file may load it.
+    handle, unfinished = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        command = [*compiler.split(), str(_SOURCE), "-o", unfinished, *flags]
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
+        if result.returncode == 0:
+            os.replace(unfinished, target)
+            return ""
+        lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
+        return f"{compiler}: {lines[0] if lines else f'exit status {result.returncode}'}"
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        return f"{compiler}: {problem}"
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+def _cache_directory() -> Path | None:
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "hf_kvquant"
+    except RuntimeError:  # no home
+        return None
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process builds and the others wait. Where files cannot be locked all build, which does no harm."""
+    with open(path, "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield

@@ -1,0 +1,335 @@
+"""The operators on a CPU: every instruction set of this machine, and torch, against the reference and float64."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import QMAX, QUANTIZED
+from test_import import PACKAGE_PARENT
+from test_ops import CASES, KINDS, Case, build, empty_side, random_scales
+from test_ops import test_attention as check_attention
+from test_ops import test_nan_in_a_live_token_is_not_hidden as check_nan
+from test_ops import test_written_bytes as check_written_bytes
+from test_ops import test_written_bytes_beside_ties as check_ties
+
+from hf_kvquant.ops import PagedTensor, cpu, paged_attention, reference, write_kv
+from hf_kvquant.ops.cpu import build as builds
+
+PATHS = cpu.paths()
+HAS_COMPILER = cpu.use() != "torch"
+KERNELS = [path for path in PATHS if path != "torch"] if HAS_COMPILER else []
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def _back_to_the_fastest() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    cpu.use()
+
+
+def flat(side: PagedTensor) -> tuple[Any, ...]:
+    return side.pages, side.format, side.scale, side.zero, side.token_scale
+
+
+# -- right on every path; the fastest is what test_ops.py runs on ------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("path", [*KERNELS[1:], "torch"])
+def test_attention_on_every_path(path: str, case: Case) -> None:
+    cpu.use(path)
+    check_attention(case)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("path", KERNELS[1:])
+def test_bytes_on_every_path(path: str, name: str, kind: str) -> None:
+    cpu.use(path)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check_written_bytes(name, kind, dtype, "cpu")
+    if kind in ("channel", "equalized"):
+        check_ties(name, kind, "cpu")
+
+
+SHAPES = {  # head_dim, heads of K and V, queries a head, length, new tokens
+    "one": (64, 3, 3, 1, 1),
+    "split": (128, 2, 4, 9001, 1),
+    "odd": (80, 1, 7, 1000, 1),
+    "wide": (256, 2, 1, 4097, 2),
+    "few": (96, 2, 5, 1000, 4),
+    "many": (64, 1, 4, 1000, 63),
+    "more": (128, 1, 1, 5000, 400),
+    "tiny": (6, 2, 2, 63, 3),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("name", [*QUANTIZED, "model"])
+@pytest.mark.parametrize("path", [*KERNELS, "torch"])
+def test_attention_equals_the_reference(path: str, name: str, shape: tuple[int, int, int, int, int]) -> None:
+    head_dim, heads, groups, length, tokens = shape
+    kind = {"int8": "equalized", "fp8_e4m3": "channel", "fp8_e5m2": "dynamic", "model": "unit"}[name]
+    case = Case(
+        lengths=(length, tokens + 5), num_tokens=tokens, num_kv_heads=heads, groups=groups, head_dim=head_dim,
+        formats=(name, name), kinds=(kind, kind),
+    )  # fmt: skip
+    problem = build(case, poisoned=True)
+    options = problem.options
+    rest = (None, 0, None, options["softmax_scale"], None, None, True)
+    tables = (problem.page_table, problem.seq_lens)
+    expected = reference.paged_attention(problem.query, *tables, *flat(problem.k), *flat(problem.v), *rest)
+    cpu.use(path)
+    error = (problem.run() - expected).abs().max() / expected.abs().max()
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["zero_channel", "equalized"])
+@pytest.mark.parametrize("name", [*QUANTIZED, "model"])
+@pytest.mark.parametrize("path", KERNELS)
+def test_many_bytes_equal_the_reference(path: str, name: str, kind: str) -> None:
+    """Enough tokens for several threads, in odd shapes."""
+    rng = np.random.default_rng(0)
+    cpu.use(path)
+    torch.set_num_threads(3)
+    num_tokens, heads = 1000, 3
+    page_table = torch.randperm(2 * 63).to(torch.int32).view(2, 63)
+    seq_lens = torch.tensor([1001, 1005], dtype=torch.int32)
+    written = []
+    x = [torch.randn(2, num_tokens, heads, dim).transpose(1, 2) for dim in (80, 33)]
+    fields = [{} if name == "model" else random_scales(rng, kind, heads, dim, 2 / QMAX[name]) for dim in (80, 33)]
+    for write in ("operator", "reference"):
+        dynamic = kind == "equalized" and name != "model"
+        k, v = (
+            empty_side(name, 126, heads, 16, dim, dynamic=dynamic, **options)
+            for dim, options in zip((80, 33), fields, strict=True)
+        )
+        clipped = torch.zeros(2, dtype=torch.int64)
+        if write == "operator":
+            write_kv(*x, k, v, page_table, seq_lens, clipped)
+        else:
+            reference.write_kv(*x, page_table, seq_lens, *flat(k), *flat(v), clipped)
+        written.append([k.pages, v.pages, clipped] + [s.token_scale for s in (k, v) if s.token_scale is not None])
+    assert written[0][0].any()
+    for got, expected in zip(*written, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("path", [*KERNELS, "torch"])
+def test_every_code_is_read_as_its_number(path: str, name: str) -> None:
+    """With one visible token attention returns its value: all 256 codes, NaN and infinity among them."""
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256)
+    k, v = (PagedTensor(codes.clone(), name) for _ in range(2))
+    k.pages.zero_()
+    cpu.use(path)
+    arguments = (k, v, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
+    got = paged_attention(torch.ones(1, 1, 1, 256), *arguments, softmax_scale=1.0)
+    expected = reference.dequantize(codes, name, None, None, None)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("path", [*KERNELS[1:], "torch"])
+def test_nan_on_every_path(path: str) -> None:
+    cpu.use(path)
+    check_nan()
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("path", KERNELS)
+def test_denormals_are_kept_where_the_process_flushes_them(path: str, name: str) -> None:
+    cpu.use(path)
+    codes = torch.arange(1, 9, dtype=torch.uint8).view(1, 1, 1, 8)
+    k, v = (PagedTensor(codes.clone(), name) for _ in range(2))
+    expected = reference.dequantize(codes, name, None, None, None)
+    tables = (torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    try:
+        got = paged_attention(torch.zeros(1, 1, 1, 8), k, v, *tables, softmax_scale=1.0)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("path", KERNELS)
+def test_a_kernel_leaves_denormals_as_they_are(path: str) -> None:
+    cpu.use(path)
+    build(Case(), poisoned=False).run()
+    assert torch.tensor(1e-40) * 1 != 0
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("path", KERNELS[:1])
+def test_the_number_of_threads_changes_no_bit(path: str, tokens: int) -> None:
+    cpu.use(path)
+    problem = build(Case(lengths=(3000, 63), num_tokens=tokens, head_dim=128, formats=("int8", "int8")), poisoned=False)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(problem.run())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_goes_on() -> None:
+    """OpenMP's threads do not survive a fork; waiting for them would never end."""
+    code = """
+    import os, sys, warnings
+    import torch
+    from test_ops import Case, build
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(2)
+    problem = build(Case(lengths=(3000,), head_dim=128), poisoned=False)
+    expected = problem.run()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(problem.run(), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(problem.run(), expected)
+    """
+    path = os.pathsep.join([PACKAGE_PARENT, str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+# -- what the kernels do not serve ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [*KERNELS[:1], "torch"])
+def test_unusual_layouts_are_served(path: str) -> None:
+    cpu.use(path)
+    problem = build(Case(num_tokens=3, mask=("float", "B", "1"), sinks=True), poisoned=False)
+    expected = problem.run()
+    wide = torch.zeros(*problem.query.shape[:3], 2 * problem.query.shape[3])[..., ::2]
+    problem.query = wide.copy_(problem.query)
+    for side in (problem.k, problem.v):
+        side.pages = side.pages.transpose(1, 2).contiguous().transpose(1, 2)
+    mask = problem.options["attn_mask"]
+    problem.options["attn_mask"] = mask.transpose(2, 3).contiguous().transpose(2, 3).to(torch.float64)
+    problem.options["sinks"] = problem.options["sinks"].to(torch.float64)
+    problem.page_table = problem.page_table.t().contiguous().t()
+    torch.testing.assert_close(problem.run(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", KERNELS[:1])
+def test_a_page_outside_the_pool_is_refused(path: str) -> None:
+    cpu.use(path)
+    for page in (-1, 99):
+        problem = build(Case(), poisoned=False)
+        problem.page_table[1, 0] = page
+        with pytest.raises(ValueError, match="page_table names a page outside 0 ... "):
+            problem.run()
+        x = torch.zeros(2, 2, 17, 64)
+        with pytest.raises(ValueError, match="page_table names a page outside 0 ... "):
+            write_kv(x, x, problem.k, problem.v, problem.page_table, problem.seq_lens)
+
+
+# -- building ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Puts a shell script in the compiler's place, and an empty cache; returns a log that the script may write to."""
+
+    def put(script: str) -> Path:
+        program, log = tmp_path / "compiler", tmp_path / "log"
+        real = os.environ.get("CXX", "c++")
+        program.write_text(f"#!/bin/sh\nreal={real}\nlog={log}\n{script}\n")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("CXX", str(program))
+        return log
+
+    return put
+
+
+BROKEN = {
+    "fails": "echo 'kernels.cpp:1: error: too old' >&2; exit 1",
+    "crashes": "kill -9 $$",
+    "makes something else": 'while [ "$1" != -o ]; do shift; done; echo nothing > "$2"',
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize("script", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_compiler_is_said_once(
+    script: str, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(script)
+    monkeypatch.setattr(cpu, "_libraries", {})
+    monkeypatch.setattr(cpu, "_path", None)
+    problem = build(Case(), poisoned=False)
+    with pytest.warns(RuntimeWarning, match="could not be built") as caught:
+        first = problem.run()
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(problem.run(), first)
+    with pytest.raises(builds.BuildError):
+        cpu.use(PATHS[0])
+
+
+def test_no_compiler_is_said(compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler("")
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(builds.BuildError, match="no C\\+\\+ compiler was found"):
+        builds.load("default")
+
+
+@needs_compiler
+def test_one_of_many_builds_and_the_cache_serves_the_rest(compiler: Callable[[str], Path]) -> None:
+    log = compiler('echo built >> $log; exec $real "$@"')
+    threads = [threading.Thread(target=builds.load, args=("default",)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    builds.load("default")
+    assert log.read_text().split() == ["built"]
+    files = [path.name for path in (log.parent / "cache" / "hf_kvquant").iterdir()]
+    assert sorted(name.split("-")[0] for name in files) == ["build.lock", "kernels"]  # nothing half done is left
+
+
+@needs_compiler
+def test_built_without_openmp_and_without_a_cache(
+    compiler: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler('for a; do if [ "$a" = -fopenmp ]; then exit 1; fi; done; exec $real "$@"')
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no directory can be made below it
+    problem = build(Case(), poisoned=False)
+    cpu.use("default")
+    expected = problem.run()
+    monkeypatch.setattr(cpu, "_libraries", {})
+    torch.set_num_threads(2)
+    cpu.use("default")
+    assert torch.equal(problem.run(), expected)
+
+
+def test_an_unknown_path_is_refused() -> None:
+    with pytest.raises(ValueError, match="'avx' is not one of"):
+        cpu.use("avx")
