@@ -100,6 +100,11 @@ def kvquant_attention(
                 causal=is_causal and attention_mask is None and key.num_new > 0,
             )
             return output.transpose(1, 2).contiguous(), None
+        if key.raw is not None and readable and layer.num_prompt < key.num_new:
+            return _attend_with_drafts(
+                module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap, sinks, position_bias,
+                **kwargs,
+            ), None  # fmt: skip
         if key.raw is not None:
             key, value = key.raw, value.raw
         elif attention_mask is None and is_causal and query.shape[2] > 1:
@@ -113,6 +118,47 @@ def kvquant_attention(
     return _dense_attention(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap, sinks, position_bias, **kwargs
     ), None
+
+
+def _attend_with_drafts(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: PagedKV,
+    value: PagedKV,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Attention of a fresh prompt with drafted tokens behind it.
+
+    The drafts are checked against what later steps would see, which is the pages: else a run with speculation would
+    not be the run without.
+    """
+    layer, prompt, drafts = key.layer, slice(key.layer.num_prompt), slice(key.layer.num_prompt, None)
+    view = slice(key.num_new - layer.shape_of("key", key.num_new - layer.num_prompt)[2], None)
+
+    def part(x: torch.Tensor | None, rows: slice, columns: slice) -> torch.Tensor | None:
+        return None if x is None else x[..., rows, columns]
+
+    of_prompt = _dense_attention(
+        module, query[:, :, prompt], key.raw[:, :, prompt], value.raw[:, :, prompt], part(mask, prompt, prompt),
+        dropout, scaling, is_causal, softcap, sinks, part(position_bias, prompt, prompt), **kwargs,
+    )  # fmt: skip
+    of_drafts = layer.attend(
+        query[:, :, drafts],
+        key.num_new - layer.num_prompt,
+        _with_bias(part(mask, drafts, view), part(position_bias, drafts, view)),
+        softmax_scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sinks=sinks,
+        softcap=softcap,
+        causal=is_causal and mask is None,
+    )
+    return torch.cat([of_prompt, of_drafts.transpose(1, 2)], dim=1)
 
 
 def _is_long_turn(query: torch.Tensor, key: PagedKV) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import transformers
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.generation import configuration_utils
+from transformers.generation import GenerationMode, configuration_utils
 from transformers.utils import logging
 
 from .cache import QuantizedPagedCache, options_for
@@ -27,6 +27,7 @@ from .policy import asks_for_files
 
 CACHE_IMPLEMENTATION = "kvquant"
 _CACHE_NAMES = ("past_key_values", "cache_params")
+_COMPILED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _NAMES = "ALL_CACHE_IMPLEMENTATIONS"
 _METHOD = "_prepare_cache_for_generation"
 _PARAMETERS = ["self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"]
@@ -71,7 +72,7 @@ def _extended(prepare_cache: Any) -> Any:
         given = [model_kwargs[name] for name in _CACHE_NAMES if model_kwargs.get(name) is not None]
         for cache in given:
             if isinstance(cache, QuantizedPagedCache):
-                cache.shared.padding_mask = _padding_mask(model_kwargs)
+                _describe_prompt(self, model_kwargs, cache)
                 _take_adapters_prefix(self, cache)
         if given and asked and generation_config.is_assistant:
             # An assistant is called again and again with the cache of its first call; the name was meant for that one.
@@ -99,7 +100,7 @@ def _extended(prepare_cache: Any) -> Any:
         for name in _CACHE_NAMES:
             if name in model_kwargs:
                 model_kwargs[name] = _replace(
-                    self, model_kwargs, model_kwargs[name], generation_config, max_cache_length
+                    self, model_kwargs, model_kwargs[name], generation_config, generation_mode, max_cache_length
                 )
         return result
 
@@ -117,25 +118,30 @@ def _without_name(generation_config: Any) -> Iterator[None]:
         generation_config.cache_implementation = chosen
 
 
-def _replace(model: Any, model_kwargs: dict[str, Any], made: Any, generation_config: Any, max_cache_length: int) -> Any:
+def _replace(
+    model: Any,
+    model_kwargs: dict[str, Any],
+    made: Any,
+    generation_config: Any,
+    generation_mode: Any,
+    max_cache_length: int,
+) -> Any:
     """Ours for the host's `made`; anything but a plain dynamic cache is left alone."""
     if isinstance(made, EncoderDecoderCache):
         encoder_outputs = model_kwargs.get("encoder_outputs")
         encoder_length = encoder_outputs[0].shape[1] if encoder_outputs is not None else None
         decoder, encoder = made.self_attention_cache, made.cross_attention_cache
-        decoder = _replace(model, model_kwargs, decoder, generation_config, max_cache_length)
+        decoder = _replace(model, model_kwargs, decoder, generation_config, generation_mode, max_cache_length)
         if type(encoder) is DynamicCache and encoder_length is not None:
             encoder = _cross_attention_cache(model, generation_config.cache_config, encoder_length)
             _share_prompts(model, generation_config, encoder)
         return QuantizedEncoderDecoderCache(decoder, encoder)
     if type(made) is not DynamicCache:
         return made
-    static = max_cache_length if _will_compile(model, generation_config) else None
+    static = max_cache_length if _will_compile(model, generation_config, generation_mode) else None
     cache = QuantizedPagedCache.for_generation(model, generation_config.cache_config, max_cache_length, static)
-    cache.shared.padding_mask = _padding_mask(model_kwargs)
+    _describe_prompt(model, model_kwargs, cache)
     _share_prompts(model, generation_config, cache)
-    if cache.shared.padding_mask is not None and not model.config.is_encoder_decoder:
-        cache.shared.prompt_length = cache.shared.padding_mask.shape[1]
     if generation_config.is_assistant:
         cache.activate_past_recording()
     _take_adapters_prefix(model, cache)
@@ -167,6 +173,14 @@ def _take_adapters_prefix(model: Any, cache: QuantizedPagedCache) -> None:
     model.prepare_inputs_for_generation = prepare_inputs
 
 
+def _describe_prompt(model: Any, model_kwargs: dict[str, Any], cache: QuantizedPagedCache) -> None:
+    """Tell `cache` what is padding, and how long the prompt is."""
+    mask, positions = _padding_mask(model_kwargs), model_kwargs.get("position_ids")
+    cache.shared.padding_mask = mask
+    known = positions if positions is not None else mask  # the host drops a mask that hides nothing
+    cache.shared.prompt_length = 0 if known is None or model.config.is_encoder_decoder else known.shape[-1]
+
+
 def _share_prompts(model: Any, generation_config: Any, cache: QuantizedPagedCache) -> None:
     """Tell a new cache that the beams of a prompt, or the several answers to it, all begin with that prompt."""
     if not model.training:  # dropout makes them differ
@@ -188,13 +202,14 @@ def _cross_attention_cache(model: Any, options: Any, encoder_length: int) -> Qua
     return CrossAttentionCache(model.config)
 
 
-def _will_compile(model: Any, generation_config: Any) -> bool:
+def _will_compile(model: Any, generation_config: Any, generation_mode: Any) -> bool:
     """Whether `generate` is to get a cache at fixed addresses, with which it compiles decoding.
 
     On an accelerator it would do so by itself. That suits a cache that is gone afterwards; one that is returned may
     have to grow, and one with a bound on its pages must not reserve more.
     """
-    if generation_config.disable_compile or (generation_config.num_beams or 1) > 1:  # the host compiles no beam search
+    # The host compiles neither beam search nor speculation; both are better off with pages that grow.
+    if generation_config.disable_compile or generation_config.is_assistant or generation_mode not in _COMPILED_MODES:
         return False
     options = options_for(model, generation_config.cache_config)
     if options.offload:

@@ -37,7 +37,8 @@ class SharedState:
         rotary: how the model turns the keys of each layer; empty if that is not known.
         padding_mask: `[B, T]` of the first prompt (True is a token), when `generate` knows it.
         copies: how many sequences in a row begin with the same prompt (beams); they share its pages.
-        prompt_length: tokens of that prompt, if it is known to come in pieces.
+        prompt_length: tokens of the first prompt, when `generate` knows it; it may come in pieces, or with drafts
+            behind it.
         model: whose cache it is, if that is known.
         replaced: table of the layer whose contents were replaced last, for others that become as long.
     """
@@ -81,6 +82,7 @@ class PagedLayer(CacheLayerMixin):
     store_type: type[PageStore] = PageStore
     # Whether the host knows how many tokens there are.
     knows_length = False
+    record_past: bool
 
     def __init__(
         self, index: int, layer_type: str, plan: LayerPlan, shared: SharedState, window: int | None = None
@@ -94,6 +96,7 @@ class PagedLayer(CacheLayerMixin):
         self.is_empty = True
         self.is_initialized = False
         self.table: PageTable | StaticPageTable | None = None
+        self.num_prompt = 0  # new tokens of the last update but for those that speculation has drafted
         self.dense_reasons: dict[str, None] = {}
         # Tokens that attention has to see before they are written.
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -146,6 +149,9 @@ class PagedLayer(CacheLayerMixin):
         was_empty = self.is_empty
         self._advance(num_new, key_states.shape[0])
         self.is_empty = False
+        prompt_length = self.shared.prompt_length
+        drafts_follow = was_empty and 0 < prompt_length < num_new and self.record_past
+        self.num_prompt = prompt_length if drafts_follow else num_new
 
         raw = (key_states, value_states)
         if self.k.needs_tokens or self.v.needs_tokens or self._must_hold(num_new, was_empty):
@@ -209,8 +215,8 @@ class PagedLayer(CacheLayerMixin):
         self._write(key, value, self._page_table, self._seq_lens)
 
     def _observe(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None) -> None:
-        if valid is None:
-            valid = self._padding_of(key)
+        key, value = key[:, :, : self.num_prompt], value[:, :, : self.num_prompt]  # drafts may be rejected
+        valid = self._padding_of(key) if valid is None else valid[:, : self.num_prompt]
         for store, tensor in ((self.k, key), (self.v, value)):
             if store.needs_tokens:
                 store.observe(tensor.detach(), valid)

@@ -1,0 +1,140 @@
+"""Speculation: drafts of several tokens are checked over the pages and taken back; the tokens are those without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import pytest
+import torch
+from helpers import prompt, tiny_llama
+from test_cache import sliding_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_kvquant import QuantizedPagedCache
+
+NUM_NEW = 24
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> Any:
+    options = {"max_new_tokens": NUM_NEW, "do_sample": False, "return_dict_in_generate": True, **options}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+def drafter(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """A model that is often right and often wrong: the first layers of `model`."""
+    options = model.config.to_dict()
+    options["num_hidden_layers"] = 1
+    if options.get("layer_types"):
+        options["layer_types"] = options["layer_types"][:1]
+    config = type(model.config).from_dict(options)
+    small = type(model)(config).eval()
+    small.load_state_dict(model.state_dict(), strict=False)
+    small.set_attn_implementation(attention)
+    small.generation_config.num_assistant_tokens = 5
+    small.generation_config.assistant_confidence_threshold = 0.0
+    return small
+
+
+def repetitive(length: int = 24) -> torch.Tensor:
+    """A prompt that looks up well in itself."""
+    return prompt(1, 6).repeat(1, -(-length // 6))[:, :length]
+
+
+@pytest.mark.parametrize("dtype", ["model", "int8", "fp8"])
+@pytest.mark.parametrize("where", ["target", "assistant", "both"])
+@pytest.mark.parametrize("make_model", [tiny_llama, sliding_model], ids=["full", "sliding"])
+def test_an_assistant(make_model: Any, where: str, dtype: str) -> None:
+    """Our cache on the target, on the assistant, or on both."""
+    model = make_model()
+    model.set_attn_implementation("sdpa" if where == "assistant" else "kvquant")
+    assistant = drafter(model, "sdpa" if where == "target" else "kvquant")
+    config = {"cache_config": {"kv_cache_dtype": dtype, "page_size": 4}}
+    ours = {} if where == "assistant" else config
+    if where != "target":
+        assistant.generation_config.cache_config = config["cache_config"]
+    expected = generate(model, repetitive(), **ours)
+    out = generate(model, repetitive(), assistant_model=assistant, **ours)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert isinstance(out.past_key_values, QuantizedPagedCache) == (where != "assistant")
+    if where != "assistant":
+        cache = out.past_key_values
+        assert cache.get_seq_length() == out.sequences.shape[1] - 1
+        assert all(layer.dense == () for layer in cache.report().layers)
+
+
+@pytest.mark.parametrize("dtype", ["model", "int8", "fp8"])
+@pytest.mark.parametrize("attention", ["kvquant", "sdpa"])
+@pytest.mark.parametrize("make_model", [tiny_llama, sliding_model], ids=["full", "sliding"])
+def test_prompt_lookup(make_model: Any, attention: str, dtype: str) -> None:
+    model = make_model()
+    model.set_attn_implementation(attention)
+    options = {"cache_implementation": "kvquant", "cache_config": {"kv_cache_dtype": dtype, "page_size": 4}}
+    expected = generate(model, repetitive(), **options)
+    out = generate(model, repetitive(), prompt_lookup_num_tokens=4, **options)
+    assert torch.equal(out.sequences, expected.sequences)
+
+
+def test_verify_steps_read_the_pages() -> None:
+    """Several drafted tokens at once take the paged operator, not a dense copy; what is rejected leaves no pages."""
+    model = tiny_llama("kvquant")
+    queries = []
+    from hf_kvquant import ops
+
+    paged_attention = ops.paged_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "paged_attention", lambda query, *a, **k: (
+            queries.append(query.shape[2]), paged_attention(query, *a, **k))[1])  # fmt: skip
+        out = generate(
+            model,
+            repetitive(),
+            assistant_model=drafter(model, "sdpa"),
+            cache_config={"kv_cache_dtype": "int8", "page_size": 4},
+        )
+    assert max(queries) > 3
+    cache = out.past_key_values
+    assert cache.layers[0].table.pages_in_use == -(-cache.get_seq_length() // 4)
+    assert all(layer.dense == () for layer in cache.report().layers)
+
+
+@pytest.mark.parametrize("attention", ["kvquant", "sdpa"])
+def test_early_exit(attention: str) -> None:
+    """The model drafts with its own first layers."""
+    model = tiny_llama(attention, num_hidden_layers=3)
+    options = {"cache_implementation": "kvquant", "cache_config": {"kv_cache_dtype": "model", "page_size": 4}}
+    expected = generate(model, prompt(1, 20), **options).sequences
+    assert torch.equal(generate(model, prompt(1, 20), assistant_early_exit=1, **options).sequences, expected)
+
+
+def tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    vocab = {word: index for index, word in enumerate(words)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token=words[0]))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token=words[0], pad_token=words[0], eos_token=words[1])
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+def test_an_assistant_with_another_tokenizer(do_sample: bool) -> None:
+    words = ["<unk>", "</s>", *(f"w{i}" for i in range(97))]
+    model, assistant = tiny_llama("kvquant"), tiny_llama("kvquant", seed=5, vocab_size=90)
+    others = [*words[:2], "only-here", *reversed(words[12:])]
+    tokenizers = {"tokenizer": tokenizer(words), "assistant_tokenizer": tokenizer(others)}
+    options = {"cache_config": {"kv_cache_dtype": "model", "page_size": 4}, "do_sample": do_sample}
+    out = generate(model, repetitive(), assistant_model=assistant, **tokenizers, **options)
+    if do_sample:
+        assert out.sequences.shape[1] == 24 + NUM_NEW
+    else:
+        assert torch.equal(out.sequences, generate(model, repetitive(), **options).sequences)
+    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_encoder_decoders(model_type: str) -> None:
+    model = families.build(model_type)
+    ids = prompt(1, 20, vocab_size=90)
+    options = {"cache_implementation": "kvquant", "min_new_tokens": NUM_NEW}
+    options["cache_config"] = {"kv_cache_dtype": "int8", "page_size": 4}
+    expected = generate(model, ids, **options).sequences
+    out = generate(model, ids, assistant_model=families.build(model_type), **options)
+    assert torch.equal(out.sequences, expected)
