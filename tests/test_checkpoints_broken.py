@@ -196,7 +196,7 @@ def test_broken_bytes(make: Callable[[Path], None], data: st.DataObject) -> None
 
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.just(10**400), st.floats(), st.text(max_size=4),
-    st.sampled_from(["../x", "/etc/passwd", "model.safetensors", "FP8", "static", "0", "-1", "\0", 0, -1, 1, 8]),
+    st.sampled_from(["../x", "/etc/passwd", "model.safetensors", "FP8", "static", "0", "-1", "\0", 0, -1, 1, 8, 2**40]),
 )  # fmt: skip
 ANYTHING = st.recursive(
     LEAVES,
@@ -241,6 +241,22 @@ def test_nesting_without_end(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"a":' + "[" * 200_000)
     with pytest.raises(ValueError, match=f"{name} cannot be read as JSON"):
         read_scales(tmp_path, PATHS)
+
+
+@pytest.mark.parametrize("model", [PATHS, None], ids=["by_path", "by_number"])
+@pytest.mark.parametrize("where", ["config", "name", "layer_ids", "long_name"])
+def test_numbers_without_end(tmp_path: Path, where: str, model: ModelLayers | None) -> None:
+    """A layer of this number is no reason to make a list of that length, nor a name to search for ever."""
+    if where == "config":
+        write(tmp_path, scales_of_layers(), config={**HEADS, "num_hidden_layers": 10**12})
+    elif where == "name":
+        write(tmp_path, scales_of_layers(1, f"model.layers.{'9' * 99}.self_attn"))
+    elif where == "layer_ids":
+        content = {"scales": {"k_scales": [1.0], "v_scales": [1.0]}, "layer_ids": [10**12], "qmax": 128.0}
+        (tmp_path / "kv_cache_scales.json").write_text(json.dumps(content))
+    else:
+        write(tmp_path, {"k_proj." * 200_000 + "x": torch.ones(1), **scales_of_layers()})
+    sound_or_named(tmp_path, model)
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 
 from ..scales import LayerScales
 from . import lightllm, lmdeploy, ort_genai, sidecar, tensorrt_llm, tensors, vllm
-from .files import CheckpointFiles
+from .files import MAX_COUNT, CheckpointFiles
 from .found import CheckpointScales, Found, ModelLayers, Parts, ScaleSource, Wanted
 from .matching import match_layers, number_layers
 from .values import LayerReader
@@ -93,12 +93,13 @@ def _modules_of_layers(files: CheckpointFiles, found: Found, model: ModelLayers 
     num_layers = len(model) if model is not None else files.number("num_hidden_layers")
     if found.by_number:
         highest = max(found.by_number)
-        if num_layers is not None and highest >= num_layers:
+        if num_layers is None:
+            num_layers = min(highest + 1, MAX_COUNT)
+        if highest >= num_layers:
             raise ValueError(
                 f"{files.path} holds scales for layer {highest}, but this model has {num_layers} cache layers; were "
                 "the scales made for another model?"
             )
-        num_layers = highest + 1 if num_layers is None else num_layers
         return [(f"layer {index}", found.by_number.get(index, {})) for index in range(num_layers)]
     prefixes = sorted(found.by_path)
     if model is None:

@@ -20,7 +20,8 @@ from .safetensors_file import SafetensorsFile
 INDEX = "model.safetensors.index.json"
 # Configuration and scales that are no safetensors; small files all.
 _SMALL_FILES = ("*.json", "key_stats.pth", "value_stats.pth", "*.past_kv_scale.*.weight")
-# More bytes than any index has.
+# More layers or heads than any model has, and more bytes than any index.
+MAX_COUNT = 2**16
 _MAX_BYTES = 2**28
 
 
@@ -171,10 +172,12 @@ class CheckpointFiles:
         return nested if isinstance(nested, dict) else self.config
 
     def number(self, *keys: str) -> int | None:
-        """The first of these of the decoder's configuration that is a positive integer."""
+        """The first of these of the decoder's configuration that is a positive integer, of no absurd size."""
         for key in keys:
             value = self.text_config.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                if value > MAX_COUNT:
+                    raise ValueError(f"{Path(self.path) / 'config.json'}: {key} is beyond {MAX_COUNT}")
                 return value
         return None
 

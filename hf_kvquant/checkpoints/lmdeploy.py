@@ -22,7 +22,7 @@ from .files import CheckpointFiles, read_bytes
 from .found import Declared, Found, ScaleSource, Value, Wanted
 from .parse import numbers_at
 
-_PARAMETERS = re.compile(r"layers\.(\d+)\.past_kv_scale\.(\d+)\.weight")
+_PARAMETERS = re.compile(r"layers\.(\d{1,5})\.past_kv_scale\.(\d{1,5})\.weight")
 STATISTICS = {"k": "key_stats.pth", "v": "value_stats.pth"}
 # A channel that was silent in calibration gets at least this share of the largest scale.
 _LEAST_SHARE = 1 / 256

@@ -43,7 +43,7 @@ def number_layers(prefixes: Sequence[str], num_layers: int | None, where: str) -
     """
     numbered: dict[int, str] = {}
     for prefix in prefixes:
-        numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", prefix)
+        numbers = re.findall(r"(?:^|\.)(\d{1,5})(?=\.|$)", prefix)
         if not numbers:
             raise ValueError(f"{where}: no layer number in {prefix}; name the model")
         index = int(numbers[-1])

@@ -23,11 +23,13 @@ _LOOKS = re.compile(
     r"|\b(?:q|k|v|kv)_fake_quantizer\.qscale_act|\bfa_[qkv]\.\w+"
     r")"
 )
+# No module path is longer, and patterns take their time over names without end.
+_MAX_LENGTH = 500
 
 
 def looks_like_kv_scale(name: str) -> bool:
     """Whether a tensor of this name is likely to be about quantizing queries, keys or values."""
-    return _LOOKS.fullmatch(name) is not None
+    return len(name) <= _MAX_LENGTH and _LOOKS.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Producer:
 
 def parse(name: str, producers: tuple[Producer, ...]) -> tuple[Producer, str, str] | None:
     """Whose name this is, of which module and which part; None if it is nobody's."""
+    if len(name) > _MAX_LENGTH:
+        return None
     for producer in producers:
         for pattern, part in producer.names.items():
             match = re.fullmatch(pattern, name)

@@ -43,8 +43,9 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
         where = f"{files.path}/{file}"
         if content.get("version") != 1:
             raise ValueError(f"{where} is of version {content.get('version')!r}, only 1 is known; update hf_kvquant")
-        if content.get("kv_cache_dtype") not in FORMATS:
-            raise ValueError(f"{where}: kv_cache_dtype {content.get('kv_cache_dtype')!r} is not known")
+        kv_cache_dtype = str(content.get("kv_cache_dtype"))
+        if kv_cache_dtype not in FORMATS:
+            raise ValueError(f"{where}: kv_cache_dtype {kv_cache_dtype!r} is not known; known: {', '.join(FORMATS)}")
         layers = object_at(content, "layers", where)
         by_path: dict[str, dict[str, Value]] = {}
         for module in layers:
@@ -54,7 +55,7 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
                 for part, values in parts.items()
                 if part in _PARTS and values is not None
             }
-        return Found(Declared("hf_kvquant", file, content["kv_cache_dtype"]), by_path)
+        return Found(Declared("hf_kvquant", file, kv_cache_dtype), by_path)
     return None
 
 

@@ -15,7 +15,7 @@ import torch
 from .files import CheckpointFiles, tensors_in
 from .found import Declared, Found, ScaleSource, Value, Wanted
 
-_NAME = re.compile(r".*\blayers\.(\d+)\.attention\.(kv|k|v)_cache_scaling_factor")
+_NAME = re.compile(r".*\blayers\.(\d{1,5})\.attention\.(kv|k|v)_cache_scaling_factor")
 _FORMATS = {"FP8": "fp8_e4m3", "INT8": "int8"}
 
 
