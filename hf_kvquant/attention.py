@@ -100,10 +100,10 @@ def kvquant_attention(
                 causal=is_causal and attention_mask is None and key.num_new > 0,
             )
             return output.transpose(1, 2).contiguous(), None
-        if key.raw is not None and readable and layer.num_prompt < key.num_new:
+        if key.raw is not None and value.raw is not None and readable and layer.num_prompt < key.num_new:
             return _attend_with_drafts(
-                module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap, sinks, position_bias,
-                **kwargs,
+                module, layer, query, key.raw, value.raw, attention_mask, dropout, scaling, is_causal, softcap, sinks,
+                position_bias, **kwargs,
             ), None  # fmt: skip
         if key.raw is not None:
             key, value = key.raw, value.raw
@@ -122,9 +122,10 @@ def kvquant_attention(
 
 def _attend_with_drafts(
     module: torch.nn.Module,
+    layer: PagedLayer,
     query: torch.Tensor,
-    key: PagedKV,
-    value: PagedKV,
+    key: torch.Tensor,
+    value: torch.Tensor,
     mask: torch.Tensor | None,
     dropout: float,
     scaling: float | None,
@@ -139,19 +140,20 @@ def _attend_with_drafts(
     The drafts are checked against what later steps would see, which is the pages: else a run with speculation would
     not be the run without.
     """
-    layer, prompt, drafts = key.layer, slice(key.layer.num_prompt), slice(key.layer.num_prompt, None)
-    view = slice(key.num_new - layer.shape_of("key", key.num_new - layer.num_prompt)[2], None)
+    num_new, num_drafts = key.shape[2], key.shape[2] - layer.num_prompt
+    prompt, drafts = slice(layer.num_prompt), slice(layer.num_prompt, None)
+    view = slice(num_new - layer.shape_of("key", num_drafts)[2], None)
 
     def part(x: torch.Tensor | None, rows: slice, columns: slice) -> torch.Tensor | None:
         return None if x is None else x[..., rows, columns]
 
     of_prompt = _dense_attention(
-        module, query[:, :, prompt], key.raw[:, :, prompt], value.raw[:, :, prompt], part(mask, prompt, prompt),
+        module, query[:, :, prompt], key[:, :, prompt], value[:, :, prompt], part(mask, prompt, prompt),
         dropout, scaling, is_causal, softcap, sinks, part(position_bias, prompt, prompt), **kwargs,
     )  # fmt: skip
     of_drafts = layer.attend(
         query[:, :, drafts],
-        key.num_new - layer.num_prompt,
+        num_drafts,
         _with_bias(part(mask, drafts, view), part(position_bias, drafts, view)),
         softmax_scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         sinks=sinks,

@@ -10,7 +10,7 @@ import torch
 from helpers import prompt, tiny_llama
 from test_cache import sliding_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, modeling_layers
 
 from hf_kvquant import QuantizedPagedCache
 
@@ -138,3 +138,18 @@ def test_encoder_decoders(model_type: str) -> None:
     expected = generate(model, ids, **options).sequences
     out = generate(model, ids, assistant_model=families.build(model_type), **options)
     assert torch.equal(out.sequences, expected)
+
+
+@pytest.mark.skipif(not hasattr(modeling_layers, "MtpModel"), reason="this transformers has no multi-token prediction")
+@pytest.mark.parametrize("dtype", ["model", "int8", "fp8"])
+def test_multi_token_prediction(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of the model's own draft (random ones here, so that most drafts are rejected)."""
+    model = tiny_llama("kvquant")
+    model.config.num_mtp_layers = 2
+    drafters = modeling_layers.MtpModel
+    monkeypatch.setattr(drafters, "from_pretrained", lambda main, **options: drafters(main, 2).eval())
+    options = {"cache_config": {"kv_cache_dtype": dtype, "page_size": 4}}
+    expected = generate(model, prompt(1, 20), **options).sequences
+    out = generate(model, prompt(1, 20), use_mtp=True, **options)
+    assert torch.equal(out.sequences, expected)
+    assert isinstance(out.past_key_values, QuantizedPagedCache)
