@@ -38,6 +38,10 @@ _SAMPLE_TOKENS = 1024
 # A channel that calibration hardly moved counts for at least this share of its head's largest: later text may move it,
 # and rounding it coarser than that costs nothing beside its neighbours.
 _SHARE_OF_LARGEST = 1 / 64
+# How many times the median channel's range the largest one's may be where channels share an int8 scale: beyond that the
+# median channel has fewer than four bits.
+_FAR_ABOVE_MEDIAN = 16
+_NOT_TURNED = RotaryLayout("none")
 # Shares of the full range that the search for the smallest squared error tries.
 _SHRINKS = tuple(1.0 - step / 40 for step in range(29))
 
@@ -104,7 +108,8 @@ def calibrate(
         granularity: one scale per `tensor`, `head` or `channel`.
         estimator: `absmax`: nothing that was seen clips. `percentile`: the rest beyond `percentile` does. `mse`: the
             range with the smallest squared error. The last two judge by a uniform sample of the tokens.
-        symmetric: False adds a zero in the middle of the range.
+        symmetric: False adds a zero in the middle of the range; not for keys that a rotary embedding turns, whose
+            middle is another one at every position.
         percentile: share of numbers in percent that do not clip.
         q_scale: scales of the queries as well, per tensor or, with a finer granularity, per query head.
         num_samples, max_length: most texts or sequences, and most tokens of each.
@@ -145,6 +150,13 @@ def calibrate(
     if gatherer.num_unusable:
         notes.append(f"{gatherer.num_unusable:,} numbers were NaN or infinite; they are left out")
         warnings.warn(notes[-1], stacklevel=2)
+    shared = row.name == "int8" and granularity != "channel"
+    if crowded := [i for i in range(gatherer.num_layers) if shared and gatherer.has_outlier_channels(i)]:
+        notes.append(
+            f"layers {crowded} have channels more than {_FAR_ABOVE_MEDIAN} times as large as the median one, which "
+            "leaves int8 few codes for the others; granularity='channel', or dynamic scales, keep them"
+        )
+        warnings.warn(notes[-1], stacklevel=2)
     settings: dict[str, Any] = {"granularity": granularity, "estimator": estimator, "symmetric": symmetric}
     settings |= {"percentile": percentile} if estimator == "percentile" else {}
     settings |= {"tokens": gatherer.num_tokens, "sequences": gatherer.num_sequences, "max_length": max_length}
@@ -158,8 +170,8 @@ class _Statistics:
     """What is kept of one side of one layer: the range of every channel, and a uniform sample of tokens."""
 
     def __init__(self, sample_tokens: int) -> None:
-        self.low: torch.Tensor | None = None  # [H, D]
-        self.high: torch.Tensor | None = None
+        self.low = torch.tensor(torch.inf)  # [H, D] with the first tokens
+        self.high = torch.tensor(-torch.inf)
         self.num_unusable: torch.Tensor | int = 0
         self.sample: torch.Tensor | None = None  # [S, H, D], on the CPU
         self._sample_tokens = sample_tokens
@@ -167,14 +179,23 @@ class _Statistics:
         self._draws = torch.empty(0)
         self._generator = torch.Generator().manual_seed(0)
 
+    @property
+    def head_dim(self) -> int:
+        return self.largest.shape[1]
+
+    @property
+    def largest(self) -> torch.Tensor:
+        """The largest absolute value of every channel, `[H, D]`."""
+        return torch.maximum(-self.low, self.high)
+
     def add(self, x: torch.Tensor) -> None:
         """`[N, H, D]` of N tokens."""
         usable = x.isfinite()
         self.num_unusable = self.num_unusable + (~usable).sum()  # read back once, at the end
         x = torch.where(usable, x, 0)
         low, high = (bound.to(torch.float32) for bound in x.aminmax(dim=0))
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
+        self.low = torch.minimum(self.low.to(low.device), low)
+        self.high = torch.maximum(self.high.to(high.device), high)
         if self._sample_tokens:
             self._add_to_sample(x)
 
@@ -292,6 +313,15 @@ class _Gatherer:
             self._model.set_attn_implementation(before)
             del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
 
+    def has_outlier_channels(self, layer: int) -> bool:
+        """Whether a few channels of keys or values are far larger than most of their head."""
+        for side in "kv":
+            if (layer, side) in self._statistics:
+                largest = self._statistics[layer, side].largest
+                if bool((largest.amax(dim=1) > _FAR_ABOVE_MEDIAN * largest.median(dim=1).values).any()):
+                    return True
+        return False
+
     def scales_of(self, layer: int, estimate: _Estimate) -> LayerScales | None:
         """Scales of a layer from what was seen, None if nothing was."""
         if (layer, "k") not in self._statistics:
@@ -338,16 +368,22 @@ class _Estimate:
     percentile: float
 
     def __call__(
-        self, statistics: _Statistics, rotary: RotaryLayout | None = None
+        self, statistics: _Statistics, rotary: RotaryLayout = _NOT_TURNED
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         low, high = self._range(statistics)
+        # Where positions turn what a key holds into other channels, its middle is 0 in the long run, and a channel
+        # comes to hold what its partner did, both at positions that calibration may not have seen.
+        turning = rotary.turning(statistics.head_dim)
+        largest = torch.maximum(-low, high)
+        if self.granularity != "channel":
+            turning = turning.any()
+        elif partners := rotary.partners(statistics.head_dim):
+            largest = torch.maximum(largest, largest[:, partners])
         if self.symmetric:
-            middle, half = None, torch.maximum(-low, high)
-            # A channel's content turns into its partner's at positions that calibration may not have seen.
-            if self.granularity == "channel" and rotary and (partners := rotary.partners(half.shape[1])):
-                half = torch.maximum(half, half[:, partners])
+            middle, half = None, largest
         else:
-            middle, half = (low + high) / 2, (high - low) / 2
+            middle = torch.where(turning, 0.0, (low + high) / 2)
+            half = torch.where(turning, largest, (high - low) / 2)
         half = self._never_zero(half)
         if self.estimator == "mse" and statistics.sample is not None:
             half = half * self._best_share(statistics.sample, half, middle)
@@ -368,8 +404,6 @@ class _Estimate:
                 return -bound, bound
             tail = (1 - share) / 2
             return -_order_statistic(-groups, 1 - tail), _order_statistic(groups, 1 - tail)
-        if statistics.low is None or statistics.high is None:
-            raise ValueError("no token was seen")
         low, high = statistics.low.cpu(), statistics.high.cpu()
         dims = {"tensor": (0, 1), "head": (1,), "channel": ()}[self.granularity]
         return (low.amin(dims, keepdim=True), high.amax(dims, keepdim=True)) if dims else (low, high)

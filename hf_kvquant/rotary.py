@@ -38,6 +38,13 @@ class RotaryLayout:
             first = [channel ^ 1 for channel in range(rotated)]
         return first + list(range(rotated, head_dim))
 
+    def turning(self, head_dim: int) -> torch.Tensor:
+        """`[D]`, True for the channels that turn, or may."""
+        partners = self.partners(head_dim)
+        if partners is None:
+            return torch.full((head_dim,), self.kind == "unknown")
+        return torch.tensor(partners) != torch.arange(head_dim)
+
 
 def rotary_layouts(model: Any, layer_types: Sequence[str]) -> list[RotaryLayout]:
     """The layout of each cache layer, found by trying the function with which the model's own code turns keys."""

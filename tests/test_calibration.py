@@ -16,6 +16,7 @@ import torch
 from helpers import QMAX, code_value, nearest_code, prompt, tiny_llama
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from twins import value_channel
 
 from hf_kvquant import QuantizedPagedCache, calibrate
 
@@ -103,6 +104,11 @@ def test_asymmetric_covers_the_range(name: str, granularity: str) -> None:
             scale, zero = (getattr(scales, f"{side}_{part}") for part in ("scale", "zero"))
             groups = grouped(layer[side], granularity)
             low, high = (shaped(bound, granularity) for bound in groups.aminmax(dim=1))
+            if side == "k":  # these turn with the position, and stay symmetric
+                assert (zero == 0).all()
+                high = torch.maximum(-low, high)
+                high = with_partner(high) if granularity == "channel" else high
+                low = -high
             # The range is covered, and nothing of it wasted but half a step (int8: zeros are whole steps).
             slack = scale * (1 if name == INT8 else 1e-3)
             assert (zero + QMAX[name] * scale >= high - 1e-5).all()
@@ -113,6 +119,16 @@ def test_asymmetric_covers_the_range(name: str, granularity: str) -> None:
                 torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
     shifted = calibrate(model, ragged(), kv_cache_dtype=name, granularity=granularity, progress=False)
     assert granularity != "channel" or (found[0].v_scale < 0.9 * shifted[0].v_scale).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(("model_type", "turning"), [("gpt2", 0), ("gpt_neox", 4), ("deepseek_v3", 16)])
+def test_keys_that_do_not_turn_have_zeros(model_type: str, turning: int) -> None:
+    """No channel of GPT-2 does, the first 4 of GPT-NeoX, and those of MLA are not known: all may."""
+    found = calibrate(families.build(model_type), prompt(), granularity="channel", symmetric=False, progress=False)
+    for scales in found:
+        assert (scales.k_zero[:, :turning] == 0).all()
+        assert (scales.k_zero[:, turning:] != 0).all()
+        assert (scales.v_zero != 0).any()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -290,6 +306,16 @@ def test_a_silent_layer_and_a_silent_head() -> None:
     # A channel that hardly moved still counts for a 64th of its head's largest.
     spread = per_channel[1].k_scale.amax(dim=1) / per_channel[1].k_scale.amin(dim=1)
     assert (spread <= 64.001).all()
+
+
+def test_outlier_channels_are_pointed_out() -> None:
+    twin = value_channel(tiny_llama("sdpa"))
+    for granularity in ("tensor", "head"):
+        with pytest.warns(UserWarning, match=r"layers \[0, 1\] have channels more than 16 times as large"):
+            found = calibrate(twin, prompt(), kv_cache_dtype=INT8, granularity=granularity, progress=False)
+        assert any("granularity='channel', or dynamic scales" in note for note in found.notes)
+    for options in ({"kv_cache_dtype": INT8, "granularity": "channel"}, {"kv_cache_dtype": FP8}):
+        assert calibrate(twin, prompt(), progress=False, **options).notes == []
 
 
 # -- using it ----------------------------------------------------------------------------------------------------------

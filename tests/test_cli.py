@@ -417,7 +417,7 @@ def test_calibrate_into_a_file(tmp_path: Path, text: Path, capsys: pytest.Captur
         "sequences": 2, "max_length": 17,
     }  # fmt: skip
     found = read_scales(tmp_path / "new", load_plain(TINY))
-    assert found.layers[1].k_zero.shape == found.layers[1].k_scale.shape == (2, 64)
+    assert found.layers[1].v_zero.shape == found.layers[1].k_scale.shape == (2, 64)
     assert found.layers[1].q_scale.shape == (4,)
 
 
