@@ -35,6 +35,7 @@ from .reading import read_scales
 from .report import CacheReport, LayerReport
 from .risks import large_key_biases
 from .rotary import rotary_layouts
+from .stores import PageStore
 
 # The host's layer class -> ours, growing and fixed. Whatever is not here (linear attention, convolutions, dummies,
 # indexers of sparse attention) stays the host's own.
@@ -323,11 +324,6 @@ class QuantizedPagedCache(DynamicCache):
 
     # -- what it holds ---------------------------------------------------------------------------------------------
 
-    def trim(self) -> None:
-        """Give back pages that no cache refers to any more, as after forks were dropped, without waiting for a step."""
-        for table in self._tables:
-            table.pool.shrink()
-
     @property
     def nbytes(self) -> int:
         """Bytes in use: distinct pages, scales and page tables (and what layers of the host store)."""
@@ -370,20 +366,27 @@ class QuantizedPagedCache(DynamicCache):
 def nbytes_of(caches: Iterable[QuantizedPagedCache]) -> int:
     """Bytes that these caches use together: pages and scales that they share are counted once, tables not at all."""
     total = 0
-    rows: dict[int, list[np.ndarray]] = {}
-    layers: dict[int, GrowingLayer] = {}
+    tables: dict[int, dict[int, np.ndarray]] = {}  # pool -> table -> its pages
+    stores: dict[int, dict[int, PageStore]] = {}  # pool -> what lies in it
     for cache in caches:
         for layer in cache.layers:
             if isinstance(layer, GrowingLayer) and layer.is_initialized:
-                layers[id(layer.k)] = layer  # forks have the same store
-                rows.setdefault(id(layer.k), []).append(layer.table.rows.ravel())
+                pool = id(layer.table.pool)
+                tables.setdefault(pool, {})[id(layer.table)] = layer.table.rows.ravel()
+                stores.setdefault(pool, {}).update({id(store): store for store in (layer.k, layer.v)})
                 total += layer.state_nbytes
             else:
                 total += cache._stored_nbytes(layer)
-    for key, layer in layers.items():
-        num_pages = len(np.unique(np.concatenate(rows[key])))
-        total += sum(num_pages * store.page_nbytes + store.scale_nbytes for store in (layer.k, layer.v))
+    for pool, users in stores.items():
+        num_pages = len(np.unique(np.concatenate(list(tables[pool].values()))))
+        total += sum(num_pages * store.page_nbytes + store.scale_nbytes for store in users.values())
     return total
+
+
+def trim(caches: Iterable[QuantizedPagedCache]) -> None:
+    """Give back the pages of these caches' pools that no cache refers to any more, without waiting for a step."""
+    for pool in {id(table.pool): table.pool for cache in caches for table in cache._tables}.values():
+        pool.shrink()
 
 
 def options_for(model: PreTrainedModel, options: Any, max_cache_len: int | None = None) -> KVQuantConfig:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .cache import QuantizedPagedCache, nbytes_of
+from .cache import QuantizedPagedCache, nbytes_of, trim
 
 _MEDIA_TOKEN = re.compile(r".*(image|video|audio|vision).*_token_(id|index)")
 
@@ -149,10 +149,10 @@ class PrefixCache:
             return False
         self._entries = [entry for entry in self._entries if not torch.equal(entry.tokens, tokens)]
         self._entries.append(_Entry(tokens, cache.fork()))
-        while self.nbytes > self.max_bytes:
-            del self._entries[0]
-        for entry in self._entries:
-            entry.cache.trim()
+        if self.nbytes > self.max_bytes:
+            while self.nbytes > self.max_bytes:
+                del self._entries[0]
+            trim(entry.cache for entry in self._entries)
         return True
 
     def clear(self) -> None:

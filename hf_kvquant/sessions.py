@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -55,6 +56,7 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
     header: dict[str, Any] = {
         "version": _VERSION,
         "written_by": __version__,
+        "transformers": transformers.__version__,
         "options": cache.kvquant.to_dict(),
         "config": config_facts(cache.shared.model_config),
         "weights": None if model is None else weights_digest(model),
@@ -189,7 +191,10 @@ class SavedCache:
         given = json.loads(json.dumps(given, default=str))
         if differing := sorted(n for n in saved.keys() | given.keys() if saved.get(n) != given.get(n)):
             facts = ", ".join(f"{name} {saved.get(name)!r} (here {given.get(name)!r})" for name in differing)
-            raise ValueError(f"{self.path} was written with a model of another configuration: {facts}")
+            raise ValueError(
+                f"{self.path} was written with a model of another configuration: {facts} (written under transformers "
+                f"{self.header['transformers']}, this is {transformers.__version__})"
+            )
         if self.header["weights"] not in (None, weights_digest(model)):
             raise ValueError(
                 f"{self.path} was written with other weights than those of this model (another checkpoint, precision, "
@@ -272,7 +277,7 @@ class SavedCache:
                 raise ValueError(f"{self.path} is damaged: {where} has {path}, which {type(layer).__name__} has not")
             if path in tensors:
                 value = self.file.get_tensor(value).to(device)
-                if not isinstance(layer, PagedLayer) and layer.device is None:
+                if not isinstance(layer, PagedLayer) and getattr(layer, "device", None) is None:
                     layer.dtype, layer.device = value.dtype, device
                 if layer.is_compileable:
                     torch._dynamo.mark_static_address(value)

@@ -167,6 +167,20 @@ def test_a_copy_of_a_loaded_cache_is_one(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize(
+    "model_type", ["bloom", "deepseek_v3", "deepseek_v32", "falcon_h1", "gemma3n_text", "gpt_oss", "lfm2", "zamba2"]
+)
+def test_other_kinds_of_layers(model_type: str, tmp_path: Path) -> None:
+    """Latents, indexers, states of the host's own, shared layers, sinks."""
+    model = families.build(model_type, attn_implementation="kvquant")
+    cache, text = filled(model)
+    cache.save_pretrained(tmp_path)
+    loaded = QuantizedPagedCache.from_pretrained(tmp_path, model)
+    turn = torch.cat([text, prompt(2, 5, seed=3)], dim=1)
+    assert torch.equal(generate(model, turn, loaded), generate(model, turn, cache))
+    assert equal(loaded, cache)
+
+
 def test_what_is_not_the_same_model(tmp_path: Path) -> None:
     model = tiny_llama()
     cache, _ = filled(model)
@@ -296,3 +310,21 @@ def test_what_is_no_saved_cache(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="empty"):
         make_cache().save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [*OPTIONS])
+@pytest.mark.parametrize("name", MODELS)
+def test_from_one_device_to_another(name: str, options: str, tmp_path: Path) -> None:
+    model = MODELS[name]().cuda()
+    cache = QuantizedPagedCache.from_model(model, **OPTIONS[options])
+    text = generate(model, prompt(2, 23).cuda(), cache)
+    cache.save_pretrained(tmp_path)
+    loaded = QuantizedPagedCache.from_pretrained(tmp_path, model)
+    turn = torch.cat([text, prompt(2, 5, seed=3).cuda()], dim=1)
+    assert torch.equal(generate(model, turn, loaded), generate(model, turn, cache))
+    loaded = QuantizedPagedCache.from_pretrained(tmp_path, model.cpu())
+    on_cpu = contents(loaded)
+    assert all(tensor is None or tensor.device.type == "cpu" for pair in on_cpu for tensor in pair)
+    again = generate(model, turn.cpu(), loaded)
+    assert again.shape == (2, turn.shape[1] + NUM_NEW)
