@@ -38,9 +38,9 @@ _SAMPLE_TOKENS = 1024
 # A channel that calibration hardly moved counts for at least this share of its head's largest: later text may move it,
 # and rounding it coarser than that costs nothing beside its neighbours.
 _SHARE_OF_LARGEST = 1 / 64
-# How many times the median channel's range the largest one's may be where channels share an int8 scale: beyond that the
-# median channel has fewer than four bits.
-_FAR_ABOVE_MEDIAN = 16
+# How many times as large as others channels or heads may be where they share an int8 scale: beyond that those others
+# have fewer than four bits.
+_CROWDED = 16
 _NOT_TURNED = RotaryLayout("none")
 # Shares of the full range that the search for the smallest squared error tries.
 _SHRINKS = tuple(1.0 - step / 40 for step in range(29))
@@ -150,11 +150,12 @@ def calibrate(
     if gatherer.num_unusable:
         notes.append(f"{gatherer.num_unusable:,} numbers were NaN or infinite; they are left out")
         warnings.warn(notes[-1], stacklevel=2)
-    shared = row.name == "int8" and granularity != "channel"
-    if crowded := [i for i in range(gatherer.num_layers) if shared and gatherer.has_outlier_channels(i)]:
+    # A float keeps its relative precision whatever shares its scale.
+    crowded = [index for index in range(gatherer.num_layers) if gatherer.is_crowded(index, granularity)]
+    if row.name == "int8" and crowded:
         notes.append(
-            f"layers {crowded} have channels more than {_FAR_ABOVE_MEDIAN} times as large as the median one, which "
-            "leaves int8 few codes for the others; granularity='channel', or dynamic scales, keep them"
+            f"layers {crowded} have channels or heads more than {_CROWDED} times as large as others under the "
+            "same scale, which leaves these few codes of int8; granularity='channel', or dynamic scales, keep them"
         )
         warnings.warn(notes[-1], stacklevel=2)
     settings: dict[str, Any] = {"granularity": granularity, "estimator": estimator, "symmetric": symmetric}
@@ -313,13 +314,18 @@ class _Gatherer:
             self._model.set_attn_implementation(before)
             del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
 
-    def has_outlier_channels(self, layer: int) -> bool:
-        """Whether a few channels of keys or values are far larger than most of their head."""
+    def is_crowded(self, layer: int, granularity: str) -> bool:
+        """Whether numbers of very different size share a scale: outlier channels, or loud and quiet heads."""
         for side in "kv":
-            if (layer, side) in self._statistics:
-                largest = self._statistics[layer, side].largest
-                if bool((largest.amax(dim=1) > _FAR_ABOVE_MEDIAN * largest.median(dim=1).values).any()):
-                    return True
+            if granularity == "channel" or (layer, side) not in self._statistics:
+                continue
+            largest = self._statistics[layer, side].largest
+            of_head = largest.amax(dim=1)
+            heard = of_head[of_head > 0]
+            if (of_head > _CROWDED * largest.median(dim=1).values).any():
+                return True
+            if granularity == "tensor" and len(heard) and heard.max() > _CROWDED * heard.min():
+                return True
         return False
 
     def scales_of(self, layer: int, estimate: _Estimate) -> LayerScales | None:

@@ -160,19 +160,21 @@ def _calibrate(options: argparse.Namespace) -> None:
     elif torch.accelerator.is_available():
         on_device = {"device_map": "auto"}
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **on_device)
-    scales = calibrate(
-        model,
-        options.data,
-        kv_cache_dtype=options.kv_cache_dtype,
-        granularity=options.granularity,
-        estimator=options.estimator,
-        symmetric=not options.asymmetric,
-        percentile=options.percentile,
-        q_scale=options.q_scale,
-        num_samples=options.num_samples,
-        max_length=options.max_length,
-        batch_size=options.batch_size,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are among the notes
+        scales = calibrate(
+            model,
+            options.data,
+            kv_cache_dtype=options.kv_cache_dtype,
+            granularity=options.granularity,
+            estimator=options.estimator,
+            symmetric=not options.asymmetric,
+            percentile=options.percentile,
+            q_scale=options.q_scale,
+            num_samples=options.num_samples,
+            max_length=options.max_length,
+            batch_size=options.batch_size,
+        )
     for note in scales.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{scales.num_tokens:,} tokens seen")

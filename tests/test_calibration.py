@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -16,7 +17,7 @@ import torch
 from helpers import QMAX, code_value, nearest_code, prompt, tiny_llama
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-from twins import value_channel
+from twins import TWINS
 
 from hf_kvquant import QuantizedPagedCache, calibrate
 
@@ -308,14 +309,25 @@ def test_a_silent_layer_and_a_silent_head() -> None:
     assert (spread <= 64.001).all()
 
 
-def test_outlier_channels_are_pointed_out() -> None:
-    twin = value_channel(tiny_llama("sdpa"))
-    for granularity in ("tensor", "head"):
-        with pytest.warns(UserWarning, match=r"layers \[0, 1\] have channels more than 16 times as large"):
-            found = calibrate(twin, prompt(), kv_cache_dtype=INT8, granularity=granularity, progress=False)
-        assert any("granularity='channel', or dynamic scales" in note for note in found.notes)
-    for options in ({"kv_cache_dtype": INT8, "granularity": "channel"}, {"kv_cache_dtype": FP8}):
-        assert calibrate(twin, prompt(), progress=False, **options).notes == []
+@pytest.mark.parametrize(
+    ("twin", "granularity", "crowded"),
+    [
+        ("plain", "tensor", False),
+        ("value_channel", "tensor", True),
+        ("value_channel", "head", True),
+        ("value_channel", "channel", False),
+        ("key_head", "tensor", True),
+        ("key_head", "head", False),
+    ],
+)
+def test_a_crowded_scale_is_pointed_out(twin: str, granularity: str, crowded: bool) -> None:
+    model = TWINS[twin](tiny_llama("sdpa"))
+    expected = pytest.warns(UserWarning, match=r"layers \[0, 1\] have channels or heads more than 16 times as large")
+    with expected if crowded else contextlib.nullcontext():
+        found = calibrate(model, prompt(), kv_cache_dtype=INT8, granularity=granularity, progress=False)
+    assert [note.startswith("layers [0, 1]") for note in found.notes] == [True] * crowded
+    # A float keeps its relative precision.
+    assert calibrate(model, prompt(), kv_cache_dtype=FP8, granularity=granularity, progress=False).notes == []
 
 
 # -- using it ----------------------------------------------------------------------------------------------------------
