@@ -24,7 +24,7 @@ CELLS = [(8, 32768, len(WAYS)), (1, 1024, len(WAYS)), (32, 8192, 5)]
 _WARMUP = 8
 
 
-class _Clock(StoppingCriteria):
+class Clock(StoppingCriteria):
     """Notes when each step was done; never stops."""
 
     def __init__(self, device: torch.device) -> None:
@@ -52,7 +52,7 @@ def run(model: PreTrainedModel, way: Way, batch: int, context: int, new_tokens: 
         held = torch.cuda.memory_allocated(device) - before
         torch.cuda.reset_peak_memory_stats(device)
     ids = torch.randint(3, model.config.vocab_size, (batch, context + 1), device=device)
-    clock = _Clock(device)
+    clock = Clock(device)
     synchronize(device)
     start = time.perf_counter()
     model.generate(
