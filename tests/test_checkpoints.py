@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from checkpoint_files import FP8, INT8, PATHS, Tensors, layers_at, layers_of, scales_of_layers, write, write_sharded
 from helpers import llama_config, prompt, tiny_llama
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
@@ -669,3 +671,54 @@ def test_scales_of_a_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model.config._name_or_path = "some-org/tiny"
     cache = QuantizedPagedCache.from_model(model)
     assert cache.report().layers[0].scales[0] == "checkpoint: model.layers.0.self_attn.k_scale"
+
+
+def test_of_a_hub_checkpoint_only_what_has_scales_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights from one place and scales from another must not cost the second one's weights."""
+    from hf_kvquant.checkpoints import files
+
+    remote, local = tmp_path / "remote", tmp_path / "local"
+    weights = {name: {f"{name}.weight": torch.ones(3)} for name in ("a", "b")}
+    shards = {f"{name}.safetensors": tensors for name, tensors in weights.items()}
+    write_sharded(remote, {**shards, "c.safetensors": scales_of_layers()})
+
+    def download(repo: str, *, allow_patterns: list[str], local_files_only: bool = False, **_: Any) -> str:
+        if not local.exists() and local_files_only:
+            raise LocalEntryNotFoundError("nothing is here")
+        local.mkdir(exist_ok=True)
+        for file in remote.iterdir() if not local_files_only else ():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, local)
+        return str(local)
+
+    monkeypatch.setattr(files, "snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match="some-org/tiny is not on this machine"):
+        read_scales("some-org/tiny", fetch=False)
+    for _ in range(2):
+        assert len(layers_of(read_scales("some-org/tiny"))) == 2
+        present = {file.name for file in local.iterdir()}
+        assert present == {"config.json", "model.safetensors.index.json", "c.safetensors"}
+    whole = files.CheckpointFiles.find("some-org/tiny")  # who copies a checkpoint needs all of it
+    assert {file.name for file in local.iterdir()} > set(whole.tensors.values()) == {*shards, "c.safetensors"}
+    # Somebody had loaded the configuration alone: what is missing is fetched when it is asked for.
+    (local / "c.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="not on this machine, or not as a whole"):
+        read_scales("some-org/tiny", fetch=False)
+    assert len(layers_of(read_scales("some-org/tiny"))) == 2
+
+
+def test_modelopt_end_to_end(tmp_path: Path) -> None:
+    """transformers leaves such scales lie; the cache finds them in the model's own files."""
+    tiny_llama("sdpa").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    scales = {f"model.layers.{i}.self_attn.{s}_proj.{s}_scale": torch.tensor(0.03) for i in range(2) for s in "kv"}
+    save_file({**load_file(file), **scales}, file, metadata={"format": "pt"})
+    content = {"producer": {"name": "modelopt"}, "quantization": {"kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="kvquant")
+    model.generation_config.eos_token_id = None
+    output = model.generate(prompt(), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    cache = output.past_key_values
+    assert [row.kv_cache_dtype for row in cache.report().layers] == [("fp8_e4m3", "fp8_e4m3")] * 2
+    assert cache.report().layers[1].scales[0] == "checkpoint: model.layers.1.self_attn.k_proj.k_scale"
+    assert all(torch.equal(layer.k.paged.scale.flatten(), torch.tensor([0.03])) for layer in cache.layers)

@@ -135,6 +135,15 @@ def test_undeclared(tmp_path: Path, names: dict[str, Any]) -> None:
     assert found.notes == [f"{tmp_path} declares no KV cache format; its scales are taken to be for fp8_e4m3"]
 
 
+@pytest.mark.parametrize(
+    ("quantization", "is_noted"), [(QUARK, True), ({**QUARK, "kv_cache_post_rope": True}, False), (AUTOFP8, True)]
+)
+def test_keys_measured_before_rotation(tmp_path: Path, quantization: Any, is_noted: bool) -> None:
+    """Such scales are what servers use too; they may clip a little, and the report says so."""
+    found = read(checkpoint(tmp_path, OUTPUTS, quantization))
+    assert any("before their rotary embedding" in note for note in found.notes) == is_noted
+
+
 def test_query_scales(tmp_path: Path) -> None:
     for index, (names, name) in enumerate(((OWN, "q_scale"), (OUTPUTS, "q_proj.output_scale"), (CACHES, "q.scale"))):
         found = read(checkpoint(tmp_path / str(index), {**names, f"{PREFIX}.{name}": 0.75}))

@@ -43,7 +43,7 @@ def read_checkpoint(
 
     Raises ValueError naming file and key for whatever is broken, unusable or not supported.
     """
-    files = CheckpointFiles.find(source, revision, fetch)
+    files = CheckpointFiles.find(source, revision, fetch, only_scales=True)
     for read in READERS:
         found = read(files, wanted)
         if found is not None:
@@ -63,6 +63,11 @@ def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -
             read = reader.read(module, parts, _num_kv_heads(files, model, index))
             if read is not None:
                 layers[index], sources[index] = read
+        if declared.before_rotation and any(layers):
+            notes.append(
+                f"{declared.producer} measures keys before their rotary embedding, which can make a number 1.41 times "
+                "as large; 'clipped' in the report says whether that happened"
+            )
         if reader.suspicious:  # of which there may be hundreds
             more = f" (and {len(reader.suspicious) - 1} more such notes)" if len(reader.suspicious) > 1 else ""
             warnings.warn(f"{files.path}: {reader.suspicious[0]}{more}", stacklevel=2)

@@ -29,7 +29,9 @@ def declared(files: CheckpointFiles) -> Declared | None:
                     f"{files.path}: kv_cache_scheme {scheme!r} is not supported; supported are 'static' and 'dynamic'; "
                     "scales='dynamic' with kv_cache_dtype='fp8' or 'int8' works with any model"
                 )
-            return Declared("autofp8", "config.json", "fp8_e4m3", dynamic=scheme == "dynamic")
+            return Declared(
+                "autofp8", "config.json", "fp8_e4m3", dynamic=scheme == "dynamic", before_rotation=scheme == "static"
+            )
     for key in ("kv_cache_torch_dtype", "kv_cache_dtype"):
         value = str(files.config.get(key, "")).removeprefix("torch.")
         if value in _TGI:

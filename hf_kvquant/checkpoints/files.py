@@ -46,8 +46,15 @@ class CheckpointFiles:
     only: str | None = None
 
     @classmethod
-    def find(cls, source: str | os.PathLike[str], revision: str | None = None, fetch: bool = True) -> CheckpointFiles:
-        """The files of a directory or hub id, or one file.
+    def find(
+        cls,
+        source: str | os.PathLike[str],
+        revision: str | None = None,
+        fetch: bool = True,
+        *,
+        only_scales: bool = False,
+    ) -> CheckpointFiles:
+        """The files of a directory or hub id, or one file; with `only_scales` weights without scales may be missing.
 
         Raises ValueError if there is no such thing or a file of the checkpoint is broken, and FileNotFoundError if it
         is not on this machine and must not be fetched.
@@ -57,7 +64,7 @@ class CheckpointFiles:
             return cls._of_file(path)
         if path.is_dir():
             return cls._of_directory(path)
-        return cls._of_hub(str(source), revision, fetch)
+        return cls._of_hub(str(source), revision, fetch, looks_like_kv_scale if only_scales else lambda name: True)
 
     @classmethod
     def _of_file(cls, path: Path) -> CheckpointFiles:
@@ -87,32 +94,37 @@ class CheckpointFiles:
         return cls(str(path), config, tensors, extras, tuple(broken))
 
     @classmethod
-    def _of_hub(cls, repo: str, revision: str | None, fetch: bool) -> CheckpointFiles:
+    def _of_hub(cls, repo: str, revision: str | None, fetch: bool, is_wanted: Callable[[str], bool]) -> CheckpointFiles:
         try:
             # What from_pretrained has fetched is enough, and asks nothing of the network.
             files = cls._of_directory(_snapshot(repo, revision, ("*.json", "*.safetensors"), local_files_only=True))
-            if not fetch or files._is_complete():
+            if missing := files._missing(is_wanted):
+                raise LocalEntryNotFoundError(f"{missing[0]} is missing")
+            if not fetch or files._holds_anything():
                 return files
         except (LocalEntryNotFoundError, HFValidationError) as error:
             if not fetch:
-                raise FileNotFoundError(f"{repo} is not on this machine") from error
+                raise FileNotFoundError(f"{repo} is not on this machine, or not as a whole") from error
             if isinstance(error, HFValidationError):
                 raise ValueError(_nothing(repo)) from error
         try:
             path = _snapshot(repo, revision, _SMALL_FILES)
             index = _read_index(path / INDEX) if (path / INDEX).exists() else {}
-            shards = {file for name, file in index.items() if looks_like_kv_scale(name)}
-            # Of a checkpoint in many files only those with scales are fetched.
+            # Of a checkpoint in many files only those with what is wanted are fetched.
+            shards = {file for name, file in index.items() if is_wanted(name)}
             wanted = {*shards, "*kv*scales*.safetensors"} if index else {"*.safetensors"}
             return cls._of_directory(_snapshot(repo, revision, (*_SMALL_FILES, *wanted)))
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
             raise ValueError(f"{_nothing(repo)}, or it cannot be fetched: {error}") from error
 
-    def _is_complete(self) -> bool:
-        """Whether every file that may hold scales is there."""
-        wanted = {file for name, file in self.tensors.items() if looks_like_kv_scale(name)}
-        has_any = bool(self.tensors) or any(True for pattern in _SMALL_FILES[1:] for _ in Path(self.path).glob(pattern))
-        return has_any and all((Path(self.path) / file).exists() for file in wanted)
+    def _missing(self, is_wanted: Callable[[str], bool]) -> list[str]:
+        """Files with wanted tensors that the index names, but that are not there."""
+        wanted = {file for name, file in self.tensors.items() if is_wanted(name)}
+        return sorted(file for file in wanted if not (Path(self.path) / file).exists())
+
+    def _holds_anything(self) -> bool:
+        """Whether there is more than a configuration."""
+        return bool(self.tensors) or any(True for pattern in _SMALL_FILES[1:] for _ in Path(self.path).glob(pattern))
 
     @property
     def names(self) -> Collection[str]:

@@ -86,6 +86,7 @@ class Declared:
         dynamic: scales are computed at run time.
         means_one: this producer leaves scales out where it means 1.0.
         factor: what scales are multiplied by to fit `kv_cache_dtype`.
+        before_rotation: this producer measures keys before their rotary embedding.
     """
 
     producer: str
@@ -94,6 +95,7 @@ class Declared:
     dynamic: bool = False
     means_one: bool = False
     factor: float = 1.0
+    before_rotation: bool = False
 
 
 # A value as it lies in a file, and where.

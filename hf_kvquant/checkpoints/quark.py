@@ -34,7 +34,8 @@ def declared(files: CheckpointFiles) -> Declared | None:
                     f"{spec.get('qscheme')!r}, dynamic {spec.get('is_dynamic')!r}, which is not supported; supported "
                     "is fp8_e4m3 per_tensor; scales='dynamic' with kv_cache_dtype='fp8' or 'int8' works with any model"
                 )
-        return Declared("quark", "config.json", "fp8_e4m3")
+        before_rotation = not quantization.get("kv_cache_post_rope", False)
+        return Declared("quark", "config.json", "fp8_e4m3", before_rotation=before_rotation)
     return None
 
 
