@@ -278,7 +278,7 @@ class QuantizedPagedCache(DynamicCache):
         other.shared, other._last_used = self.shared.copy(), None
         tables = {id(table): table.fork() for table in self._tables}
         for table in self._tables:
-            tables[id(table)].siblings = tuple(tables[id(t)] for t in table.siblings if id(t) in tables)
+            tables[id(table)].siblings = [tables[id(t)] for t in table.siblings if id(t) in tables]
         memo: dict[int, Any] = {id(self.shared): other.shared, **tables}
         growing = [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
         for layer in growing:

@@ -12,7 +12,7 @@ lives on the device.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -66,7 +66,7 @@ class PageTable:
         self._num_coming = 1  # sequences that the first append brings
         self.keeps_past = False  # while speculation may take tokens back, pages before the window stay
         self._followers: list[weakref.ref[Follower]] = []
-        self.siblings: tuple[PageTable, ...] = ()  # an append that one of these has no room for is refused by all
+        self._siblings: list[weakref.ref[PageTable]] = []
         self._set_rows(_NONE.reshape(0, 0), length=0, first_page=0)
         self.pool = pool if pool is not None else PagePool()
         self.pool.add_table(self)
@@ -81,6 +81,15 @@ class PageTable:
 
     def remove_follower(self, layer: Follower) -> None:
         self._followers = [reference for reference in self._followers if reference() is not layer]
+
+    @property
+    def siblings(self) -> list[PageTable]:
+        """Tables of the same cache: an append that one of them has no room for is refused by all."""
+        return [table for reference in self._siblings if (table := reference()) is not None]
+
+    @siblings.setter
+    def siblings(self, tables: Iterable[PageTable]) -> None:
+        self._siblings = [weakref.ref(table) for table in tables]
 
     def fork(self) -> PageTable:
         """A table of the same sequences that shares all pages and goes its own way from here."""
@@ -209,6 +218,8 @@ class PageTable:
         """Take the last `num_tokens` tokens back. Raises RuntimeError if a window has moved past what remains."""
         self.check_crop(num_tokens)
         new_length = max(self.length - num_tokens, 0)
+        if not new_length:
+            return self.clear()
         # What a window has left behind was only kept for this.
         oldest = max(self.first_page, self._oldest_visible(new_length))
         held = slice(oldest - self.first_page, max(-(-new_length // self.page_size) - self.first_page, 0))
@@ -335,5 +346,5 @@ class PageTables:
             self._tables[window] = PageTable(page_size, window, PagePool(num_pages), length)
             tables = tuple(self._tables.values())
             for table in tables:
-                table.siblings = tuple(other for other in tables if other is not table)
+                table.siblings = [other for other in tables if other is not table]
         return self._tables[window]

@@ -6,15 +6,19 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from helpers import prompt, tiny_llama
+from helpers import NAN_BYTE, QMAX, prompt, tiny_llama
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from test_cache import add, both_contents_equal, contents, hybrid_model, keys_and_values, make_cache, sliding_model
 from transformers import DynamicCache
 
-from hf_kvquant import OutOfPagesError, QuantizedPagedCache
+from hf_kvquant import KVQuantConfig, LayerScales, OutOfPagesError, QuantizedPagedCache
 
 UNQUANTIZED = {"kv_cache_dtype": "model", "page_size": 4}
 
@@ -326,3 +330,166 @@ def test_offloaded_pages_on_a_gpu(dtype: str) -> None:
         del cache
     assert torch.equal(*sequences)
     assert peaks[1] < peaks[0] - 0.5 * nbytes
+
+
+# -- random sequences of everything ---------------------------------------------------------------------------------
+
+SCALE = 2.0**-5  # a power of two, so that dividing by it rounds nothing
+
+
+def rounded(x: torch.Tensor, dtype: str) -> torch.Tensor:
+    """What a dense cache holds if its numbers go through the format."""
+    if dtype == "model":
+        return x
+    name = {"fp8": "fp8_e4m3"}.get(dtype, dtype)
+    codes = (x / SCALE).clamp(-QMAX[name], QMAX[name])
+    return (codes.round() if dtype == "int8" else codes.to(torch.float8_e4m3fn).float()) * SCALE
+
+
+class Twin:
+    """A cache and the dense keys and values `[2, B, H, L, D]` that each of its layers should hold."""
+
+    def __init__(self, cache: QuantizedPagedCache, dense: list[torch.Tensor]) -> None:
+        self.cache = cache
+        self.dense = dense
+
+    @property
+    def batch_size(self) -> int:
+        return self.dense[0].shape[1]
+
+    def check(self) -> None:
+        for layer, dense in zip(self.cache.layers, self.dense, strict=True):
+            assert layer.get_seq_length() == dense.shape[3]
+            if not dense.shape[3]:
+                continue
+            start = 0 if layer.window is None else max(dense.shape[3] - (layer.window - 1), 0)
+            for side, expected in zip(("key", "value"), dense[:, :, :, start:], strict=True):
+                assert torch.equal(layer.read(side, 0), expected)
+
+
+class CacheOperations(RuleBasedStateMachine):
+    """Caches that fork and are operated on, one sliding layer and one with full attention, beside dense tensors."""
+
+    @initialize(
+        dtype=st.sampled_from(["model", "int8", "fp8"]),
+        page_size=st.sampled_from([1, 3, 4, 16]),
+        window=st.sampled_from([2, 5, 9]),
+        offload=st.booleans(),
+    )
+    def start(self, dtype: str, page_size: int, window: int, offload: bool) -> None:
+        self.dtype = dtype
+        config = sliding_model(window).config
+        scales = LayerScales(torch.tensor([SCALE]), torch.tensor([SCALE]))
+        options = KVQuantConfig(kv_cache_dtype=dtype, scales=scales, page_size=page_size, offload=offload)
+        self.twins = [Twin(QuantizedPagedCache(config, options), [torch.zeros(2, 1, 2, 0, 16)] * 2)]
+        self.current = 0
+        self.seed = 0
+
+    @property
+    def twin(self) -> Twin:
+        return self.twins[self.current % len(self.twins)]
+
+    @rule(which=st.integers(0, 2))
+    def switch(self, which: int) -> None:
+        self.current = which
+
+    @rule(num_tokens=st.sampled_from([1, 1, 1, 2, 5, 18]), batch_size=st.integers(1, 3))
+    def update(self, num_tokens: int, batch_size: int) -> None:
+        twin = self.twin
+        batch_size = twin.batch_size if twin.dense[0].shape[3] else batch_size
+        for index, dense in enumerate(twin.dense):
+            self.seed += 1
+            new = torch.stack(keys_and_values(num_tokens, batch_size=batch_size, seed=self.seed))
+            twin.cache.update(*new, index)
+            dense = dense if dense.shape[1] == batch_size else dense.new_zeros(2, batch_size, 2, 0, 16)
+            twin.dense[index] = torch.cat([dense, rounded(new, self.dtype)], dim=3)
+
+    @rule(num_tokens=st.integers(0, 20))
+    def crop(self, num_tokens: int) -> None:
+        try:
+            self.twin.cache.crop(-num_tokens)
+        except RuntimeError:  # the window has moved on; nothing has changed, as the invariants see
+            assert self.twin.cache.layers[0].table.first_position > 0
+            return
+        length = max(self.twin.dense[0].shape[3] - num_tokens, 0)
+        self.twin.dense = [dense[:, :, :, :length] for dense in self.twin.dense]
+
+    @rule(data=st.data(), how=st.sampled_from(["reorder", "select", "mask", "repeat"]))
+    def select(self, data: st.DataObject, how: str) -> None:
+        twin, size = self.twin, self.twin.batch_size
+        if not twin.dense[0].shape[3]:
+            return
+        if how == "repeat":
+            repeats = data.draw(st.integers(1, 3 if size < 4 else 1))
+            twin.cache.batch_repeat_interleave(repeats)
+            order = torch.arange(size).repeat_interleave(repeats)
+        elif how == "mask":
+            kept = torch.tensor([True, *data.draw(st.lists(st.booleans(), min_size=size - 1, max_size=size - 1))])
+            twin.cache.batch_select_indices(kept)
+            order = kept.nonzero()[:, 0]
+        else:
+            count = size if how == "reorder" else data.draw(st.integers(1, 4))
+            order = torch.tensor(data.draw(st.lists(st.integers(0, size - 1), min_size=count, max_size=count)))
+            (twin.cache.reorder_cache if how == "reorder" else twin.cache.batch_select_indices)(order)
+        twin.dense = [dense[:, order] for dense in twin.dense]
+
+    @rule()
+    def reset(self) -> None:
+        self.twin.cache.reset()
+        self.twin.dense = [dense[:, :, :, :0] for dense in self.twin.dense]
+
+    @rule()
+    def record_past(self) -> None:
+        self.twin.cache.activate_past_recording()
+
+    @precondition(lambda self: len(self.twins) < 3)
+    @rule(copied=st.sampled_from([QuantizedPagedCache.fork, copy.deepcopy]))
+    def fork(self, copied: Any) -> None:
+        self.twins.append(Twin(copied(self.twin.cache), list(self.twin.dense)))
+
+    @precondition(lambda self: len(self.twins) > 1)
+    @rule()
+    def drop(self) -> None:
+        self.twins.remove(self.twin)
+
+    @rule(scale=st.sampled_from([0.5, 2.0]))
+    def replace_in_place(self, scale: float) -> None:
+        """Other numbers for as many tokens."""
+        for index, layer in enumerate(self.twin.cache.layers):
+            if not layer.is_empty and not layer.is_sliding:
+                values = layer.read("value", 0) * scale
+                layer.values = values
+                expected = self.twin.dense[index].clone()
+                expected[1] = rounded(values, self.dtype)
+                self.twin.dense[index] = expected
+        self.twin.cache.crop(0)
+
+    @invariant()
+    def contents(self) -> None:
+        for twin in getattr(self, "twins", ()):
+            twin.check()
+
+    @invariant()
+    def pages(self) -> None:
+        tables = [layer.table for twin in getattr(self, "twins", ()) for layer in twin.cache.layers]
+        for pool in {table.pool for table in tables}:
+            rows = [table.rows.ravel().tolist() for table in {*tables} if table.pool is pool]
+            counts = Counter(page for row in rows for page in row)
+            assert pool.references().tolist() == [counts[page] for page in range(pool.size)]
+            free = [page for page in range(pool.size) if not counts[page]]
+            for store in pool.users:
+                assert len(store.at_rest.pages) == pool.size
+                if hasattr(store, "release"):
+                    store.release()
+                store.at_rest.pages[free] = NAN_BYTE.get(store.plan.format, torch.nan)
+
+
+TestCacheOperations = CacheOperations.TestCase
+TestCacheOperations.settings = settings(
+    max_examples=60,
+    stateful_step_count=25,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
