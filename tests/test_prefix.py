@@ -43,13 +43,14 @@ def make(model: Any = None, max_bytes: int = PLENTY, **options: Any) -> PrefixCa
     return PrefixCache(model or tiny_llama(), max_bytes, **{**OPTIONS, **options})
 
 
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
 @pytest.mark.parametrize("dtype", ["model", "fp8", "int8"])
 @pytest.mark.parametrize("name", MODELS)
-def test_requests_continue_from_what_is_kept(name: str, dtype: str) -> None:
+def test_requests_continue_from_what_is_kept(name: str, dtype: str, offload: bool) -> None:
     """As if the beginning had been computed for each of them."""
     model = MODELS[name]()
     system = prompt(1, 37)
-    prefixes = make(model, kv_cache_dtype=dtype)
+    prefixes = make(model, kv_cache_dtype=dtype, offload=offload)
     assert prefixes.prefill(system[0])
     for ids in requests(system):
         cache = prefixes.cache_for(ids)

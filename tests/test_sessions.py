@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_cache import add, contents, make_cache, sliding_model
 from test_prefix import hybrid_model
 
-from hf_kvquant import LayerScales, QuantizedPagedCache, sessions
+from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache, sessions
 
 NUM_NEW = 14
 MODELS: dict[str, Any] = {"full": tiny_llama, "sliding": sliding_model, "hybrid": hybrid_model}
@@ -71,6 +72,14 @@ def test_a_saved_session_goes_on_as_if_nothing_had_been(name: str, options: str,
     assert torch.equal(both[0].sequences, both[1].sequences)
     assert all(torch.equal(*pair) for pair in zip(both[0].logits, both[1].logits, strict=True))
     assert equal(loaded, cache)
+
+
+def test_every_option_has_been_thought_of() -> None:
+    """A new one may keep something that a saved cache has to hold: add it to OPTIONS, then here."""
+    assert {field.name for field in dataclasses.fields(KVQuantConfig)} == {
+        "equalize", "granularity", "kv_cache_dtype", "margin", "max_cache_len", "num_pages", "offload", "page_size",
+        "scales", "skip_layers",
+    }  # fmt: skip
 
 
 def test_half_the_bytes_of_a_dense_dump(tmp_path: Path) -> None:
