@@ -316,11 +316,16 @@ class QuantizedPagedCache(DynamicCache):
             layer.settle(None)
 
     def __iter__(self) -> Iterator[Any]:
+        """Keys, values and window (None for full attention) of every layer as dense tensors."""
         for layer in self.layers:
-            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if isinstance(layer, PagedLayer) and not layer.is_empty:
-                keys, values = (layer.read(side, 0) for side in ("key", "value"))
-            yield keys, values, getattr(layer, "_sliding_window_tensor", None)
+            if not isinstance(layer, PagedLayer):
+                keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+                yield keys, values, getattr(layer, "_sliding_window_tensor", None)
+                continue
+            keys, values = (None, None) if layer.is_empty else (layer.read(side, 0) for side in ("key", "value"))
+            if layer.index in self._offloaded:
+                layer.offload()
+            yield keys, values, None if layer.window is None else torch.tensor(layer.window)
 
     # -- what it holds ---------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from test_cache import add, both_contents_equal, contents, hybrid_model, keys_and_values, make_cache, sliding_model
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from hf_kvquant import KVQuantConfig, LayerScales, OutOfPagesError, QuantizedPagedCache
 
@@ -152,6 +152,73 @@ def test_a_fork_before_the_first_real_tokens_takes_its_own_scales() -> None:
 def test_pickling_is_refused() -> None:
     with pytest.raises(TypeError, match=r"not pickled.*fork\(\).*save_pretrained\(\)"):
         pickle.dumps(make_cache())
+
+
+# -- the host's interface -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make_model", [tiny_llama, sliding_model], ids=["full", "sliding"])
+def test_answers_are_those_of_the_hosts_own_cache(make_model: Any) -> None:
+    model = make_model()
+    caches = [QuantizedPagedCache.from_model(model, **UNQUANTIZED), DynamicCache(config=model.config)]
+
+    def answers(cache: Any) -> list[Any]:
+        sizes = [(cache.get_mask_sizes(n, i), cache.get_seq_length(i)) for n in (1, 5) for i in range(2)]
+        shapes = [(keys.shape, values.shape, window) for keys, values, window in cache if keys is not None]
+        assert all(window is None or isinstance(window, torch.Tensor) for _, _, window in shapes)
+        return [
+            sizes, shapes, len(cache), cache.is_sliding, cache.is_linear, cache.is_initialized, cache.is_croppable,
+            cache.is_compileable, [cache.get_max_length(i) for i in (0, 1, None)], cache.get_query_offset(),
+            [cache.is_recording_past(i) for i in range(2)],
+        ]  # fmt: skip
+
+    with torch.no_grad():
+        for length in (0, 5, 1, 30, 1):
+            for cache in caches:
+                if length:
+                    model(prompt(2, length, seed=length), past_key_values=cache)
+            ours, hosts = (answers(cache) for cache in caches)
+            assert ours[2:8] == hosts[2:8]
+            assert ours[:2] == hosts[:2]
+            assert ours[8:] == hosts[8:]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 64}, {"offload": True}], ids=["growing", "fixed", "offload"])
+def test_early_initialization(options: dict[str, Any]) -> None:
+    """Scales, heads and dtype are known before the first token; what follows is the same."""
+    contents_of = []
+    for early in (False, True):
+        cache = make_cache(kv_cache_dtype="int8", page_size=4, **options)
+        if early:
+            cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
+            assert all(layer.is_initialized for layer in cache.layers)
+            assert int(cache.get_seq_length()) == 0
+        add(cache, 9, batch_size=2)
+        contents_of.append(contents(cache))
+    for one, other in zip(*contents_of, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+def test_two_of_ours_as_an_encoder_decoder_cache() -> None:
+    decoder, encoder = (make_cache(kv_cache_dtype="int8", page_size=4) for _ in range(2))
+    add(decoder, 9, batch_size=2)
+    add(encoder, 20, batch_size=2)
+    cache = EncoderDecoderCache(decoder, encoder)
+    assert cache.get_seq_length() == 9
+    assert cache.is_updated == {0: True, 1: True}
+    other = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(3)
+    cache.reorder_cache(torch.tensor([5, 4, 3, 2, 1, 0]))
+    cache.batch_select_indices(torch.tensor([0, 5]))
+    cache.crop(-4)
+    assert (decoder.batch_size, decoder.get_seq_length()) == (2, 5)
+    assert (encoder.batch_size, encoder.get_seq_length()) == (2, 20)
+    for one, two in zip(contents(encoder), contents(other.cross_attention_cache), strict=True):
+        assert torch.equal(one[0], two[0].flip(0))
+    assert len(list(cache)) == 2
+    cache.reset()
+    assert encoder.get_seq_length() == decoder.get_seq_length() == 0
+    assert other.get_seq_length() == 9
 
 
 # -- keys and values as attributes ----------------------------------------------------------------------------------
