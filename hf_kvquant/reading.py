@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
 from .checkpoints import CheckpointScales, ModelLayers, Wanted, read_checkpoint
 from .hosts import checkpoint_of, model_layers
+
+# What was read for a model's own checkpoint, and from which state of it: every `generate` asks, and the names of a
+# hundred thousand tensors take seconds.
+_own: WeakKeyDictionary[PreTrainedModel, tuple[Hashable, CheckpointScales | None]] = WeakKeyDictionary()
 
 
 def read_scales(
@@ -34,11 +40,33 @@ def read_scales(
     scale, for layers that cannot be matched and for formats that are not 8-bit.
     """
     if isinstance(source, PreTrainedModel):
-        model = model if model is not None else source
         path, revision = checkpoint_of(source)
         if path is None:
             return None
+        if model is None or model is source:
+            return _read_own(source, path, revision, fetch, kv_cache_dtype, granularity)
         source = path
     layers = model_layers(model) if isinstance(model, PreTrainedModel) else model
     wanted = Wanted(layers, kv_cache_dtype, granularity)
     return read_checkpoint(source, wanted, revision=revision, fetch=fetch)
+
+
+def _read_own(
+    model: PreTrainedModel, path: str, revision: str | None, fetch: bool, kv_cache_dtype: str, granularity: str
+) -> CheckpointScales | None:
+    state = _state(path) or revision  # a hub's revision never changes
+    known = _own.get(model)
+    if known is None or state is None or known[0] != (path, state, kv_cache_dtype, granularity):
+        wanted = Wanted(model_layers(model), kv_cache_dtype, granularity)
+        found = read_checkpoint(path, wanted, revision=revision, fetch=fetch)
+        _own[model] = known = ((path, state, kv_cache_dtype, granularity), found)
+    return known[1]
+
+
+def _state(path: str) -> Hashable:
+    """What changes when a file of the directory does; None if there is no such directory."""
+    if not os.path.isdir(path):
+        return None
+    with os.scandir(path) as files:
+        stats = {file.name: file.stat() for file in files if os.path.exists(file)}
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()))

@@ -833,6 +833,12 @@ def test_a_model_as_the_source(tmp_path: Path) -> None:
     model.config._name_or_path = str(checkpoint(tmp_path, OWN, COMPRESSED))
     found = read_scales(model)
     assert [layer.k_scale.item() for layer in layers_of(found)] == [K, 2 * K]
+    assert read_scales(model) is found  # every generate asks
+    checkpoint(tmp_path, {name: 2 * torch.as_tensor(value) for name, value in OWN.items()}, COMPRESSED)
+    changed = read_scales(model)
+    assert [layer.k_scale.item() for layer in layers_of(changed)] == [2 * K, 4 * K]
+    other = tiny_llama(num_hidden_layers=1)
+    assert len(layers_of(read_scales(model, other))) == 1
 
 
 def test_the_side_car_comes_first(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ _LOOKS = re.compile(
 )
 # No module path is longer, and patterns take their time over names without end.
 _MAX_LENGTH = 500
+# How every name that is read ends.
+_ENDINGS = ("scale", "zero_point", "bias", "offset", "qscale_act")
 
 
 def looks_like_kv_scale(name: str) -> bool:
@@ -53,7 +55,8 @@ class Producer:
 
 def parse(name: str, producers: tuple[Producer, ...]) -> tuple[Producer, str, str] | None:
     """Whose name this is, of which module and which part; None if it is nobody's."""
-    if len(name) > _MAX_LENGTH:
+    # Of a hundred thousand tensors nearly all are weights.
+    if len(name) > _MAX_LENGTH or not name.endswith(_ENDINGS):
         return None
     for producer in producers:
         for pattern, part in producer.names.items():
