@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +17,8 @@ _SAMPLES = 16  # numbers taken from each weight
 
 
 def config_facts(config: Any) -> dict[str, Any]:
-    """The entries of a model's configuration that are not the default's and may matter to keys and values."""
-    entries = config.to_diff_dict()
+    """The entries of a model's configuration that are not the default's and may matter to keys and values, as JSON."""
+    entries = json.loads(json.dumps(config.to_diff_dict(), default=str))
     return {
         name: value for name, value in entries.items() if name not in _IRRELEVANT and not name.endswith("_token_id")
     }
@@ -26,8 +27,9 @@ def config_facts(config: Any) -> dict[str, Any]:
 def weights_digest(model: torch.nn.Module) -> str:
     """A digest of the weights in their precision: of a few numbers of each, and of which adapters are active.
 
-    Weights that were offloaded are left out. Of a model with quantized weights only what is never packed is read
-    (embeddings, and tensors of one dimension): its kernels repack the rest as they are first used.
+    Weights that were offloaded and tensors of other libraries are left out. Of a model with quantized weights only what
+    is never packed is read (embeddings, and tensors of one dimension): its kernels repack the rest as they are first
+    used.
     """
     digest = hashlib.sha256(str(getattr(model, "dtype", None)).encode())
     samples: dict[torch.device, list[torch.Tensor]] = {}
@@ -48,6 +50,7 @@ def _stable_weights(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     is_quantized = getattr(model, "hf_quantizer", None) is not None
     embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     for weight in model.parameters():
+        is_readable = type(weight.data) is torch.Tensor and weight.device.type != "meta" and weight.numel() > 0
         is_stable = weight.ndim == 1 or any(weight is embedding for embedding in embeddings)
-        if weight.device.type != "meta" and weight.numel() and (is_stable or not is_quantized):
+        if is_readable and (is_stable or not is_quantized):
             yield weight

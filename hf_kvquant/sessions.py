@@ -188,7 +188,6 @@ class SavedCache:
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises ValueError if the cache was written with another model."""
         saved, given = self.header["config"], config_facts(model.config.get_text_config(decoder=True))
-        given = json.loads(json.dumps(given, default=str))
         if differing := sorted(n for n in saved.keys() | given.keys() if saved.get(n) != given.get(n)):
             facts = ", ".join(f"{name} {saved.get(name)!r} (here {given.get(name)!r})" for name in differing)
             raise ValueError(
