@@ -10,7 +10,7 @@ import torch
 from helpers import prompt, tiny_llama
 from test_cache import sliding_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, modeling_layers
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerFast, modeling_layers
 
 from hf_kvquant import QuantizedPagedCache
 
@@ -47,6 +47,8 @@ def repetitive(length: int = 24) -> torch.Tensor:
 @pytest.mark.parametrize("make_model", [tiny_llama, sliding_model], ids=["full", "sliding"])
 def test_an_assistant(make_model: Any, where: str, dtype: str) -> None:
     """Our cache on the target, on the assistant, or on both."""
+    if where == "target" and make_model is sliding_model and not hasattr(Cache, "is_recording_past"):
+        pytest.skip("this transformers' own cache cannot draft with a sliding window")
     model = make_model()
     model.set_attn_implementation("sdpa" if where == "assistant" else "kvquant")
     assistant = drafter(model, "sdpa" if where == "target" else "kvquant")
