@@ -77,7 +77,7 @@ def read_statistics(files: CheckpointFiles, wanted: Wanted) -> Found | None:
         for layer, maximum in largest.items():
             if layer not in smallest or smallest[layer].shape != maximum.shape:
                 raise ValueError(f"{where} has no minimum of {layer} with the shape of its maximum; the file is broken")
-            scale, zero = _scale_and_zero(maximum, smallest[layer], wanted, f"{layer} in {where}")
+            scale, zero = _scale_and_zero(maximum, smallest[layer], side, wanted, f"{layer} in {where}")
             # The path is the decoder layer's, not the attention's.
             parts = by_path.setdefault(f"{layer}.self_attn", {})
             parts[f"{side}_scale"] = (ScaleSource(file, layer), scale)
@@ -97,9 +97,12 @@ def _layers(content: Any, key: str, where: str) -> Mapping[str, torch.Tensor]:
 
 
 def _scale_and_zero(
-    maximum: torch.Tensor, minimum: torch.Tensor, wanted: Wanted, where: str
+    maximum: torch.Tensor, minimum: torch.Tensor, side: str, wanted: Wanted, where: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """int8 in LMDeploy's asymmetric way, with a zero in the middle; fp8 around zero. `[H, D]`, `[H, 1]` or `[1]`."""
+    """LMDeploy's formulas, `[H, D]`, `[H, 1]` or `[1]`: asymmetric for values in int8, symmetric for all else.
+
+    Keys turn with their position, so the middle of what calibration saw is not that of later positions.
+    """
     row = get_format(wanted.kv_cache_dtype)
     if not row.is_quantized or wanted.granularity not in GRANULARITIES:
         raise ValueError(
@@ -113,7 +116,7 @@ def _scale_and_zero(
         maximum, minimum = maximum.amax(1, keepdim=True), minimum.amin(1, keepdim=True)
     elif wanted.granularity == "tensor":
         maximum, minimum = maximum.amax().reshape(1), minimum.amin().reshape(1)
-    if row.name == "int8":
+    if row.name == "int8" and side == "v":
         scale, zero = (maximum - minimum) / 255, (maximum + minimum) / 2
         return scale.clamp(min=scale.amax() * _LEAST_SHARE), zero
     scale = torch.maximum(maximum.abs(), minimum.abs()) / row.qmax

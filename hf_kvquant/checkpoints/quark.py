@@ -23,8 +23,9 @@ def declared(files: CheckpointFiles) -> Declared | None:
             continue
         export = quantization.get("export")
         group = export.get("kv_cache_group") if isinstance(export, dict) else None
+        group = group if isinstance(group, list) else []
         specs = _specs(quantization.get("kv_cache_quant_config"), None)
-        specs = specs or _specs(quantization.get("layer_quant_config"), group or [])
+        specs = specs or _specs(quantization.get("layer_quant_config"), group)
         if not group and not specs:
             continue
         for spec in specs:
