@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
+from transformers.utils import is_accelerate_available, logging
 
 from . import __version__
 from .calibration import ESTIMATORS, FORMATS, calibrate
@@ -30,7 +30,7 @@ _UNITS = {"": 2**30, "MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30, "TB":
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 1 with a line on standard error for what a user can mend."""
+    """Run a command; returns the exit status: 0, 130 if interrupted, 1 with a line on standard error otherwise."""
     options = _parser().parse_args(arguments)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -38,9 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             options.run(options)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"hf-kvquant: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("hf-kvquant: interrupted", file=sys.stderr)
+        return 130
     finally:
         logging.set_verbosity(verbosity)
     return 0
@@ -66,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = command("doctor", _doctor, "say what the cache will do with a model, without loading it")
     doctor.add_argument("model", help="directory or hub id")
-    doctor.add_argument("--device", help="where it is to run, such as cpu or cuda (default: what this machine has)")
+    doctor.add_argument(
+        "--device", type=_device, help="where it is to run, such as cpu or cuda (default: what this machine has)"
+    )
     doctor.add_argument("--kv-cache-dtype", default="auto", help="as in cache_config (default: auto)")
     doctor.add_argument("--scales", default="auto", help="as in cache_config (default: auto)")
 
@@ -94,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     calibrate_.add_argument("--num-samples", type=int, default=512, help="most sequences (default: 512)")
     calibrate_.add_argument("--max-length", type=int, default=2048, help="tokens of a sequence (default: 2048)")
     calibrate_.add_argument("--batch-size", type=int, default=1, help="sequences in a forward pass (default: 1)")
-    calibrate_.add_argument("--device", default="auto", help="cpu, cuda, ..., or auto: whatever there is (default)")
+    calibrate_.add_argument(
+        "--device", default="auto", type=_device, help="cpu, cuda, ..., or auto: whatever there is (default)"
+    )
     calibrate_.add_argument("--dtype", default="auto", help="to load the model in (default: its own)")
 
     convert = command("convert", _convert, "take the scales of one checkpoint or file into another")
@@ -116,6 +123,13 @@ def _bytes(text: str) -> int:
     if match is None or match[2].upper() not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 24GiB, 80GB or a number of GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _device(text: str) -> str:
+    try:
+        return text if text == "auto" else str(torch.device(text))
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; write cpu, cuda, cuda:1, ...") from error
 
 
 def _show(result: Any, as_json: bool) -> None:
@@ -154,12 +168,12 @@ def _calibrate(options: argparse.Namespace) -> None:
         symmetric=not options.asymmetric,
         q_scale=options.q_scale,
     )
-    on_device: dict[str, Any] = {}
-    if options.device != "auto":
-        on_device = {"device_map": options.device}
-    elif torch.accelerator.is_available():
-        on_device = {"device_map": "auto"}
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **on_device)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = options.device if options.device != "auto" else accelerator or "cpu"
+    spread = options.device == "auto" and accelerator is not None and is_accelerate_available()
+    placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **placed)
+    model = model if spread else model.to(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are among the notes
         scales = calibrate(

@@ -12,6 +12,7 @@ import torch
 from .cache import QuantizedPagedCache
 from .hosts import uses_attention_interface
 from .layers import PagedLayer
+from .ops import cpu
 from .risks import large_key_biases
 from .skeleton import LayerShape, layer_shapes, model_skeleton
 from .tables import pair, size, table
@@ -103,7 +104,8 @@ def diagnose(
     Args:
         source: directory or hub id.
         options: as in `cache_config`.
-        device: what the model is to run on; by default the accelerator of this machine, else its CPU.
+        device: what the model is to run on, such as `cpu` or `cuda`; by default the accelerator of this machine, else
+            its CPU.
         revision: of a hub id.
 
     Raises ValueError for options that do not fit the model, and for a source without a configuration.
@@ -163,8 +165,10 @@ def _attention(model: Any) -> str:
 
 
 def _kernels(device: torch.device, dtype: torch.dtype, shapes: list[LayerShape]) -> str:
+    if device.type == "cpu":
+        return f"C++ for {cpu.paths()[0]}, built on first use, or torch operators where that cannot be done"
     if device.type != "cuda":
-        return f"those of this package for {device.type}, or plain torch"
+        return "plain torch, which is slow: there are none for this device"
     if not torch.cuda.is_available():
         return "Triton kernels, from compute capability 8.0 on (there is no such device here)"
     try:

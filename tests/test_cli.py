@@ -72,14 +72,25 @@ def test_python_m() -> None:
     assert done.stdout == f"hf-kvquant {hf_kvquant.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["dance"], ["plan"], ["plan", "x", "--memory", "much"],
-                                       ["calibrate", "x", "--data", "y"],
-                                       ["convert", "x", "y", "--output", "z", "--in-place"]])  # fmt: skip
+WRONG = ("", "dance", "plan", "plan x --memory much", "doctor x --device abacus", "calibrate x --data y",
+         "convert x y --output z --in-place")  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [text.split() for text in WRONG], ids=WRONG)
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
     assert "usage: hf-kvquant" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "kernels"), [("cpu", "C++ for"), ("meta", "plain torch, which is slow"), ("cuda", "Triton kernels")]
+)
+def test_doctor_names_the_kernels(device: str, kernels: str, capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(capsys, "doctor", TINY, "--device", device)
+    assert f"(llama, bfloat16) on {device}" in output
+    assert f"kernels: {kernels}" in output
 
 
 @pytest.mark.parametrize("command", ["inspect", "doctor", "plan"])
