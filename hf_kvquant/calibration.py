@@ -62,8 +62,8 @@ class Calibration(Sequence["LayerScales | None"]):
     """
 
     kv_cache_dtype: str
-    layers: list[LayerScales | None]
-    model_layers: ModelLayers
+    layers: list[LayerScales | None] = field(repr=False)
+    model_layers: ModelLayers = field(repr=False)
     num_tokens: int
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -70,11 +70,11 @@ def plan_layers(
         config: what the user asked.
         layer_types: the host's name of each cache layer's type.
         checkpoint: scales that were found in the files asked for, or None.
-        key_biases: layers whose keys have a bias too large for static scales, and how large.
+        key_biases: layers whose keys have a bias too large for fp8 or a shared static scale, and how large.
 
-    Where neither the format nor the source of scales was chosen, a layer that the checkpoint's scales do not suit gets
-    dynamic int8 instead. Raises ValueError if `config` asks for scales that are not there, or for layers that do not
-    exist.
+    Where neither the format nor the source of scales was chosen, a layer that does not suit the checkpoint's choice
+    gets dynamic int8 instead. Raises ValueError if `config` asks for scales that are not there, or for layers that do
+    not exist.
     """
     formats = _choose_formats(config, checkpoint)
     skipped = _skipped_layers(config, layer_types)
@@ -91,26 +91,27 @@ def plan_layers(
             declared = checkpoint.kv_cache_dtype if checkpoint is not None else None
             if scales is not None and declared in (None, name):
                 plan = _static_plan(name, side, scales, source)
-                bias = (key_biases or {}).get(index) if side == "k" else None
-                if checkpoint is not None and (risk := _risk(plan, bias)):
-                    plan = _safer(config, plan, f"layer {index}: {side.upper()} in {name}: {risk}", notes)
-                sides.append(plan)
             else:
-                sides.append(_plan_without_scales(config, name))
+                plan = _plan_without_scales(config, name)
+            bias = (key_biases or {}).get(index) if side == "k" else None
+            if checkpoint is not None and (risk := _risk(plan, bias)):
+                plan = _safer(config, plan, f"layer {index}: {side.upper()} in {name}: {risk}", notes)
+            sides.append(plan)
         plans.append(LayerPlan(*sides))
     return plans, notes
 
 
 def _risk(plan: SidePlan, bias: float | None) -> str | None:
-    """Why static scales of a checkpoint may not suit this side, None if they may well."""
-    if plan.scale is None or granularity_of(plan.scale) == "channel":
-        return None
-    if bias is not None:
+    """Why what a checkpoint asks for may not suit this side, None if it may well."""
+    is_fp8 = plan.format.startswith("fp8")
+    is_coarse = plan.scale is not None and granularity_of(plan.scale) != "channel"
+    if bias is not None and (is_fp8 or is_coarse):
         return f"the bias of its projection reaches {bias:.0f}"
-    largest = plan.scale.max().item()
-    # Exactly 1.0 is what tools write that do not measure, or that never go below it.
-    if plan.format == "fp8_e4m3" and largest > LARGE_FP8_SCALE and largest != 1.0:
-        return f"its scale is {largest:.3g}, for numbers up to {largest * get_format(plan.format).qmax:.0f}"
+    if plan.scale is not None and plan.format == "fp8_e4m3" and is_coarse:
+        largest = plan.scale.max().item()
+        # Exactly 1.0 is what tools write that do not measure, or that never go below it.
+        if largest > LARGE_FP8_SCALE and largest != 1.0:
+            return f"its scale is {largest:.3g}, for numbers up to {largest * get_format(plan.format).qmax:.0f}"
     return None
 
 

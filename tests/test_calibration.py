@@ -258,6 +258,19 @@ def test_queries_of_a_model_that_computes_attention_itself() -> None:
         calibrate(families.build("bloom"), prompt(), q_scale=True, progress=False)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"q_scale": True}, {"granularity": "channel", "symmetric": False}])
+def test_on_a_gpu(options: dict[str, Any]) -> None:
+    model = tiny_llama("sdpa")
+    for estimator in ("absmax", "percentile"):
+        expected = calibrate(model.cpu(), ragged(), batch_size=3, estimator=estimator, progress=False, **options)
+        found = calibrate(model.cuda(), ragged(), batch_size=3, estimator=estimator, progress=False, **options)
+        for one, other in zip(found, expected, strict=True):
+            for name in ("k_scale", "v_scale", "q_scale", "v_zero"):
+                if getattr(other, name) is not None:
+                    torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("what", ["interrupt", "end"])
 def test_interrupting_keeps_what_was_seen(what: str, recwarn: pytest.WarningsRecorder) -> None:
     model = tiny_llama("sdpa").train()

@@ -234,6 +234,17 @@ def test_large_key_biases(tmp_path: Path, size: float) -> None:
     assert "fp8 keeps little beside it" in diagnose(directory, {"kv_cache_dtype": "fp8"}).layers[1].risk
 
 
+def test_large_key_biases_where_scales_are_dynamic(tmp_path: Path) -> None:
+    directory = qwen_with_biases(tmp_path / "qwen", {0: 99.0})
+    config = json.loads((directory / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True}
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
+    (directory / "config.json").write_text(json.dumps(config))
+    said = diagnose(directory)
+    assert [layer.kv_cache_dtype for layer in said.layers] == [("int8", "fp8_e4m3"), ("fp8_e4m3",) * 2]
+    assert any("layer 0: K in fp8_e4m3: the bias of its projection reaches 99" in note for note in said.notes)
+
+
 def test_biases_that_do_no_harm(tmp_path: Path) -> None:
     directory = qwen_with_biases(tmp_path / "small", {0: 20.0}, Scales((0.4, 0.03), (0.4, 0.01)))
     assert {layer.kv_cache_dtype for layer in diagnose(directory).layers} == {("fp8_e4m3", "fp8_e4m3")}

@@ -311,6 +311,21 @@ def test_a_checkpoint_that_compressed_tensors_has_quantized(tmp_path: Path, base
     assert quantization["kv_cache_scheme"]["type"] == "float"
 
 
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_declaration_goes_where_there_is_one(tmp_path: Path, base: Path, key: str, nested: bool) -> None:
+    """Old files have it under another name, and some models in the configuration of their text part."""
+    config, old = config_of(base), {"quant_method": "compressed-tensors", "config_groups": {"group_0": {}}}
+    config |= {"text_config": {key: old}} if nested else {key: old}
+    (base / "config.json").write_text(json.dumps(config))
+    write_scales(make("fp8")[0], base, tmp_path / "new", model=LAYERS)
+    new = config_of(tmp_path / "new")
+    declared = (new["text_config"] if nested else new)[key]
+    assert declared.pop("kv_cache_scheme")["strategy"] == "tensor"
+    assert declared == old
+    assert set(new) == set(config)
+
+
 def test_modules_are_named_as_the_checkpoint_names_them(tmp_path: Path, base: Path) -> None:
     file = base / "model.safetensors"
     renamed = {f"language_model.{name}": value for name, value in load_file(file).items()}
@@ -578,6 +593,10 @@ def test_places_that_cannot_be_written_to(tmp_path: Path, base: Path, sharded: P
     next(sharded.glob("model-00001*")).unlink()
     with pytest.raises(ValueError, match=r"lacks model-00001-of-\d+.safetensors"):
         write_scales(scales, sharded, tmp_path / "new", model=LAYERS)
+    (empty := tmp_path / "no-config").mkdir()
+    shutil.copy2(base / "model.safetensors", empty)
+    with pytest.raises(ValueError, match=r"no-config has no config.json"):
+        write_scales(scales, empty, model=LAYERS)
     (base / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="has no safetensors files"):
         write_scales(scales, base, tmp_path / "new", model=LAYERS)

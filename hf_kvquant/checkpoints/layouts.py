@@ -32,8 +32,18 @@ ByPrefix = Mapping[str, LayerScales]
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says about quantization, {} if nothing."""
-    found = config.get("quantization_config") or config.get("compression_config")
+    holder, key = _place(config)
+    found = holder.get(key)
     return found if isinstance(found, dict) else {}
+
+
+def _place(config: Any) -> tuple[Any, str]:
+    """The object in which config.json says it, and under which name; where it would, if it does not."""
+    for holder in (config, config.get("text_config")):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(holder, dict) and isinstance(holder.get(key), dict) and holder[key]:
+                return holder, key
+    return config, "quantization_config"
 
 
 def choose_layout(layout: str, config: Mapping[str, Any], where: str) -> str:
@@ -142,9 +152,8 @@ def tensors_of(layout: str, by_prefix: ByPrefix) -> dict[str, torch.Tensor]:
 def declared_in(layout: str, kv_cache_dtype: str, by_prefix: ByPrefix, config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` (config.json) with the declaration of the scales."""
     declared = copy.deepcopy(dict(config))
-    old_key = "compression_config" if "compression_config" in config else "quantization_config"
-    key = "quantization_config" if config.get("quantization_config") else old_key
-    quantization = declared[key] = declared.get(key) or {}
+    holder, key = _place(declared)
+    quantization = holder[key] = holder.get(key) or {}
     scheme: Any = {"num_bits": 8, "type": "float" if kv_cache_dtype == "fp8_e4m3" else "int", "dynamic": False}
     if layout == "fp8":
         scheme = "static"

@@ -143,6 +143,8 @@ def _check_complete(scales: HasScales, model: ModelLayers, files: CheckpointFile
             f"layers {missing} have no scales, and readers fill the gaps with whatever is in memory; calibrate with "
             "more data, or use layout='sidecar'"
         )
+    if not files.config:
+        raise ValueError(f"{files.path} has no config.json to declare scales in; use layout='sidecar'")
     if not files.tensors:
         raise ValueError(f"{files.path} has no safetensors files; save the model as safetensors first")
     if absent := sorted(file for file in set(files.tensors.values()) if not (Path(files.path) / file).exists()):
