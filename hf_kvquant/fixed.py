@@ -166,9 +166,21 @@ class FixedLayer(PagedLayer):
 
     def follow_select(self, indices: Sequence[int]) -> None:
         self.check_select(indices)
-        order = torch.tensor(list(indices), dtype=torch.int64)
+        order = torch.tensor(list(indices), dtype=torch.int64).to(self.device, non_blocking=True)
+        if self.table.wraps:  # a window, which is short
+            for store in (self.k, self.v):
+                store.select_rows(order, len(indices))
+            return
+        sources, targets = self.table.select(order)
         for store in (self.k, self.v):
-            store.select_rows(order, len(indices))
+            store.copy(sources, targets)
+
+    def follow_crop(self, num_tokens: int) -> None:
+        if not self.is_empty and self.table.shares:
+            sources, targets = self.table.write_into_own()
+            for store in (self.k, self.v):
+                store.copy(sources, targets)
+        super().follow_crop(num_tokens)
 
     def _rewrite(self, key: torch.Tensor, value: torch.Tensor) -> None:
         raise ValueError(

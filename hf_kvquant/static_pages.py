@@ -30,6 +30,7 @@ class StaticPageTable:
                 num_columns, self.most_at_once = ring, slack
         self._first_lost = 0  # tokens before it were overwritten before the last crop
         self._table = torch.arange(batch_size * num_columns, dtype=torch.int32, device=device).view(batch_size, -1)
+        self._shares = False
         self._seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
 
     @property
@@ -102,6 +103,41 @@ class StaticPageTable:
         self.check_crop(num_tokens)
         self._seq_lens.sub_(num_tokens).clamp_(min=0)
 
+    # Beams. Every column has as many pages as there are sequences, so every sequence has one of its own there, and writes
+    # into that one only; its older pages may be another's.
+
+    @property
+    def _own(self) -> torch.Tensor:
+        return torch.arange(self._table.numel(), dtype=torch.int32, device=self._table.device).view_as(self._table)
+
+    @property
+    def wraps(self) -> bool:
+        """Whether the columns are fewer than the capacity needs and are used again and again."""
+        return self._table.shape[1] * self.page_size < self.capacity
+
+    def select(self, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sequence i goes on as a copy of sequence `order[i]` (int64 `[B]`), sharing its full pages.
+
+        Returns which pages have to be copied onto which, `[B]` each. Not for a table that `wraps`.
+        """
+        self._table.copy_(self._table[order])
+        self._shares = True
+        return self.write_into_own()
+
+    def write_into_own(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give every sequence its own page to write the next token in; returns pages and copies as `select` does."""
+        own = self._own
+        column = (self._seq_lens[:1].long() // self.page_size).clamp(max=own.shape[1] - 1)
+        sources, targets = (pages.index_select(1, column)[:, 0].long() for pages in (self._table, own))
+        is_old = torch.arange(own.shape[1], device=column.device) < column
+        self._table.copy_(torch.where(is_old, self._table, own))
+        return sources, targets
+
+    @property
+    def shares(self) -> bool:
+        """Whether a page may belong to several sequences."""
+        return self._shares
+
     def check_crop(self, num_tokens: int) -> None:
         """Raise what `crop` would raise; reads the lengths from the device where there is a window."""
         if self.window is not None:
@@ -116,4 +152,6 @@ class StaticPageTable:
 
     def clear(self) -> None:
         self._seq_lens.zero_()
+        self._table.copy_(self._own)
+        self._shares = False
         self._first_lost = 0

@@ -560,3 +560,61 @@ def test_static_tables_stay_where_they_are() -> None:
     table.clear()
     assert table.seq_lens(CPU).tolist() == [0, 0]
     assert [tensor.data_ptr() for tensor in table.tensors] == addresses
+
+
+class StaticTables(RuleBasedStateMachine):
+    """Beams at fixed addresses: what is written through the table is there, whoever was reordered or cropped."""
+
+    @initialize(page_size=st.sampled_from([1, 3, 4]), capacity=st.sampled_from([1, 7, 20]), size=st.integers(1, 4))
+    def start(self, page_size: int, capacity: int, size: int) -> None:
+        self.table = _static(batch_size=size, page_size=page_size, capacity=capacity)
+        self.numbers = np.full((self.table.pool_size, page_size), POISON)
+        self.expected: list[list[int]] = [[] for _ in range(size)]
+        self.next_token = 1
+
+    def _place(self, b: int, p: int) -> tuple[int, int]:
+        return int(self.table.page_table(CPU)[b, p // self.table.page_size]), p % self.table.page_size
+
+    def _copy(self, pages: tuple[torch.Tensor, torch.Tensor]) -> None:
+        sources, targets = (side.numpy() for side in pages)
+        self.numbers[targets] = self.numbers[sources]
+
+    @rule(num_tokens=st.integers(1, 5))
+    def append(self, num_tokens: int) -> None:
+        length = len(self.expected[0])
+        num_tokens = min(num_tokens, self.table.capacity - length)
+        self.table.append(num_tokens)
+        for p in range(length, length + num_tokens):
+            for b, row in enumerate(self.expected):
+                row.append(self.next_token)
+                self.numbers[self._place(b, p)] = self.next_token
+                self.next_token += 1
+
+    @rule(data=st.data())
+    def select(self, data: st.DataObject) -> None:
+        size = len(self.expected)
+        order = data.draw(st.lists(st.integers(0, size - 1), min_size=size, max_size=size))
+        self._copy(self.table.select(torch.tensor(order)))
+        self.expected = [list(self.expected[index]) for index in order]
+
+    @rule(num_tokens=st.integers(0, 8))
+    def crop(self, num_tokens: int) -> None:
+        self.table.crop(num_tokens)
+        if self.table.shares:
+            self._copy(self.table.write_into_own())
+        length = max(len(self.expected[0]) - num_tokens, 0)
+        self.expected = [row[:length] for row in self.expected]
+
+    @rule()
+    def clear(self) -> None:
+        self.table.clear()
+        self.expected = [[] for _ in self.expected]
+
+    @invariant()
+    def contents(self) -> None:
+        for b, row in enumerate(getattr(self, "expected", ())):
+            assert [int(self.numbers[self._place(b, p)]) for p in range(len(row))] == row
+
+
+TestStaticTables = StaticTables.TestCase
+TestStaticTables.settings = settings(TestPageTables.settings, max_examples=60)
