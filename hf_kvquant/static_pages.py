@@ -103,8 +103,8 @@ class StaticPageTable:
         self.check_crop(num_tokens)
         self._seq_lens.sub_(num_tokens).clamp_(min=0)
 
-    # Beams. Every column has as many pages as there are sequences, so every sequence has one of its own there, and writes
-    # into that one only; its older pages may be another's.
+    # Beams. Every column has as many pages as there are sequences: each has one of its own there, and writes into that
+    # one only; its older pages may be another's.
 
     @property
     def _own(self) -> torch.Tensor:
