@@ -15,12 +15,13 @@ missing. Inside attention: q·k · softmax_scale -> softcap -> mask -> softmax w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 
-from ..formats import get_format
 from . import cpu, gpu, reference
+from .checks import check_attention, check_write
 
 
 @dataclass(eq=False)
@@ -32,6 +33,7 @@ class PagedTensor:
         format: name of the storage format.
         scale, zero: fp32 `[1 | H, 1 | D]` or None.
         token_scale: bf16 `[P, H, S]` for dynamic quantization, else None.
+        checked: what has passed the operators' checks.
     """
 
     pages: torch.Tensor
@@ -39,6 +41,7 @@ class PagedTensor:
     scale: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     token_scale: torch.Tensor | None = None
+    checked: tuple[object, ...] | None = field(default=None, repr=False)
 
 
 _LIBRARY = torch.library.Library("hf_kvquant", "DEF")
@@ -90,6 +93,16 @@ def _(
     return pages.new_empty(page_ids.shape[0], num_heads, page_ids.shape[1] * page_size, head_dim, dtype=dtype)
 
 
+_EAGER = {"cpu": cpu, "cuda": gpu}
+
+
+def _eager(tensor: torch.Tensor) -> ModuleType | None:
+    """What to call without torch's dispatcher, which costs as much as a small call where nothing listens to it."""
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or torch._C._len_torch_dispatch_stack():
+        return None
+    return _EAGER.get(tensor.device.type)
+
+
 def write_kv(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -111,8 +124,9 @@ def write_kv(
 
     Raises ValueError naming the argument for shapes and dtypes that do not go together.
     """
-    _check_write(key, value, k, v, page_table, seq_lens, clipped)
-    torch.ops.hf_kvquant.write_kv(
+    check_write(key, value, k, v, page_table, seq_lens, clipped)
+    write = getattr(_eager(key), "write_kv", torch.ops.hf_kvquant.write_kv)
+    write(
         key, value, page_table, seq_lens,
         k.pages, k.format, k.scale, k.zero, k.token_scale,
         v.pages, v.format, v.scale, v.zero, v.token_scale,
@@ -150,8 +164,9 @@ def paged_attention(
 
     Raises ValueError naming the argument for shapes and dtypes that do not go together.
     """
-    _check_attention(query, k, v, page_table, seq_lens, attn_mask, sinks)
-    return torch.ops.hf_kvquant.paged_attention(
+    check_attention(query, k, v, page_table, seq_lens, attn_mask, sinks)
+    attend = getattr(_eager(query), "paged_attention", torch.ops.hf_kvquant.paged_attention)
+    return attend(
         query, page_table, seq_lens,
         k.pages, k.format, k.scale, k.zero, k.token_scale,
         v.pages, v.format, v.scale, v.zero, v.token_scale,
@@ -169,106 +184,3 @@ def read_pages(side: PagedTensor, page_ids: torch.Tensor, dtype: torch.dtype) ->
     return torch.ops.hf_kvquant.read_pages(
         page_ids, side.pages, side.format, side.scale, side.zero, side.token_scale, dtype
     )
-
-
-# Messages are only put together when they are needed: these run in every layer of every step.
-
-
-def _check_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name} is {tensor.dtype}; expected {dtype}")
-
-
-def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
-        raise ValueError(f"{name} is {list(tensor.shape)}; expected {list(expected)}")
-
-
-def _check_paged(name: str, side: PagedTensor, num_heads: int, head_dim: int) -> None:
-    row, pages = get_format(side.format), side.pages
-    if pages.ndim != 4 or pages.shape[1] != num_heads or pages.shape[3] != head_dim:
-        raise ValueError(f"{name}.pages is {list(pages.shape)}; expected [P, {num_heads}, S, {head_dim}]")
-    if row.storage_dtype is not None and pages.dtype != row.storage_dtype:
-        raise ValueError(f"{name}.pages is {pages.dtype}; {row.name} is stored as {row.storage_dtype}")
-    for field in ("scale", "zero"):
-        tensor = getattr(side, field)
-        if tensor is None:
-            continue
-        if tensor.ndim != 2 or tensor.shape[0] not in (1, num_heads) or tensor.shape[1] not in (1, head_dim):
-            expected = f"[1 or {num_heads}, 1 or {head_dim}]"
-            raise ValueError(f"{name}.{field} is {list(tensor.shape)}; expected {expected}")
-        _check_dtype(f"{name}.{field}", tensor, torch.float32)
-    if side.token_scale is not None:
-        _check_shape(f"{name}.token_scale", side.token_scale, tuple(pages.shape[:3]))
-        _check_dtype(f"{name}.token_scale", side.token_scale, torch.bfloat16)
-
-
-def _check_pair(k: PagedTensor, v: PagedTensor) -> None:
-    if k.pages.shape[:3] != v.pages.shape[:3]:
-        shapes = f"k.pages is {list(k.pages.shape)} and v.pages is {list(v.pages.shape)}"
-        raise ValueError(f"{shapes}; both must be [P, H, S, D]")
-
-
-def _check_table(batch_size: int, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
-    if page_table.ndim != 2 or page_table.shape[0] != batch_size:
-        raise ValueError(f"page_table is {list(page_table.shape)}; expected [{batch_size}, N]")
-    _check_shape("seq_lens", seq_lens, (batch_size,))
-    _check_dtype("page_table", page_table, torch.int32)
-    _check_dtype("seq_lens", seq_lens, torch.int32)
-
-
-def _check_write(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k: PagedTensor,
-    v: PagedTensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    clipped: torch.Tensor | None,
-) -> None:
-    if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3]:
-        raise ValueError(f"key is {list(key.shape)} and value is {list(value.shape)}; both must be [B, H, T, D]")
-    _check_paged("k", k, key.shape[1], key.shape[3])
-    _check_paged("v", v, value.shape[1], value.shape[3])
-    _check_pair(k, v)
-    _check_table(key.shape[0], page_table, seq_lens)
-    if clipped is not None:
-        _check_shape("clipped", clipped, (2,))
-        _check_dtype("clipped", clipped, torch.int64)
-
-
-def _check_attention(
-    query: torch.Tensor,
-    k: PagedTensor,
-    v: PagedTensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-) -> None:
-    for name, tensor in (("query", query), ("k.pages", k.pages), ("v.pages", v.pages)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} is {list(tensor.shape)}; expected four dimensions")
-    batch_size, num_q_heads, num_tokens, head_dim = query.shape
-    num_kv_heads = k.pages.shape[1]
-    if num_q_heads % num_kv_heads:
-        heads = f"its heads do not divide over {num_kv_heads} of keys and values"
-        raise ValueError(f"query is {list(query.shape)}; {heads}")
-    _check_paged("k", k, num_kv_heads, head_dim)
-    _check_paged("v", v, num_kv_heads, v.pages.shape[3])
-    _check_pair(k, v)
-    _check_table(batch_size, page_table, seq_lens)
-    if attn_mask is not None:
-        fits = (
-            attn_mask.ndim == 4
-            and attn_mask.shape[0] in (1, batch_size)
-            and attn_mask.shape[1] in (1, num_q_heads)
-            and attn_mask.shape[2] == num_tokens
-        )
-        if not fits:
-            expected = f"[1 or {batch_size}, 1 or {num_q_heads}, {num_tokens}, M]"
-            raise ValueError(f"attn_mask is {list(attn_mask.shape)}; expected {expected}")
-        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-            raise ValueError(f"attn_mask is {attn_mask.dtype}; expected bool (True attends) or float (added)")
-    if sinks is not None:
-        _check_shape("sinks", sinks, (num_q_heads,))

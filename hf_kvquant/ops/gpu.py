@@ -41,7 +41,7 @@ def _choose(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int) ->
     try:
         from . import triton
     except ImportError as error:
-        reason = f"Triton cannot be imported ({error})"
+        reason: str | None = f"Triton cannot be imported ({error})"
     else:
         reason = triton.why_not(device, dtype, k_dim, v_dim)
         if reason is None:

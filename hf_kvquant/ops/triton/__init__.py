@@ -1,17 +1,24 @@
-"""Both operations as Triton kernels, for NVIDIA GPUs from compute capability 8.0 on and AMD GPUs.
+"""The operations as Triton kernels, for NVIDIA GPUs from compute capability 8.0 on and AMD GPUs.
 
-This package imports Triton; `ops` imports it on the first call with tensors of such a device. `supports` says whether
-the kernels serve a call; the reference serves the others.
+This package imports Triton; `ops` imports it on the first call with tensors of such a device, asks `why_not` whether
+the kernels serve the call, and takes the reference if they do not.
+
+Small calls are bound by the host: what does not change from step to step is worked out once, into a plan.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import TypeVar
+
 import torch
+import triton.language as tl
 
 from . import tuning
 from .attention import attention_kernel, merge_kernel
 from .codes import CODE_OF
-from .launch import Launcher
+from .launch import Launcher, Prepared
 from .read import read_kernel
 from .write import write_kernel
 
@@ -21,6 +28,10 @@ _merge = Launcher(merge_kernel)
 _read = Launcher(read_kernel)
 
 _ELEMENTS_PER_PROGRAM = 4096  # of programs that write or read pages
+_ALIGNMENT = 16  # bytes that a thread loads at once
+_MOST_PLANS = 4096  # they are small; a table that grows makes a new one with every page
+_Grid = tuple[int, int, int]
+_T = TypeVar("_T")
 
 
 def why_not(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int) -> str | None:
@@ -54,37 +65,52 @@ def write_kv(
     v_token_scale: torch.Tensor | None,
     clipped: torch.Tensor | None,
 ) -> None:
-    batch_size, num_heads, num_tokens, k_dim = key.shape
     if key.numel() == 0:
         return
-    v_dim = value.shape[3]
     key = key if key.stride(3) == 1 else key.contiguous()
     value = value if value.stride(3) == 1 else value.contiguous()
-    k_strides, v_strides = key.stride()[:3], value.stride()[:3]
-    k_block, v_block = _padded(k_dim), _padded(v_dim)
-    block_t = min(_padded(num_tokens, 1), max(1, _ELEMENTS_PER_PROGRAM // max(k_block, v_block)))
-    pointers = (key, value, k_pages, v_pages)
-    is_aligned = not any(number % 16 for number in k_strides + v_strides) and not any(
-        tensor.data_ptr() % 16 for tensor in pointers
-    )
-    static = k_token_scale is None or v_token_scale is None
-    constants = (
-        num_heads, k_pages.shape[2], block_t, tuning.instruction_set(key.device),
-        CODE_OF[k_format], k_dim, k_block, _kind(k_scale), _kind(k_zero), k_token_scale is not None,
-        CODE_OF[v_format], v_dim, v_block, _kind(v_scale), _kind(v_zero), v_token_scale is not None,
-        clipped is not None and static,
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    is_aligned = not any(stride % _ALIGNMENT for stride in strides) and _is_aligned(key, value, k_pages, v_pages)
+    plan_key = (
+        key.shape, value.shape[3], key.dtype, value.dtype, key.device, k_pages.shape[2], k_pages.dtype, v_pages.dtype,
+        k_format, _kind(k_scale), _kind(k_zero), k_token_scale is None,
+        v_format, _kind(v_scale), _kind(v_zero), v_token_scale is None, clipped is None, is_aligned,
     )  # fmt: skip
-    _write(
-        (-(-num_tokens // block_t) * num_heads, batch_size, 1),
+    plan = _write_plans.get(plan_key)
+    if plan is None:
+        plan = _remember(_write_plans, plan_key, _plan_write(*plan_key))
+    grid, kernel = plan
+    kernel(
+        grid,
         (
             key, value, page_table.contiguous(), seq_lens,
             k_pages, k_scale, k_zero, k_token_scale, v_pages, v_scale, v_zero, v_token_scale, clipped,
-            *k_strides, *v_strides, num_tokens, page_table.shape[1],
+            *strides, key.shape[2], page_table.shape[1],
         ),
-        constants,
-        (("num_warps", 4 if block_t * k_block >= 1024 else 1),),
-        (key.dtype, value.dtype, k_pages.dtype, v_pages.dtype, clipped is None) if is_aligned else None,
     )  # fmt: skip
+
+
+_write_plans: dict[Hashable, tuple[_Grid, Prepared]] = {}
+
+
+def _plan_write(
+    shape: torch.Size, v_dim: int, k_dtype: torch.dtype, v_dtype: torch.dtype, device: torch.device, page_size: int,
+    k_pages_dtype: torch.dtype, v_pages_dtype: torch.dtype,
+    k_format: str, k_scale: int, k_zero: int, k_static: bool,
+    v_format: str, v_scale: int, v_zero: int, v_static: bool, uncounted: bool, is_aligned: bool,
+) -> tuple[_Grid, Prepared]:  # fmt: skip
+    batch_size, num_heads, num_tokens, k_dim = shape
+    k_block, v_block = _padded(k_dim), _padded(v_dim)
+    block_t = min(_padded(num_tokens, 1), max(1, _ELEMENTS_PER_PROGRAM // max(k_block, v_block)))
+    constants = (
+        num_heads, page_size, block_t, tuning.instruction_set(device),
+        CODE_OF[k_format], k_dim, k_block, k_scale, k_zero, not k_static,
+        CODE_OF[v_format], v_dim, v_block, v_scale, v_zero, not v_static,
+        not uncounted and (k_static or v_static),
+    )  # fmt: skip
+    types = (k_dtype, v_dtype, k_pages_dtype, v_pages_dtype, uncounted) if is_aligned else None
+    kernel = _write.prepare(device, constants, (("num_warps", 4 if block_t * k_block >= 1024 else 1),), types)
+    return (-(-num_tokens // block_t) * num_heads, batch_size, 1), kernel
 
 
 def paged_attention(
@@ -112,77 +138,108 @@ def paged_attention(
     splits: int | None = None,
 ) -> torch.Tensor:
     """As `ops.paged_attention`; `tiles` and `splits` override the table, for tests and benchmarks."""
-    batch_size, num_q_heads, num_tokens, k_dim = query.shape
-    num_heads, page_size, v_dim = k_pages.shape[1], k_pages.shape[2], v_pages.shape[3]
-    device = query.device
-    output = query.new_empty(batch_size, num_q_heads, num_tokens, v_dim)
+    output = query.new_empty(*query.shape[:3], v_pages.shape[3])
     if query.numel() == 0:
         return output
     query = query if query.stride(3) == 1 else query.contiguous()
-    page_table = page_table.contiguous()
     num_columns = page_table.shape[1]
-    group = num_q_heads // num_heads
-    num_rows = num_tokens * group
-    is_exact = query.dtype == torch.float32
-    element_size = max(k_pages.element_size(), v_pages.element_size())
-    k_block, v_block = _padded(k_dim), _padded(v_dim)
-    if tiles is None:
-        tiles = tuning.attention_tiles(num_rows, max(k_block, v_block), element_size, is_exact)
-    num_programs = -(-num_rows // tiles.block_m) * num_heads * batch_size
-    if splits is None:
-        max_tiles = -(-num_columns * page_size // tiles.block_n)
-        splits = tuning.num_splits(num_programs, max_tiles, tiles, tuning.num_multiprocessors(device))
-    partial = stats = None
-    if splits > 1:
-        partial = query.new_empty(batch_size * num_heads * num_rows, splits, v_block, dtype=torch.float32)
-        stats = query.new_empty(batch_size * num_heads * num_rows, splits, 2, dtype=torch.float32)
-
-    mask_kind, mask_strides, mask_len = 0, (0, 0, 0, 0), 0
+    mask_kind, mask_dtype, mask_len = 0, None, 0
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if attn_mask is not None:
-        mask_len = attn_mask.shape[3]
+        mask_dtype, mask_len = attn_mask.dtype, attn_mask.shape[3]
         mask_strides = tuple(
             0 if size == 1 else stride for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True)
         )
         by_key = mask_strides[1] == mask_strides[2] == 0
-        mask_kind = 3 if attn_mask.dtype != torch.bool else 1 if by_key else 2
+        mask_kind = 3 if mask_dtype != torch.bool else 1 if by_key else 2
+    plan_key = (
+        query.shape, query.dtype, query.device, num_columns, k_pages.shape[1:], k_pages.dtype, v_pages.shape[3],
+        v_pages.dtype, k_format, _kind(k_scale), _kind(k_zero), k_token_scale is None,
+        v_format, _kind(v_scale), _kind(v_zero), v_token_scale is None,
+        mask_kind, mask_dtype, None if sinks is None else sinks.dtype, softcap is None, window is None, causal,
+        _is_aligned(k_pages, v_pages), tiles, splits,
+    )  # fmt: skip
+    plan = _attention_plans.get(plan_key)
+    if plan is None:
+        plan = _remember(_attention_plans, plan_key, _plan_attention(*plan_key))
+    partial = query.new_empty(plan.partial_size, dtype=torch.float32) if plan.merge is not None else None
+    plan.kernel(
+        plan.grid,
+        (
+            query, output, page_table.contiguous(), seq_lens,
+            k_pages, k_scale, k_zero, k_token_scale, v_pages, v_scale, v_zero, v_token_scale,
+            attn_mask, sinks, partial, softmax_scale, 0.0 if softcap is None else softcap,
+            *query.stride()[:3], *mask_strides,
+            mask_start, mask_len, 0 if window is None else window, query.shape[2], num_columns, plan.splits,
+        ),
+    )  # fmt: skip
+    if plan.merge is not None:
+        plan.merge(plan.merge_grid, (output, partial, v_scale, v_zero, sinks, query.shape[2], plan.splits))
+    return output
+
+
+@dataclass(frozen=True)
+class _AttentionPlan:
+    """How a call is served. `partial_size` in numbers; `merge` is None where sequences are not split."""
+
+    grid: _Grid
+    kernel: Prepared
+    splits: int
+    partial_size: int
+    merge_grid: _Grid
+    merge: Prepared | None
+
+
+_attention_plans: dict[Hashable, _AttentionPlan] = {}
+
+
+def _plan_attention(
+    query_shape: torch.Size, dtype: torch.dtype, device: torch.device, num_columns: int,
+    page_shape: torch.Size, k_dtype: torch.dtype, v_dim: int, v_dtype: torch.dtype,
+    k_format: str, k_scale: int, k_zero: int, k_static: bool,
+    v_format: str, v_scale: int, v_zero: int, v_static: bool,
+    mask_kind: int, mask_dtype: torch.dtype | None, sinks_dtype: torch.dtype | None,
+    no_softcap: bool, no_window: bool, causal: bool, is_aligned: bool,
+    tiles: tuning.Tiles | None, splits: int | None,
+) -> _AttentionPlan:  # fmt: skip
+    batch_size, num_q_heads, num_tokens, k_dim = query_shape
+    num_heads, page_size, _ = page_shape
+    group = num_q_heads // num_heads
+    num_rows = num_tokens * group
+    all_rows = batch_size * num_heads * num_rows
+    k_block, v_block = _padded(k_dim), _padded(v_dim)
+    if tiles is None:
+        element_size = max(k_dtype.itemsize, v_dtype.itemsize, 4 if dtype == torch.float32 else 1)
+        is_dynamic = not (k_static and v_static)
+        tiles = tuning.attention_tiles(num_rows, max(k_block, v_block), element_size, is_dynamic, mask_kind > 0)
+    num_programs = -(-num_rows // tiles.block_m) * num_heads * batch_size
+    if splits is None:
+        max_tiles = -(-num_columns * page_size // tiles.block_n)
+        splits = tuning.num_splits(num_programs, max_tiles, tiles, tuning.num_multiprocessors(device))
     chained = splits > 1 and tuning.can_chain(device)
-    v_kinds = (_kind(v_scale), _kind(v_zero))
     constants = (
         num_heads, group, page_size, tiles.block_m, tiles.block_n,
-        CODE_OF[k_format], k_dim, k_block, _kind(k_scale), _kind(k_zero), k_token_scale is not None,
-        CODE_OF[v_format], v_dim, v_block, *v_kinds, v_token_scale is not None,
-        causal, window is not None, mask_kind, softcap is not None, sinks is not None,
-        splits > 1, chained, tuning.instruction_set(device), _dot_dtype(is_exact), tiles.num_stages,
+        CODE_OF[k_format], k_dim, k_block, k_scale, k_zero, not k_static,
+        CODE_OF[v_format], v_dim, v_block, v_scale, v_zero, not v_static,
+        causal, not no_window, mask_kind, not no_softcap, sinks_dtype is not None, splits > 1, chained,
+        tuning.instruction_set(device), tl.float32 if dtype == torch.float32 else tl.float16, tiles.num_stages,
     )  # fmt: skip
-    is_aligned = k_pages.data_ptr() % 16 == 0 and v_pages.data_ptr() % 16 == 0
-    dtypes = (
-        query.dtype, k_pages.dtype, v_pages.dtype,
-        None if attn_mask is None else attn_mask.dtype, None if sinks is None else sinks.dtype,
-    )  # fmt: skip
-    _attention(
-        (num_programs // batch_size * splits, batch_size, 1),
-        (
-            query, output, page_table, seq_lens,
-            k_pages, k_scale, k_zero, k_token_scale, v_pages, v_scale, v_zero, v_token_scale,
-            attn_mask, sinks, partial, stats,
-            softmax_scale, 0.0 if softcap is None else softcap,
-            *query.stride()[:3], *mask_strides,
-            mask_start, mask_len, 0 if window is None else window, num_tokens, num_columns, splits,
-        ),
-        constants,
-        (("num_warps", tiles.num_warps), ("num_stages", tiles.num_stages)),
-        dtypes if is_aligned else None,
-    )  # fmt: skip
-    if partial is not None:
+    types = (dtype, k_dtype, v_dtype, mask_dtype, sinks_dtype)
+    options = (("num_warps", tiles.num_warps), ("num_stages", tiles.num_stages))
+    kernel = _attention.prepare(device, constants, options, types if is_aligned else None)
+    merge = None
+    if splits > 1:
         block_s = min(_padded(splits, 1), max(1, 8192 // v_block))
-        _merge(
-            (batch_size * num_heads * num_rows, 1, 1),
-            (output, partial, stats, v_scale, v_zero, sinks, num_tokens, splits),
-            (num_heads, group, v_dim, v_block, v_format != "model", *v_kinds, sinks is not None, block_s, chained),
-            (("num_warps", 4), ("launch_pdl", True)) if chained else (("num_warps", 4),),
-            dtypes,
-        )
-    return output
+        merge_constants = (
+            num_heads, group, v_dim, v_block, v_format != "model", v_scale, v_zero, sinks_dtype is not None, block_s,
+            chained,
+        )  # fmt: skip
+        merge_options = (("num_warps", 4), *((("launch_pdl", 1),) if chained else ()))
+        merge = _merge.prepare(device, merge_constants, merge_options, types)
+    return _AttentionPlan(
+        (num_programs // batch_size * splits, batch_size, 1), kernel, splits,
+        all_rows * splits * (v_block + 2), (all_rows, 1, 1), merge,
+    )  # fmt: skip
 
 
 def read_pages(
@@ -202,18 +259,28 @@ def read_pages(
         return output
     block = _padded(head_dim)
     block_t = max(1, _ELEMENTS_PER_PROGRAM // block)
-    is_aligned = pages.data_ptr() % 16 == 0
-    _read(
+    constants = (
+        num_heads, page_size, block_t, tuning.instruction_set(pages.device),
+        CODE_OF[format_name], head_dim, block, _kind(scale), _kind(zero), token_scale is not None,
+    )  # fmt: skip
+    types = (page_ids.dtype, pages.dtype, dtype) if _is_aligned(pages) else None
+    kernel = _read.prepare(pages.device, constants, (("num_warps", 4),), types)
+    kernel(
         (-(-num_tokens // block_t) * num_heads, batch_size, 1),
         (output, page_ids.contiguous(), pages, scale, zero, token_scale, num_columns),
-        (
-            num_heads, page_size, block_t, tuning.instruction_set(pages.device),
-            CODE_OF[format_name], head_dim, block, _kind(scale), _kind(zero), token_scale is not None,
-        ),
-        (("num_warps", 4),),
-        (page_ids.dtype, pages.dtype, dtype) if is_aligned else None,
-    )  # fmt: skip
+    )
     return output
+
+
+def _remember(plans: dict[Hashable, _T], key: Hashable, plan: _T) -> _T:
+    if len(plans) >= _MOST_PLANS:
+        plans.clear()
+    plans[key] = plan
+    return plan
+
+
+def _is_aligned(*tensors: torch.Tensor) -> bool:
+    return not any(tensor.data_ptr() % _ALIGNMENT for tensor in tensors)
 
 
 def _padded(number: int, least: int = 32) -> int:
@@ -227,9 +294,3 @@ def _kind(scale: torch.Tensor | None) -> int:
         return 0
     per_head, per_channel = scale.shape[0] > 1, scale.shape[1] > 1
     return (3 if per_head else 4) if per_channel else (2 if per_head else 1)
-
-
-def _dot_dtype(is_exact: bool) -> object:
-    import triton.language as tl
-
-    return tl.float32 if is_exact else tl.float16

@@ -34,7 +34,7 @@ _SIZES = [
 ]  # fmt: skip
 _SMALL_TENSORS = [
     "query_ptr", "output_ptr", "page_table_ptr", "seq_lens_ptr", "k_scale_ptr", "k_zero_ptr", "k_token_scale_ptr",
-    "v_scale_ptr", "v_zero_ptr", "v_token_scale_ptr", "mask_ptr", "sinks_ptr", "partial_ptr", "stats_ptr",
+    "v_scale_ptr", "v_zero_ptr", "v_token_scale_ptr", "mask_ptr", "sinks_ptr", "partial_ptr",
 ]  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def attention_kernel(
     query_ptr, output_ptr, page_table_ptr, seq_lens_ptr,
     k_ptr, k_scale_ptr, k_zero_ptr, k_token_scale_ptr,
     v_ptr, v_scale_ptr, v_zero_ptr, v_token_scale_ptr,
-    mask_ptr, sinks_ptr, partial_ptr, stats_ptr,
+    mask_ptr, sinks_ptr, partial_ptr,
     softmax_scale, softcap,
     query_stride_b, query_stride_h, query_stride_t, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_n,
     mask_start, mask_len, window, num_tokens, num_columns, num_splits,
@@ -235,7 +235,9 @@ def attention_kernel(
     even = even * decode_factor(V_FORMAT, ISA)
     odd = odd * decode_factor(V_FORMAT, ISA)
     if SPLIT:
-        # Which row of which sequence; then its splits; then even channels before odd ones.
+        # Which row of which sequence; then its splits; then even channels before odd ones. Behind them all, the highest
+        # logit and the sum of each.
+        stats_ptr = partial_ptr + tl.num_programs(1).to(tl.int64) * (H * V_BLOCK) * num_rows * num_splits
         partial_rows = ((sequence * H + head).to(tl.int64) * num_rows + rows) * num_splits + split
         tl.store(stats_ptr + partial_rows * 2, highest, mask=row_inside)
         tl.store(stats_ptr + partial_rows * 2 + 1, total, mask=row_inside)
@@ -401,7 +403,7 @@ def _normalize(highest, total, sinks_ptr, row_head, SINKS: tl.constexpr):
     do_not_specialize_on_alignment=["v_scale_ptr", "v_zero_ptr", "sinks_ptr"],
 )
 def merge_kernel(
-    output_ptr, partial_ptr, stats_ptr, v_scale_ptr, v_zero_ptr, sinks_ptr,
+    output_ptr, partial_ptr, v_scale_ptr, v_zero_ptr, sinks_ptr,
     num_tokens, num_splits,
     H: tl.constexpr, GROUP: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, PAIRED: tl.constexpr,
     V_SCALE: tl.constexpr, V_ZERO: tl.constexpr, SINKS: tl.constexpr, BLOCK_S: tl.constexpr, CHAINED: tl.constexpr,
@@ -419,6 +421,7 @@ def merge_kernel(
     row_head = head * GROUP + row % GROUP
     sequence = row // (num_rows * H)
 
+    stats_ptr = partial_ptr + tl.num_programs(0).to(tl.int64) * V_BLOCK * num_splits
     columns = tl.arange(0, V_BLOCK)  # even channels before odd ones
     highest = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)

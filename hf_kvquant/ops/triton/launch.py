@@ -9,42 +9,63 @@ import torch
 
 
 class Launcher:
-    """A kernel that is compiled once for each key.
-
-    Triton binds and specializes every argument in every call, 20 to 80 microseconds of Python. Here what was compiled
-    is found by a key of the caller's, and launched as it is.
-    """
+    """A kernel, compiled once for everything that its code depends on."""
 
     def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-        self._compiled: dict[Hashable, Any] = {}
+        self.kernel = kernel
+        self._prepared: dict[Hashable, Prepared] = {}
 
-    def __call__(
-        self,
-        grid: tuple[int, int, int],
-        arguments: tuple[Any, ...],
-        constants: tuple[Any, ...],
-        options: tuple[tuple[str, int], ...],
-        key: Hashable,
-    ) -> None:
-        """Launch over `grid`.
+    def prepare(
+        self, device: torch.device, constants: tuple[Any, ...], options: tuple[tuple[str, int], ...], types: Hashable
+    ) -> Prepared:
+        """The kernel for these constants.
 
         Args:
-            arguments, constants: the kernel's parameters, in its order.
+            constants: the kernel's last parameters, in its order.
             options: `num_warps` and such.
-            key: everything beside constants and options that the compiled code depends on: dtypes, alignment; None if
-                that is not known, and Triton is to find out itself.
+            types: everything else that the code depends on: dtypes, alignment; None if that is not known, and Triton
+                is to find out itself in every call.
         """
-        device = arguments[0].device
-        if device.type != "cuda":  # the interpreter
-            self._kernel[grid](*arguments, *constants, **dict(options))
-            return
-        full_key = (key, constants, options, device.index)
-        compiled = self._compiled.get(full_key) if key is not None else None
-        if compiled is not None and torch.cuda.current_device() == device.index:
-            compiled[grid](*arguments, *constants)
-            return
-        with torch.cuda.device(device):
-            compiled = self._kernel[grid](*arguments, *constants, **dict(options))
-        if key is not None:
-            self._compiled[full_key] = compiled
+        if types is None:
+            return Prepared(self.kernel, device, constants, options, keep=False)
+        key = (device, constants, options, types)
+        if key not in self._prepared:
+            self._prepared[key] = Prepared(self.kernel, device, constants, options, keep=True)
+        return self._prepared[key]
+
+
+class Prepared:
+    """A kernel with its constants, to be called with a grid and its other arguments.
+
+    Triton binds and specializes every argument in every call, 20 to 80 microseconds of Python. Here what the first call
+    compiled is launched as it is.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        device: torch.device,
+        constants: tuple[Any, ...],
+        options: tuple[tuple[str, int], ...],
+        keep: bool,
+    ) -> None:
+        self._kernel = kernel
+        self._device = device
+        self._constants = constants
+        self._options = dict(options)
+        self._keep = keep
+        self._compiled: Any = None
+
+    def __call__(self, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+        """Launch over `grid`, on the current stream of the tensors' device."""
+        if self._device.type != "cuda":  # the interpreter
+            self._kernel[grid](*arguments, *self._constants, **self._options)
+        elif self._compiled is not None and torch.cuda.current_device() == self._device.index:
+            # Addresses, not tensors: of a tensor the launcher asks the driver where it lies.
+            addresses = [x.data_ptr() if type(x) is torch.Tensor else x for x in arguments]
+            self._compiled[grid](*addresses, *self._constants)
+        else:
+            with torch.cuda.device(self._device):
+                compiled = self._kernel[grid](*arguments, *self._constants, **self._options)
+            if self._keep:
+                self._compiled = compiled

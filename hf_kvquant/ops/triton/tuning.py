@@ -1,4 +1,8 @@
-"""Which tiles a kernel uses: a table, not a search at run time."""
+"""Which tiles a kernel uses: a table, not a search at run time.
+
+The table was measured on an H200 (docs/log.md). What it goes by holds for other devices too: how many programs the
+registers of a multiprocessor hold, and how many bytes are then under way.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +19,38 @@ class Tiles:
     Attributes:
         block_m: rows (new tokens times query heads of a group).
         block_n: tokens of the past.
-        programs_per_core: how many programs run on a multiprocessor at once, by registers and shared memory.
+        programs: how many of them run on a multiprocessor at once, by registers and shared memory.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    programs_per_core: int
+    programs: int
 
 
-def attention_tiles(num_rows: int, head_dim: int, element_size: int, is_exact: bool) -> Tiles:
-    """Tiles for `num_rows` rows over pages of `element_size` bytes; `is_exact` for fp32 arithmetic."""
-    if is_exact:
+def attention_tiles(num_rows: int, head_dim: int, element_size: int, is_dynamic: bool, is_masked: bool) -> Tiles:
+    """Tiles for `num_rows` rows over pages of `element_size` bytes, with a scale per token or not."""
+    if element_size == 4:  # fp32 is multiplied as such, without tensor cores
         return Tiles(16, 32, 4, 2, 2)
     if num_rows <= 8:
-        return Tiles(8, 64, 2, 3, 6 if element_size == 1 else 3) if head_dim <= 128 else Tiles(8, 64, 4, 3, 2)
+        if head_dim > 128:
+            return Tiles(8, 64, 4, 3, 2)
+        if element_size == 2:
+            return Tiles(8, 128, 4, 2, 4)
+        # Scales of tokens and a mask need registers; with both, smaller programs leave room for more of them.
+        if is_dynamic and not is_masked:
+            return Tiles(8, 128, 4, 2, 4)
+        return Tiles(8, 64, 2, 3, 5 if is_dynamic else 6)
     if num_rows <= 16:
-        return Tiles(16, 64, 4, 3, 2)
-    if num_rows <= 32 or head_dim > 128:
-        return Tiles(32, 64, 4, 2 if element_size > 1 else 3, 2 if head_dim <= 128 else 1)
-    return Tiles(64, 64, 4, 2 if element_size > 1 else 3, 1)
+        return Tiles(16, 64, 2, 3, 3) if head_dim <= 128 else Tiles(16, 64, 4, 2, 1)
+    if head_dim > 128:
+        return Tiles(32, 32, 4, 2, 1)
+    if num_rows <= 32:
+        return Tiles(32, 64, 4, 3 if element_size == 1 else 2, 2)
+    if num_rows <= 64:
+        return Tiles(64, 32, 4, 3, 2)
+    return Tiles(64, 64, 4, 3 if element_size == 1 else 2, 2)
 
 
 def num_splits(num_programs: int, max_tiles: int, tiles: Tiles, num_cores: int) -> int:
@@ -43,9 +58,9 @@ def num_splits(num_programs: int, max_tiles: int, tiles: Tiles, num_cores: int) 
 
     Two programs a multiprocessor are worth a merge for any length; more of them only where each has much to read.
     """
-    most = num_cores * tiles.programs_per_core // num_programs
-    least = 2 * num_cores // num_programs
-    return max(1, min(max(least, min(most, max_tiles // 32)), most, max_tiles))
+    most = num_cores * tiles.programs // num_programs
+    least = min(2 * num_cores // num_programs, most)
+    return max(1, min(max(least, min(most, max_tiles // 32)), max_tiles))
 
 
 @functools.cache
