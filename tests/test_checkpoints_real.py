@@ -19,11 +19,9 @@ from hf_kvquant.ops import reference
 from hf_kvquant.scales import as_head_channel
 
 ROOT = Path(__file__).parent / "checkpoints"
-STATIC = sorted(
-    path.name
-    for path in ROOT.iterdir()
-    if path.is_dir() and path.name not in ("modelopt_nvfp4", "llm_compressor_fp8_dynamic")
-)
+OTHERS = ("modelopt_nvfp4", "llm_compressor_fp8_dynamic")
+STATIC = sorted(path.parent.name for path in ROOT.glob("*/config.json") if path.parent.name not in OTHERS)
+PRODUCERS = {"llm": "compressed-tensors", "modelopt": "modelopt", "quark_native": "quark", "quark_for_vllm": "autofp8"}
 # K and V after positions, of the two layers of a model with two heads of 16 channels.
 H, D = 2, 16
 
@@ -43,13 +41,13 @@ def read(name: str) -> CheckpointScales:
 
 
 def test_every_checkpoint_is_here() -> None:
-    assert len(STATIC) == 9
+    assert len(STATIC) == 11
 
 
 @pytest.mark.parametrize("name", STATIC)
 def test_static_scales(name: str) -> None:
     found = read(name)
-    assert found.producer == ("modelopt" if name.startswith("modelopt") else "compressed-tensors")
+    assert found.producer == next(producer for start, producer in PRODUCERS.items() if name.startswith(start))
     assert found.kv_cache_dtype == ("int8" if "int8" in name else "fp8_e4m3")
     assert not found.dynamic
     assert all(layer is not None for layer in found.layers)
@@ -66,10 +64,13 @@ def test_static_scales(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STATIC)
-def test_only_query_scales_are_noted(name: str) -> None:
+def test_what_is_noted(name: str) -> None:
     found = read(name)
-    noted = 2 if "attention" in name else 0
-    assert len([note for note in found.notes if "q_scale" in note]) == noted == len(found.notes)
+    of_queries = [note for note in found.notes if "q_scale" in note]
+    before_rotation = [note for note in found.notes if "before their rotary embedding" in note]
+    assert len(of_queries) == (2 if "attention" in name else 0)
+    assert len(before_rotation) == (1 if name.startswith("quark") else 0)
+    assert len(found.notes) == len(of_queries) + len(before_rotation)
     assert all(layer is not None and layer.q_scale is None for layer in found.layers)
     assert found.ignored == []  # what is left out, zero points of the query among them, belongs to nothing that is read
 

@@ -2,6 +2,7 @@
 
     pip install torch==2.13.0 llmcompressor==0.14.0.1      && python tests/checkpoints/make.py llm_compressor
     pip install torch==2.13.0 nvidia-modelopt==0.47.0 transformers accelerate datasets && python ... make.py modelopt
+    pip install torch==2.13.0 amd-quark==0.13 transformers onnx requests               && python ... make.py quark
 
 The tests do not run it. Matrices are left out of the results; every scale, zero point and bias is as the tool wrote it.
 """
@@ -107,5 +108,17 @@ def modelopt() -> None:
             keep(Path(out), f"modelopt_{name}")
 
 
+def quark() -> None:
+    from quark.torch import LLMTemplate, ModelQuantizer, export_safetensors
+    from torch.utils.data import DataLoader
+
+    for name, mode in (("native", "quark"), ("for_vllm", "fp8")):
+        quantizer = ModelQuantizer(LLMTemplate.get("llama").get_config(scheme="fp8", kv_cache_scheme="fp8"))
+        model = quantizer.freeze(quantizer.quantize_model(tiny_model(), DataLoader(tokens(), batch_size=2)))
+        with tempfile.TemporaryDirectory() as out:
+            export_safetensors(model, out, custom_mode=mode)
+            keep(Path(out), f"quark_{name}")
+
+
 if __name__ == "__main__":
-    {"llm_compressor": llm_compressor, "modelopt": modelopt}[sys.argv[1]]()
+    {"llm_compressor": llm_compressor, "modelopt": modelopt, "quark": quark}[sys.argv[1]]()
