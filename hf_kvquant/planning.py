@@ -122,12 +122,15 @@ def plan_memory(
             raise ValueError(f"{name} is {value}; it must be positive")
     if memory is not None and memory < 1:
         raise ValueError(f"memory is {memory}; it must be positive, in bytes")
-    shapes = [shape for shape in layer_shapes(model) if shape.numbers_per_token]
+    all_shapes = layer_shapes(model)
+    shapes = [shape for shape in all_shapes if shape.numbers_per_token]
     dtype = config.dtype
     weight_bytes, notes = _weight_bytes(source, revision, model)
-    if others := len(layer_shapes(model)) - len(shapes):
+    if others := len(all_shapes) - len(shapes):
         notes.append(f"the states of {others} layers without keys and values are not counted")
     notes.append("activations are not counted")
+    if memory is not None and weight_bytes >= memory:
+        notes.append("the weights alone do not fit; give the memory of all devices that share them")
     formats = []
     for name, plan in _FORMATS.items():
 

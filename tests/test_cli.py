@@ -354,6 +354,12 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{data['formats'][1]['largest_batch']:,}" in output
 
 
+def test_weights_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(capsys, "plan", TINY, "--memory", "5MiB")
+    assert "of weights leaves 0 B" in output
+    assert "the weights alone do not fit" in output
+
+
 def test_plan_without_memory(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = run(capsys, "plan", base)
     assert "cache of 512 tokens" in output  # what the model is made for
