@@ -26,6 +26,14 @@ if triton is not None:
             total += tl.load(x_ptr + start + index * BLOCK + tl.arange(0, BLOCK))
         tl.store(out_ptr + tl.program_id(0), tl.sum(total))
 
+    @triton.jit
+    def _copy_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """A program copies BLOCKS * BLOCK numbers that follow each other."""
+        start = tl.program_id(0).to(tl.int64) * BLOCKS * BLOCK
+        for index in tl.static_range(BLOCKS):
+            offsets = start + index * BLOCK + tl.arange(0, BLOCK)
+            tl.store(y_ptr + offsets, tl.load(x_ptr + offsets))
+
 
 # BLOCK, BLOCKS, warps: the fastest is the ceiling.
 _READS = [(1024, 4, 4), (2048, 4, 4), (2048, 8, 4), (4096, 4, 8), (8192, 4, 8)]
@@ -58,7 +66,19 @@ def measure(results: Results, tiny: bool = False) -> None:
 
         def copy(x: torch.Tensor = x, nbytes: int = nbytes) -> dict[str, Any]:
             y = torch.empty_like(x)
-            return {"GB_s": 2 * nbytes / replay_seconds([lambda: y.copy_(x)], device) / 1e9, "how": "copy_, both ways"}
+            best = (2 * nbytes / replay_seconds([lambda: y.copy_(x)], device) / 1e9, "copy_")
+            if triton is not None and device.type == "cuda":
+                for block, blocks, warps in _READS:
+                    y.zero_()
+
+                    def call(block: int = block, blocks: int = blocks, warps: int = warps) -> None:
+                        _copy_kernel[(x.numel() // (block * blocks),)](x, y, block, blocks, num_warps=warps)
+
+                    speed = 2 * nbytes / replay_seconds([call], device) / 1e9
+                    if not torch.equal(x, y):
+                        raise RuntimeError(f"the copying kernel {block, blocks, warps} lost numbers")
+                    best = max(best, (speed, f"{block} x {blocks}, {warps} warps"))
+            return {"GB_s": best[0], "how": f"{best[1]}; both ways"}
 
         results.row({"what": "read", "MiB": nbytes >> 20}, read)
         results.row({"what": "copy", "MiB": nbytes >> 20}, copy)

@@ -6,8 +6,9 @@ import functools
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 
-from hf_kvquant.ops import paged_attention, write_kv
+from hf_kvquant.ops import paged_attention, read_pages, write_kv
 
 from . import peers
 from .decode import DTYPE, LLAMA, MAIN
@@ -55,6 +56,28 @@ def measure(results: Results, quick: bool = False, tiny: bool = False) -> None:
                 )  # fmt: skip
 
             _timed(results, key, f"{format_name} {scales}".strip(), ours, flops, best)
+
+            def long_turn(
+                batch: int = batch,
+                num_tokens: int = num_tokens,
+                context: int = context,
+                format_name: str = format_name,
+                scales: str = scales,
+            ) -> Any:
+                pages = make_pages(shape, batch, context, format_name, scales, device, DTYPE)
+                query = make_query(shape, batch, num_tokens, device, DTYPE)
+                mask = causal_lower_right(num_tokens, context)
+
+                def call() -> torch.Tensor:
+                    key, value = (read_pages(side, pages.page_table, DTYPE) for side in (pages.k, pages.v))
+                    return peers.sdpa(
+                        query, key[:, :, :context], value[:, :, :context], attn_mask=mask, enable_gqa=True
+                    )
+
+                return call
+
+            if device.type == "cuda":  # what attention does with many new tokens
+                _timed(results, key, f"read {format_name} {scales}".strip() + " + sdpa", long_turn, flops, best)
 
 
 def _dense(shape: Shape, batch: int, num_tokens: int, context: int, device: torch.device) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from .layers import PagedLayer
 from .ops import reference
 
 # New tokens from which on a GPU the past is dequantized for them: attention then takes much longer than that.
-_LONG_TURN = 256
+_LONG_TURN = 64
 
 NAMES = ("kvquant", "kvquant_fp8", "kvquant_fp8_e5m2", "kvquant_int8")
 
