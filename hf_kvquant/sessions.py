@@ -243,9 +243,11 @@ class SavedCache:
         if rows.shape[1] != held or rows.min() < 0 or rows.max() >= min(shape[0] for shape in shapes):
             raise ValueError(f"{self.path} is damaged: {where} has pages {shapes} for tables of {rows.shape}")
         places = layer.table.restore(rows, table["length"], table["first_page"])  # type: ignore[union-attr]
-        pages, first = np.unique(rows, return_index=True)
+        # Sequences that share a page in the file may have one each here.
+        places, first = np.unique(places, return_index=True)
+        pages = rows.ravel()[first]
         for side, store in (("k", layer.k), ("v", layer.v)):
-            self._fill_pages(store, f"{where}.{side}", torch.from_numpy(pages), torch.from_numpy(places.ravel()[first]))
+            self._fill_pages(store, f"{where}.{side}", torch.from_numpy(pages), torch.from_numpy(places))
             store.source, store.needs_tokens = entry[side]["source"], entry[side]["needs_tokens"]
         layer.clipped += torch.tensor(entry["clipped"], device=device)
         layer.is_empty = False

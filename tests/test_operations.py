@@ -221,6 +221,24 @@ def test_two_of_ours_as_an_encoder_decoder_cache() -> None:
     assert other.get_seq_length() == 9
 
 
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 64}, {"offload": True}], ids=["growing", "fixed", "offload"])
+def test_beams_are_saved_as_they_are(options: dict[str, Any], tmp_path: Any) -> None:
+    """Sequences that share pages come back, whatever they share then."""
+    model = tiny_llama("kvquant")
+    cache = QuantizedPagedCache.from_model(model, page_size=4, **options)
+    with torch.no_grad():
+        model(prompt(3, 21), past_key_values=cache)
+        cache.reorder_cache(torch.tensor([2, 2, 0]))
+        model(prompt(3, 2), past_key_values=cache)
+        cache.save_pretrained(tmp_path / "beams")
+        loaded = QuantizedPagedCache.from_pretrained(tmp_path / "beams", model)
+        for _ in range(2):
+            logits = [model(prompt(3, 3, seed=3), past_key_values=each).logits for each in (cache, loaded)]
+            assert torch.equal(*logits)
+            for each in (cache, loaded):
+                each.reorder_cache(torch.tensor([1, 0, 0]))
+
+
 # -- keys and values as attributes ----------------------------------------------------------------------------------
 
 
