@@ -458,6 +458,16 @@ def test_zero_points_of_any_granularity(
     assert torch.equal(over_channels(layer.k_zero), -over_channels(steps) * over_channels(scale))
 
 
+def test_zeros_without_measure_are_named(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no activation"):
+        found = read(checkpoint(tmp_path, {**OWN, f"{PREFIX}.k_scale": 1e30}, COMPRESSED))
+    assert found.layers[0] is not None
+    checkpoint(tmp_path, {**OWN, f"{PREFIX}.k_scale": 1e30, f"{PREFIX}.k_zero_point": 1e30}, COMPRESSED)
+    with pytest.raises(ValueError, match="k_zero holds NaN or infinite values") as error:
+        read_scales(tmp_path, PATHS)
+    assert f"{PREFIX.format(0)} in {tmp_path}" in str(error.value)
+
+
 @pytest.mark.parametrize("value", [1e-20, 1e9])
 def test_scales_beyond_all_measure_are_suspicious(tmp_path: Path, value: float) -> None:
     with pytest.warns(UserWarning, match=r"k_scale holds .*, which no activation can have led to \(and 1 more"):

@@ -21,7 +21,13 @@ from hf_kvquant.scales import as_head_channel
 ROOT = Path(__file__).parent / "checkpoints"
 OTHERS = ("modelopt_nvfp4", "llm_compressor_fp8_dynamic")
 STATIC = sorted(path.parent.name for path in ROOT.glob("*/config.json") if path.parent.name not in OTHERS)
-PRODUCERS = {"llm": "compressed-tensors", "modelopt": "modelopt", "quark_native": "quark", "quark_for_vllm": "autofp8"}
+PRODUCERS = {
+    "llm_compressor": "compressed-tensors",
+    "auto_round": "compressed-tensors",
+    "modelopt": "modelopt",
+    "quark_native": "quark",
+    "quark_for_vllm": "autofp8",
+}
 # K and V after positions, of the two layers of a model with two heads of 16 channels.
 H, D = 2, 16
 
@@ -41,7 +47,7 @@ def read(name: str) -> CheckpointScales:
 
 
 def test_every_checkpoint_is_here() -> None:
-    assert len(STATIC) == 11
+    assert len(STATIC) == 13
 
 
 @pytest.mark.parametrize("name", STATIC)
@@ -68,10 +74,11 @@ def test_what_is_noted(name: str) -> None:
     found = read(name)
     of_queries = [note for note in found.notes if "q_scale" in note]
     before_rotation = [note for note in found.notes if "before their rotary embedding" in note]
-    assert len(of_queries) == (2 if "attention" in name else 0)
+    assert len(of_queries) == (2 if name.startswith("llm_compressor_fp8_attention") else 0)
     assert len(before_rotation) == (1 if name.startswith("quark") else 0)
     assert len(found.notes) == len(of_queries) + len(before_rotation)
-    assert all(layer is not None and layer.q_scale is None for layer in found.layers)
+    with_queries = [layer is not None and layer.q_scale is not None for layer in found.layers]
+    assert with_queries == [name == "auto_round_fp8_attention"] * 2
     assert found.ignored == []  # what is left out, zero points of the query among them, belongs to nothing that is read
 
 
@@ -92,7 +99,7 @@ def stored(x: torch.Tensor, layer: LayerScales, side: str, kind: str) -> torch.T
     return reference.dequantize(codes, kind, scale, zero, token_scale=None)
 
 
-@pytest.mark.parametrize("name", [name for name in STATIC if name.startswith("llm_compressor")])
+@pytest.mark.parametrize("name", [name for name in STATIC if name.startswith(("llm", "auto_round"))])
 def test_the_tools_own_quantization(name: str) -> None:
     """compressed-tensors' fake quantization with the scales in the file gives what our pages hold."""
     quantization = pytest.importorskip("compressed_tensors.quantization")

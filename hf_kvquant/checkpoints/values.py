@@ -63,7 +63,10 @@ class LayerReader:
                 scales[side], used[f"{side}_scale"] = scales[other], used[f"{other}_scale"]
         zeros = {side: self._zero(side, parts, scales[side], numbers, used) for side in "kv"}
         q_scale = self._q_scale(parts, used)
-        layer = LayerScales(scales["k"], scales["v"], q_scale, zeros["k"], zeros["v"])
+        try:
+            layer = LayerScales(scales["k"], scales["v"], q_scale, zeros["k"], zeros["v"])
+        except ValueError as error:  # a product of two numbers may be infinite
+            raise ValueError(f"{module} in {self.path}: {error}") from error
         return layer, {part: source for part, (source, _) in used.items()}
 
     def _zero(

@@ -3,6 +3,7 @@
     pip install torch==2.13.0 llmcompressor==0.14.0.1      && python tests/checkpoints/make.py llm_compressor
     pip install torch==2.13.0 nvidia-modelopt==0.47.0 transformers accelerate datasets && python ... make.py modelopt
     pip install torch==2.13.0 amd-quark==0.13 transformers onnx requests               && python ... make.py quark
+    pip install torch==2.13.0 auto-round==0.16.1 transformers compressed-tensors       && python ... make.py auto_round
 
 The tests do not run it. Matrices are left out of the results; every scale, zero point and bias is as the tool wrote it.
 """
@@ -18,7 +19,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
 FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
@@ -39,6 +41,11 @@ def tokens() -> torch.Tensor:
     return torch.randint(3, 99, (8, 32), generator=torch.Generator().manual_seed(1))
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({str(index): index for index in range(99)}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="2")
+
+
 def keep(source: Path, name: str) -> None:
     target = HERE / name
     shutil.rmtree(target, ignore_errors=True)
@@ -57,11 +64,7 @@ def llm_compressor() -> None:
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({str(index): index for index in range(99)}, unk_token="0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="2")
     data = Dataset.from_dict({"input_ids": tokens().tolist(), "attention_mask": [[1] * 32] * 8})
 
     def attention(**arguments: object) -> dict[str, object]:
@@ -83,10 +86,10 @@ def llm_compressor() -> None:
         with tempfile.TemporaryDirectory() as directory:
             base, out = Path(directory) / "base", Path(directory) / "out"
             tiny_model().save_pretrained(base)
-            tokenizer.save_pretrained(base)
+            tokenizer().save_pretrained(base)
             model = LlamaForCausalLM.from_pretrained(base)
             oneshot(
-                model=model, processor=tokenizer, dataset=data, recipe=QuantizationModifier(**recipe),
+                model=model, processor=tokenizer(), dataset=data, recipe=QuantizationModifier(**recipe),
                 num_calibration_samples=8, max_seq_length=32, pipeline="basic",
             )  # fmt: skip
             model.save_pretrained(out, save_compressed=True)
@@ -108,6 +111,24 @@ def modelopt() -> None:
             keep(Path(out), f"modelopt_{name}")
 
 
+def auto_round() -> None:
+    from auto_round import AutoRound
+    from torch.utils.data import DataLoader
+
+    recipes = {"kv": {"static_kv_dtype": "fp8"}, "attention": {"static_attention_dtype": "fp8"}}
+    for name, recipe in recipes.items():
+        with tempfile.TemporaryDirectory() as directory:
+            base, out = Path(directory) / "base", Path(directory) / "out"
+            tiny_model().save_pretrained(base)
+            tokenizer().save_pretrained(base)
+            rounding = AutoRound(
+                LlamaForCausalLM.from_pretrained(base), tokenizer(), scheme="FP8_STATIC", iters=0, nsamples=8,
+                seqlen=32, batch_size=2, dataset=DataLoader(tokens(), batch_size=2), disable_opt_rtn=True, **recipe,
+            )  # fmt: skip
+            rounding.quantize_and_save(str(out), format="llm_compressor")
+            keep(next(out.glob("**/config.json")).parent, f"auto_round_fp8_{name}")
+
+
 def quark() -> None:
     from quark.torch import LLMTemplate, ModelQuantizer, export_safetensors
     from torch.utils.data import DataLoader
@@ -121,4 +142,4 @@ def quark() -> None:
 
 
 if __name__ == "__main__":
-    {"llm_compressor": llm_compressor, "modelopt": modelopt, "quark": quark}[sys.argv[1]]()
+    {"llm_compressor": llm_compressor, "modelopt": modelopt, "quark": quark, "auto_round": auto_round}[sys.argv[1]]()
