@@ -57,8 +57,10 @@ class GrowingLayer(PagedLayer):
             key, value, page_table, seq_lens = (x[:: self._copies] for x in (key, value, page_table, seq_lens))
             page_table, seq_lens = page_table.contiguous(), seq_lens.contiguous()
         super()._write(key, value, page_table, seq_lens)
-        for store in self._offloaded_stores:
-            store.save(self.table.pages_since(self.length - key.shape[2]))
+        if self.offloads:
+            pages = self.table.pages_since(self.length - key.shape[2])
+            for store in self._offloaded_stores:
+                store.save(pages)
 
     def prefetch(self) -> None:
         for store in self._offloaded_stores:
