@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from hf_kvquant import LayerScales, QuantizedPagedCache, calibrate, read_scales, write_scales
 from hf_kvquant.checkpoints import ModelLayers
 from hf_kvquant.exporting import check_export
+from hf_kvquant.hosts import model_layers
 from hf_kvquant.ops import reference
 from hf_kvquant.scales import as_head_channel
 
@@ -275,6 +276,31 @@ def test_a_query_scale(tmp_path: Path, base: Path) -> None:
     scales = Scales(scales_of((2,), q=(4,)))
     write(scales, ["per head", "transformers reports q_scale"], base, tmp_path / "heads")
     assert load_file(tmp_path / "heads" / "model-kv-scales.safetensors")[f"{MODULES[0]}.q_scale"].shape == (4, 1, 1)
+
+
+@pytest.mark.parametrize(("model_type", "obstacle"), [("mixtral", "the experts"), ("opt", "num_key_value_heads")])
+def test_models_that_transformers_may_not_load_with_a_declaration(
+    tmp_path: Path, model_type: str, obstacle: str
+) -> None:
+    """compressed-tensors may want more of them than a KV cache needs; that is said, and the way around it works."""
+    model = families.build(model_type)
+    model.save_pretrained(tmp_path)
+    calibrated = calibrate(model, prompt(), progress=False)
+    write(calibrated, [obstacle], tmp_path)
+    cache = QuantizedPagedCache.from_model(load_plain(tmp_path))
+    assert {row.kv_cache_dtype for row in cache.report().layers} == {("fp8_e4m3", "fp8_e4m3")}
+
+
+@pytest.mark.parametrize("model_type", families.available(["gemma3_text", "bamba", "qwen2_5_vl", "phi3"]))
+def test_other_models_load_in_place(tmp_path: Path, model_type: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    model = families.build(model_type)
+    model.save_pretrained(tmp_path)
+    write_scales(calibrate(model, prompt(2, 21), progress=False), tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    rounded = sum(hasattr(module, "k_scale") for module in loaded.modules())
+    assert rounded == sum(1 for paths in model_layers(model).paths if paths)
 
 
 def test_old_scales_give_way(tmp_path: Path, base: Path) -> None:

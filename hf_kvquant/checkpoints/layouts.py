@@ -7,7 +7,7 @@ leaves no linear layer unaccounted for, transformers with compressed-tensors the
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -92,9 +92,23 @@ def check_holds(layout: str, kv_cache_dtype: str, by_prefix: ByPrefix) -> None:
         raise ValueError(f"layout {layout!r} cannot hold {problem}; {_ELSE_SIDECAR}")
 
 
-def limits(layout: str, kv_cache_dtype: str, by_prefix: ByPrefix) -> list[str]:
-    """Which readers of the layout cannot read these scales, and what does not survive."""
+def limits(
+    layout: str, kv_cache_dtype: str, by_prefix: ByPrefix, config: Mapping[str, Any], tensors: Iterable[str]
+) -> list[str]:
+    """Which readers of the layout cannot read these scales of a checkpoint, and what does not survive."""
     notes = []
+    if layout == "compressed-tensors" and not quantization_of(config).get("config_groups"):
+        # Checkpoints with quantized weights have met both already.
+        obstacle = None
+        if any(".experts." in name for name in tensors):
+            obstacle = "the experts of a checkpoint whose weights are not quantized"
+        elif not any("num_key_value_heads" in part for part in (config, config.get("text_config") or {})):
+            obstacle = "a model without num_key_value_heads in config.json"
+        if obstacle:
+            notes.append(
+                f"transformers with compressed-tensors may be unable to load {obstacle}; without quantization_config "
+                "it does, and this package still finds the scales"
+            )
     has_q_scale = has(by_prefix, "q_scale")
     if layout == "compressed-tensors":
         if kv_cache_dtype == "int8":

@@ -90,7 +90,8 @@ def prepare_checkpoint(
     target = Path(files.path if output is None else output)
 
     def prepared(write: Callable[[], list[str]]) -> PreparedScales:
-        return PreparedScales(str(target), layout, limits(layout, dtype, by_prefix), write)
+        notes = limits(layout, dtype, by_prefix, files.config, files.tensors)
+        return PreparedScales(str(target), layout, notes, write)
 
     if layout in JSON_LAYOUTS:
         if layout == "sidecar":
