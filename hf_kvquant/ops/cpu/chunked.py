@@ -129,12 +129,12 @@ def _read(side: Side, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor |
     ids = pages.flatten()
     codes = _workspace("codes", store.dtype, (ids.numel(), *store.shape[1:]))
     torch.index_select(store, 0, ids, out=codes)
+    name = get_format(name).name
+    if name == "int8":  # from offset binary to two's complement
+        codes = codes.bitwise_xor_(0x80).view(torch.int8)
     codes = codes.unflatten(0, (batch_size, num_pages)).transpose(1, 2)  # [B, H, n, S, D]
     numbers = _workspace("numbers", torch.float32, tuple(codes.shape))
-    name = get_format(name).name
-    if name == "int8":
-        numbers.copy_(codes).sub_(128)
-    elif name == "model":
+    if name in ("int8", "model"):
         numbers.copy_(codes)
     else:
         numbers.copy_(_as_half(name, codes))
