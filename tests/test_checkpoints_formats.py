@@ -229,7 +229,7 @@ def test_layers_that_predict_further_tokens(tmp_path: Path) -> None:
         found = read(directory, model)
         assert [layer.k_scale.item() for layer in layers_of(found)] == [K, 2 * K]
         assert found.ignored == [name.format(2) for name in PROJECTIONS]
-        assert any("2 values look like KV scales but are of no cache layer" in note for note in found.notes)
+        assert any("2 names look like KV scales but are of no cache layer" in note for note in found.notes)
 
 
 def test_towers_with_the_same_numbers(tmp_path: Path) -> None:
@@ -852,6 +852,17 @@ def test_a_model_as_the_source(tmp_path: Path) -> None:
     assert len(layers_of(read_scales(model, other))) == 1
 
 
+def test_other_files_with_scales_are_said(tmp_path: Path) -> None:
+    checkpoint(tmp_path, OWN, COMPRESSED)
+    write_json(tmp_path, "kv_cache_scales.json", vllm_json({"0": 0.25, "1": 0.5}))
+    write_statistics(tmp_path)
+    found = read(tmp_path)
+    assert layers_of(found)[0].k_scale.item() == K
+    assert found.ignored == ["kv_cache_scales.json", "key_stats.pth", "value_stats.pth"]
+    assert any("kv_cache_scales.json" in note for note in found.notes)
+    assert read(tmp_path / "kv_cache_scales.json").ignored == []
+
+
 def test_the_side_car_comes_first(tmp_path: Path) -> None:
     """This package's own file is put beside a checkpoint on purpose."""
     from hf_kvquant.checkpoints import sidecar
@@ -864,6 +875,7 @@ def test_the_side_car_comes_first(tmp_path: Path) -> None:
     write_json(tmp_path, sidecar.FILE, content)
     found = read(tmp_path)
     assert (found.producer, found.kv_cache_dtype) == ("hf_kvquant", "int8")
+    assert sorted(found.ignored) == sorted(name.format(index) for name in OWN for index in range(2))
     first, second = layers_of(found)
     assert torch.equal(first.k_scale, torch.full((2, 16), 0.5))
     assert first.k_zero is not None

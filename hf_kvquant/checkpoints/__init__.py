@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,7 @@ from . import lightllm, lmdeploy, ort_genai, sidecar, tensorrt_llm, tensors, vll
 from .files import MAX_COUNT, CheckpointFiles
 from .found import CheckpointScales, Found, ModelLayers, Parts, ScaleSource, Wanted
 from .matching import match_layers, number_layers
+from .names import looks_like_kv_scale
 from .values import LayerReader
 
 # What was put beside a checkpoint on purpose comes before what is in it.
@@ -29,6 +31,8 @@ READERS = (
     lmdeploy.read_parameters,
     lmdeploy.read_statistics,
 )
+# Files that hold nothing but scales.
+_FILES = (sidecar.FILE, vllm.FILE, lightllm.FILE, *lmdeploy.STATISTICS.values())
 
 
 def read_checkpoint(
@@ -54,7 +58,8 @@ def read_checkpoint(
 def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -> CheckpointScales | None:
     declared = found.declared
     modules = _modules_of_layers(files, found, model)
-    notes, ignored = [*files.broken, *found.notes], [*found.ignored, *_surplus(found, modules)]
+    notes = [*files.broken, *found.notes]
+    ignored = [*found.ignored, *_surplus(found, modules), *_beside(files, found)]
     layers: list[LayerScales | None] = [None] * len(modules)
     sources: list[dict[str, ScaleSource]] = [{} for _ in modules]
     if not declared.dynamic:
@@ -85,8 +90,8 @@ def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -
                 notes.append(f"layer {index} has no scales in {files.path}; it is quantized dynamically")
     if ignored:
         notes.append(
-            f"{len(ignored)} values look like KV scales but are of no cache layer or of no known format, and are not "
-            f"used: {', '.join(ignored[:3])}{', ...' if len(ignored) > 3 else ''}"
+            f"{len(ignored)} names look like KV scales but are of no cache layer, of no known format, or beside what "
+            f"is read, and are not used: {', '.join(ignored[:3])}{', ...' if len(ignored) > 3 else ''}"
         )
     return CheckpointScales(
         files.path, declared.producer, declared.kv_cache_dtype, declared.dynamic, layers, sources, notes, ignored
@@ -120,6 +125,18 @@ def _surplus(found: Found, modules: list[tuple[str, Parts]]) -> list[str]:
     return sorted(
         source.key for module, parts in found.by_path.items() if module not in used for source, _ in parts.values()
     )
+
+
+def _beside(files: CheckpointFiles, found: Found) -> list[str]:
+    """What another reader would have found in the same place."""
+    if files.only is not None:
+        return []
+    modules = (*found.by_path.values(), *found.by_number.values())
+    used = {source.file for parts in modules for source, _ in parts.values()}
+    names = [name for name in _FILES if name not in used and (Path(files.path) / name).is_file()]
+    if used and not any(file.endswith(".safetensors") for file in used):
+        names += [name for name in files.names if looks_like_kv_scale(name)]
+    return names
 
 
 def _num_kv_heads(files: CheckpointFiles, model: ModelLayers | None, index: int) -> int | None:
