@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import torch
@@ -336,10 +336,8 @@ class _Gatherer:
         v_scale, v_zero = estimate(self._statistics[layer, "v"])
         q_scale = None
         if (layer, "q") in self._statistics:
-            per_head = GRANULARITIES[min(GRANULARITIES.index(estimate.granularity), 1)]
-            q_scale, _ = _Estimate(estimate.row, per_head, estimate.estimator, True, estimate.percentile)(
-                self._statistics[layer, "q"]
-            )
+            granularity = "tensor" if estimate.granularity == "tensor" else "head"
+            q_scale, _ = replace(estimate, granularity=granularity, symmetric=True)(self._statistics[layer, "q"])
         return LayerScales(k_scale, v_scale, q_scale, k_zero, v_zero)
 
 
