@@ -1,7 +1,8 @@
 """What the operators for CPUs give against the host's own caches: in one process, peers in turn, medians of ratios.
 
     python -m benchmarks.cpu --json benchmarks/results/cpu-epyc.json
-    python -m benchmarks.cpu --only attention --quick
+    python -m benchmarks.cpu --only attention
+    python -m benchmarks.cpu --tiny                       # try the program itself
 
 Other work on the machine slows all peers of a round alike, so ratios are of one round. Waiting threads must not spin
 (OMP_WAIT_POLICY=passive) where others share the cores. `without a compiler` is what runs where no kernel can be built.
@@ -87,7 +88,7 @@ def in_turn(ways: list[Way], step: Callable[[Way], None], seconds: float, rounds
 
     The order changes from round to round: the first after the read finds its cache empty.
     """
-    memory = torch.ones(1 << 25, dtype=torch.int64)
+    memory = torch.ones(1 << 25 if rounds > 3 else 1 << 15, dtype=torch.int64)
     speeds = []
     start = time.perf_counter()
     for index in range(rounds + 1):
@@ -129,13 +130,13 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def measure_attention(results: Results, quick: bool) -> None:
+def measure_attention(results: Results, tiny: bool) -> None:
     """`update` and attention of one layer and one new token: 32 query heads, 8 of K and V, head_dim 128."""
     results.part("attention", "a layer's step, 32/8 heads, head_dim 128, ms; x: times as long as kvquant int8")
     config = llama(1, 32, 8, 128)
     module = SimpleNamespace(num_key_value_groups=4, is_causal=True, training=False, scaling=128**-0.5)
     sizes = [(1, 512), (1, 4096), (1, 32768), (8, 512), (8, 4096), (8, 32768)]
-    for batch, context in sizes[:2] if quick else sizes:
+    for batch, context in [(2, 65)] if tiny else sizes:
 
         def measured(batch: int = batch, context: int = context) -> dict[str, Any]:
             ways = ways_for(config, without_compiler=True)
@@ -152,7 +153,7 @@ def measure_attention(results: Results, quick: bool) -> None:
                 way.update_seconds.append(middle - start)
                 way.seconds.append(time.perf_counter() - start)
 
-            speeds = in_turn(ways, step, 60, 100)
+            speeds = in_turn(ways, step, 60, 3 if tiny else 100)
             times = ratios(ways)
             row: dict[str, Any] = {"rounds": len(speeds)}
             for way in ways:
@@ -170,12 +171,12 @@ def measure_attention(results: Results, quick: bool) -> None:
         gc.collect()
 
 
-def measure_prompt(results: Results, quick: bool) -> None:
+def measure_prompt(results: Results, tiny: bool) -> None:
     """A prompt's `update` and attention: alone, and after a stored past."""
     results.part("prompt", "a layer's prompt, 32/8 heads, head_dim 128, ms; x: times as long as kvquant int8")
     config = llama(1, 32, 8, 128)
     module = SimpleNamespace(num_key_value_groups=4, is_causal=True, training=False, scaling=128**-0.5)
-    for past, tokens in [(0, 512), (4096, 64)] if quick else [(0, 512), (0, 2048), (4096, 64), (4096, 512)]:
+    for past, tokens in [(0, 5), (65, 5)] if tiny else [(0, 512), (0, 2048), (4096, 64), (4096, 512)]:
 
         def measured(past: int = past, tokens: int = tokens) -> dict[str, Any]:
             new = [torch.randn(1, tokens, 8, 128, dtype=DTYPE).transpose(1, 2) for _ in range(2)]
@@ -198,7 +199,7 @@ def measure_prompt(results: Results, quick: bool) -> None:
                 way.attend(module, query, key, value, mask)
                 way.seconds.append(time.perf_counter() - start)
 
-            speeds = in_turn(ways, step, 20, 20)
+            speeds = in_turn(ways, step, 20, 3 if tiny else 20)
             times = ratios(ways)
             row: dict[str, Any] = {"rounds": len(speeds)}
             for way, name in zip(ways, names, strict=True):
@@ -208,12 +209,12 @@ def measure_prompt(results: Results, quick: bool) -> None:
         results.row({"past": past, "new": tokens}, measured)
 
 
-def measure_generate(results: Results, quick: bool) -> None:
+def measure_generate(results: Results, tiny: bool) -> None:
     """`generate` with a model of SmolLM2-135M's shape over a random past."""
     results.part("generate", "135M shape, 30 layers, 9/3 heads, head_dim 64: tokens/s; x: kvquant int8 over it")
-    config = llama(30, 9, 3, 64)
+    config = llama(2, 3, 1, 64) if tiny else llama(30, 9, 3, 64)
     model = LlamaForCausalLM._from_config(config, dtype=DTYPE, attn_implementation="sdpa").eval()
-    for context in [512] if quick else [512, 4096, 16384]:
+    for context in [65] if tiny else [512, 4096, 16384]:
 
         def measured(context: int = context) -> dict[str, Any]:
             ways = [way for way in ways_for(model.config, True) if way.name != "DynamicCache, packed"]
@@ -232,7 +233,7 @@ def measure_generate(results: Results, quick: bool) -> None:
                 steps = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
                 way.seconds.append(statistics.median(steps))
 
-            speeds = in_turn(ways, step, 120, 20)
+            speeds = in_turn(ways, step, 120, 3 if tiny else 20)
             times = ratios(ways)
             row: dict[str, Any] = {"rounds": len(speeds)}
             for way in ways:
@@ -249,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--only", default=",".join(parts), help=f"parts, of {','.join(parts)}")
-    parser.add_argument("--quick", action="store_true", help="fewer rows")
+    parser.add_argument("--tiny", action="store_true", help="sizes that say nothing, to try the program")
     parser.add_argument("--threads", type=int, help="by default torch's own choice")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",")
@@ -266,7 +267,7 @@ def main() -> None:
     about["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY")
     print(about["device"], about["threads"], "threads", about["path"], about["versions"], about["git_commit"])
     for name in chosen:
-        parts[name](results, arguments.quick)
+        parts[name](results, arguments.tiny)
 
 
 if __name__ == "__main__":

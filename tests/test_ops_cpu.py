@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -333,3 +334,19 @@ def test_built_without_openmp_and_without_a_cache(
 def test_an_unknown_path_is_refused() -> None:
     with pytest.raises(ValueError, match="'avx' is not one of"):
         cpu.use("avx")
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_measures_everything(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.cpu", "--tiny", "--json", str(result)]
+    subprocess.run(command, cwd=Path(__file__).parents[1], env=dict(os.environ), check=True)
+    parts = json.loads(result.read_text())["parts"]
+    assert list(parts) == ["attention", "prompt", "generate"]
+    for part in parts.values():
+        assert part["rows"]
+        for row in part["rows"]:
+            assert row.get("error") is None
+            assert all(value > 0 for name, value in row.items() if name.endswith((", x", ", ms", ", tokens/s")))
