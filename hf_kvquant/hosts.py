@@ -33,8 +33,9 @@ def attention_paths(model: PreTrainedModel, num_layers: int) -> list[list[str]]:
     """For each cache layer the paths of the attention modules that carry its index."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and "attention" in type(module).__name__.lower():
+        index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
+        name = type(module).__name__.lower()
+        if isinstance(index, int) and ("attention" in name or name.endswith("mla")):
             paths.setdefault(index, []).append(path)
     return [paths.get(index, []) for index in range(num_layers)]
 
