@@ -458,6 +458,12 @@ def test_zero_points_of_any_granularity(
     assert torch.equal(over_channels(layer.k_zero), -over_channels(steps) * over_channels(scale))
 
 
+def test_zeros_of_another_shape_are_named(tmp_path: Path) -> None:
+    names = {**OWN, f"{PREFIX}.k_scale": torch.ones(2, 2), f"{PREFIX}.k_zero_point": torch.ones(16)}
+    with pytest.raises(ValueError, match=r"k_zero_point in .* has shape \[2, 8\], its scale \[2, 2\]"):
+        read_scales(checkpoint(tmp_path, names, COMPRESSED), PATHS)
+
+
 def test_zeros_without_measure_are_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no activation"):
         found = read(checkpoint(tmp_path, {**OWN, f"{PREFIX}.k_scale": 1e30}, COMPRESSED))

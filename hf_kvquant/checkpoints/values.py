@@ -79,7 +79,14 @@ class LayerReader:
     ) -> torch.Tensor | None:
         """What is added, in the units of x; None if it is zero everywhere."""
         if steps := parts.get(f"{side}_zero_point"):
-            value, zero = steps, _times(-numbers(steps), scale)
+            value, counted = steps, -numbers(steps)
+            try:
+                zero = _times(counted, scale)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{_where(steps[0], self.path)} has shape {list(counted.shape)}, its scale {list(scale.shape)}; the "
+                    "checkpoint is broken, recalibrate it"
+                ) from error
         elif added := parts.get(f"{side}_zero"):
             value, zero = added, numbers(added)
         else:
