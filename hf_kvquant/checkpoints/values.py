@@ -84,8 +84,8 @@ class LayerReader:
                 zero = _times(counted, scale)
             except RuntimeError as error:
                 raise ValueError(
-                    f"{_where(steps[0], self.path)} has shape {list(counted.shape)}, its scale {list(scale.shape)}; the "
-                    "checkpoint is broken, recalibrate it"
+                    f"{_where(steps[0], self.path)} has shape {list(counted.shape)}, its scale {list(scale.shape)}; "
+                    "the checkpoint is broken, recalibrate it"
                 ) from error
         elif added := parts.get(f"{side}_zero"):
             value, zero = added, numbers(added)
