@@ -8,7 +8,7 @@ Small calls are bound by the host: what does not change from step to step is wor
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -159,20 +159,21 @@ def paged_attention(
         mask_kind, mask_dtype, None if sinks is None else sinks.dtype, softcap is None, window is None, causal,
         _is_aligned(k_pages, v_pages), tiles, splits,
     )  # fmt: skip
-    plan = _attention_plans.get(plan_key)
-    if plan is None:
-        plan = _remember(_attention_plans, plan_key, _plan_attention(*plan_key))
-    partial = query.new_empty(plan.partial_size, dtype=torch.float32) if plan.merge is not None else None
-    plan.kernel(
-        plan.grid,
-        (
+
+    def arguments(partial: torch.Tensor | None, splits: int) -> tuple[object, ...]:
+        return (
             query, output, page_table.contiguous(), seq_lens,
             k_pages, k_scale, k_zero, k_token_scale, v_pages, v_scale, v_zero, v_token_scale,
             attn_mask, sinks, partial, softmax_scale, 0.0 if softcap is None else softcap,
             *query.stride()[:3], *mask_strides,
-            mask_start, mask_len, 0 if window is None else window, query.shape[2], num_columns, plan.splits,
-        ),
-    )  # fmt: skip
+            mask_start, mask_len, 0 if window is None else window, query.shape[2], num_columns, splits,
+        )  # fmt: skip
+
+    plan = _attention_plans.get(plan_key)
+    if plan is None:
+        plan = _remember(_attention_plans, plan_key, _plan_attention(*plan_key, arguments))
+    partial = query.new_empty(plan.partial_size, dtype=torch.float32) if plan.merge is not None else None
+    plan.kernel(plan.grid, arguments(partial, plan.splits))
     if plan.merge is not None:
         plan.merge(plan.merge_grid, (output, partial, v_scale, v_zero, sinks, query.shape[2], plan.splits))
     return output
@@ -200,7 +201,7 @@ def _plan_attention(
     v_format: str, v_scale: int, v_zero: int, v_static: bool,
     mask_kind: int, mask_dtype: torch.dtype | None, sinks_dtype: torch.dtype | None,
     no_softcap: bool, no_window: bool, causal: bool, is_aligned: bool,
-    tiles: tuning.Tiles | None, splits: int | None,
+    tiles: tuning.Tiles | None, splits: int | None, arguments: Callable[[torch.Tensor | None, int], tuple[object, ...]],
 ) -> _AttentionPlan:  # fmt: skip
     batch_size, num_q_heads, num_tokens, k_dim = query_shape
     num_heads, page_size, _ = page_shape
@@ -213,9 +214,9 @@ def _plan_attention(
         is_dynamic = not (k_static and v_static)
         tiles = tuning.attention_tiles(num_rows, max(k_block, v_block), element_size, is_dynamic, mask_kind > 0)
     num_programs = -(-num_rows // tiles.block_m) * num_heads * batch_size
-    if splits is None:
-        max_tiles = -(-num_columns * page_size // tiles.block_n)
-        splits = tuning.num_splits(num_programs, max_tiles, tiles, tuning.num_multiprocessors(device))
+    max_tiles = -(-num_columns * page_size // tiles.block_n)
+    num_cores = tuning.num_multiprocessors(device)
+    given, splits = splits, splits or tuning.num_splits(num_programs, max_tiles, tiles.programs, num_cores)
     chained = splits > 1 and tuning.can_chain(device)
     constants = (
         num_heads, group, page_size, tiles.block_m, tiles.block_n,
@@ -229,6 +230,9 @@ def _plan_attention(
     kernel = _attention.prepare(device, constants, options, types if is_aligned else None)
     merge = None
     if splits > 1:
+        programs = None if given else kernel.programs_at_once(arguments(torch.empty(1, device=device), splits))
+        if programs is not None:  # what the compiler made of the kernel says it better than the table
+            splits = max(2, tuning.num_splits(num_programs, max_tiles, programs, num_cores))
         block_s = min(_padded(splits, 1), max(1, 8192 // v_block))
         merge_constants = (
             num_heads, group, v_dim, v_block, v_format != "model", v_scale, v_zero, sinks_dtype is not None, block_s,

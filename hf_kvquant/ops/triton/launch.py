@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+_REGISTERS = 65536  # of a multiprocessor, from compute capability 8.0 to 12.0
+
 
 class Launcher:
     """A kernel, compiled once for everything that its code depends on."""
@@ -55,6 +57,27 @@ class Prepared:
         self._options = dict(options)
         self._keep = keep
         self._compiled: Any = None
+
+    def programs_at_once(self, arguments: tuple[Any, ...]) -> int | None:
+        """How many programs a multiprocessor runs at once, by registers and shared memory; None where not known.
+
+        `arguments` are as in a call, of which nothing but types is looked at.
+        """
+        if self._device.type != "cuda" or torch.version.hip is not None or not self._keep:
+            return None
+        if self._compiled is None:
+            with torch.cuda.device(self._device):
+                self._compiled = self._kernel.warmup(*arguments, *self._constants, grid=(1, 1, 1), **self._options)
+                self._compiled.run  # noqa: B018 - loads it, and then it knows its registers
+        registers = getattr(self._compiled, "n_regs", None)
+        if not registers:
+            return None
+        device = torch.cuda.get_device_properties(self._device)
+        threads = 32 * self._options["num_warps"]
+        by_registers = _REGISTERS // (-(-registers // 8) * 8 * threads)
+        # The system keeps 1 KiB of shared memory for each.
+        by_memory = device.shared_memory_per_multiprocessor // (self._compiled.metadata.shared + 1024)
+        return max(1, min(by_registers, by_memory, device.max_threads_per_multi_processor // threads))
 
     def __call__(self, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
         """Launch over `grid`, on the current stream of the tensors' device."""

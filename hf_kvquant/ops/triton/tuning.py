@@ -19,7 +19,7 @@ class Tiles:
     Attributes:
         block_m: rows (new tokens times query heads of a group).
         block_n: tokens of the past.
-        programs: how many of them run on a multiprocessor at once, by registers and shared memory.
+        programs: how many of them run on a multiprocessor at once, where the compiled kernel does not say it.
     """
 
     block_m: int
@@ -37,7 +37,7 @@ def attention_tiles(num_rows: int, head_dim: int, element_size: int, is_dynamic:
         if head_dim > 128:
             return Tiles(8, 64, 4, 3, 2)
         if element_size == 2:
-            return Tiles(8, 128, 4, 2, 4)
+            return Tiles(8, 128, 4, 2, 2)
         # Scales of tokens and a mask need registers; with both, smaller programs leave room for more of them.
         if is_dynamic and not is_masked:
             return Tiles(8, 128, 4, 2, 4)
@@ -53,12 +53,12 @@ def attention_tiles(num_rows: int, head_dim: int, element_size: int, is_dynamic:
     return Tiles(64, 64, 4, 3 if element_size == 1 else 2, 2)
 
 
-def num_splits(num_programs: int, max_tiles: int, tiles: Tiles, num_cores: int) -> int:
-    """Into how many parts every sequence is split so that `num_programs` fill the device.
+def num_splits(num_programs: int, max_tiles: int, programs: int, num_cores: int) -> int:
+    """Into how many parts every sequence is split so that `num_programs` fill a device that runs `programs` on a core.
 
     Two programs a multiprocessor are worth a merge for any length; more of them only where each has much to read.
     """
-    most = num_cores * tiles.programs // num_programs
+    most = num_cores * programs // num_programs
     least = min(2 * num_cores // num_programs, most)
     return max(1, min(max(least, min(most, max_tiles // 32)), max_tiles))
 
