@@ -99,9 +99,7 @@ def _extended(prepare_cache: Any) -> Any:
             result = prepare_cache(self, generation_config, *arguments)
         for name in _CACHE_NAMES:
             if name in model_kwargs:
-                model_kwargs[name] = _replace(
-                    self, model_kwargs, model_kwargs[name], generation_config, generation_mode, max_cache_length
-                )
+                model_kwargs[name] = _replace(self, model_kwargs[name], generation_config, *arguments)
         return result
 
     prepare._is_kvquant = True  # type: ignore[attr-defined]
@@ -120,10 +118,11 @@ def _without_name(generation_config: Any) -> Iterator[None]:
 
 def _replace(
     model: Any,
-    model_kwargs: dict[str, Any],
     made: Any,
     generation_config: Any,
+    model_kwargs: dict[str, Any],
     generation_mode: Any,
+    batch_size: int,
     max_cache_length: int,
 ) -> Any:
     """Ours for the host's `made`; anything but a plain dynamic cache is left alone."""
@@ -131,17 +130,18 @@ def _replace(
         encoder_outputs = model_kwargs.get("encoder_outputs")
         encoder_length = encoder_outputs[0].shape[1] if encoder_outputs is not None else None
         decoder, encoder = made.self_attention_cache, made.cross_attention_cache
-        decoder = _replace(model, model_kwargs, decoder, generation_config, generation_mode, max_cache_length)
+        arguments = (model_kwargs, generation_mode, batch_size, max_cache_length)
+        decoder = _replace(model, decoder, generation_config, *arguments)
         if type(encoder) is DynamicCache and encoder_length is not None:
             encoder = _cross_attention_cache(model, generation_config.cache_config, encoder_length)
-            _share_prompts(model, generation_config, encoder)
+            _share_prompts(model, generation_config, encoder, batch_size)
         return QuantizedEncoderDecoderCache(decoder, encoder)
     if type(made) is not DynamicCache:
         return made
     static = max_cache_length if _will_compile(model, generation_config, generation_mode) else None
     cache = QuantizedPagedCache.for_generation(model, generation_config.cache_config, max_cache_length, static)
     _describe_prompt(model, model_kwargs, cache)
-    _share_prompts(model, generation_config, cache)
+    _share_prompts(model, generation_config, cache, batch_size)
     if generation_config.is_assistant:
         cache.activate_past_recording()
     _take_adapters_prefix(model, cache)
@@ -181,10 +181,11 @@ def _describe_prompt(model: Any, model_kwargs: dict[str, Any], cache: QuantizedP
     cache.shared.prompt_length = 0 if known is None or model.config.is_encoder_decoder else known.shape[-1]
 
 
-def _share_prompts(model: Any, generation_config: Any, cache: QuantizedPagedCache) -> None:
+def _share_prompts(model: Any, generation_config: Any, cache: QuantizedPagedCache, batch_size: int) -> None:
     """Tell a new cache that the beams of a prompt, or the several answers to it, all begin with that prompt."""
     if not model.training:  # dropout makes them differ
-        cache.shared.copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        cache.shared.copies, cache.shared.num_prompts = copies, batch_size
 
 
 def _cross_attention_cache(model: Any, options: Any, encoder_length: int) -> QuantizedPagedCache:

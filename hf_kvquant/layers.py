@@ -37,6 +37,7 @@ class SharedState:
         rotary: how the model turns the keys of each layer; empty if that is not known.
         padding_mask: `[B, T]` of the first prompt (True is a token), when `generate` knows it.
         copies: how many sequences in a row begin with the same prompt (beams); they share its pages.
+        num_prompts: how many prompts there are, each with its copies.
         prompt_length: tokens of the first prompt, when `generate` knows it; it may come in pieces, or with drafts
             behind it.
         model: whose cache it is, if that is known.
@@ -48,6 +49,7 @@ class SharedState:
     rotary: Sequence[RotaryLayout] = ()
     padding_mask: torch.Tensor | None = None
     copies: int = 1
+    num_prompts: int = 0
     prompt_length: int = 0
     model: weakref.ref[torch.nn.Module] | None = None
     replaced: PageTable | None = None
@@ -55,7 +57,7 @@ class SharedState:
     def copies_of(self, length: int, num_new: int, batch_size: int) -> int:
         """How many sequences in a row get the same tokens when a layer of `length` gets `num_new` more."""
         is_prompt = length == 0 or length + num_new <= self.prompt_length
-        return self.copies if self.copies > 1 and is_prompt and batch_size % self.copies == 0 else 1
+        return self.copies if is_prompt and batch_size == self.copies * self.num_prompts else 1
 
     @property
     def is_fused(self) -> bool:
