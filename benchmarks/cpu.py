@@ -155,7 +155,7 @@ def measure_attention(results: Results, tiny: bool) -> None:
 
             speeds = in_turn(ways, step, 60, 3 if tiny else 100)
             times = ratios(ways)
-            row: dict[str, Any] = {"rounds": len(speeds)}
+            row: dict[str, Any] = {"rounds": len(speeds), "load average": os.getloadavg()[0]}
             for way in ways:
                 row |= {f"{way.name}, ms": statistics.median(way.seconds) * 1e3, f"{way.name}, x": times[way.name]}
             for way in ways[:2]:
@@ -201,7 +201,7 @@ def measure_prompt(results: Results, tiny: bool) -> None:
 
             speeds = in_turn(ways, step, 20, 3 if tiny else 20)
             times = ratios(ways)
-            row: dict[str, Any] = {"rounds": len(speeds)}
+            row: dict[str, Any] = {"rounds": len(speeds), "load average": os.getloadavg()[0]}
             for way, name in zip(ways, names, strict=True):
                 row |= {f"{name}, ms": statistics.median(way.seconds) * 1e3, f"{name}, x": times[name]}
             return row
@@ -235,7 +235,7 @@ def measure_generate(results: Results, tiny: bool) -> None:
 
             speeds = in_turn(ways, step, 120, 3 if tiny else 20)
             times = ratios(ways)
-            row: dict[str, Any] = {"rounds": len(speeds)}
+            row: dict[str, Any] = {"rounds": len(speeds), "load average": os.getloadavg()[0]}
             for way in ways:
                 row |= {f"{way.name}, tokens/s": 1 / statistics.median(way.seconds), f"{way.name}, x": times[way.name]}
             return row

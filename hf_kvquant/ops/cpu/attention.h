@@ -123,13 +123,15 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
     const bool k_direct = few && k_dim % W == 0, v_direct = few && v_dim % W == 0;
     const int64_t chunk = k_direct && v_direct ? DIRECT_CHUNK : CHUNK, padded = round_up(block.span, W) + PADDING;
 
-    float *q, *logits, *offsets, *k_scales, *v_scales, *k_tile, *v_tile;
+    float *q, *units, *zeros, *logits, *offsets, *k_scales, *v_scales, *k_tile, *v_tile;
     const char **k_rows, **v_rows;
     const float **k_tile_rows, **v_tile_rows;
     Carver carver{nullptr};
     for (int pass = 0; pass < 2; pass++) {
         if (pass) carver = {workspace.of(carver.used)};
         q = carver.take<float>(rows * k_padded);
+        units = carver.take<float>(k_padded);
+        zeros = carver.take<float>(k_padded);
         offsets = carver.take<float>(rows);
         logits = carver.take<float>(rows * chunk);
         k_scales = carver.take<float>(a.k.token_scale ? padded : 0);
@@ -149,6 +151,9 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
     // The query in units of the codes, and what K's zero adds.
     float factor = 1.0f;
     with_format(a.k.format, [&](auto codec) { factor = codec.factor; });
+    a.k.scales_of(block.h, units);
+    a.k.zeros_of(block.h, zeros);
+    for (int64_t d = 0; d < k_dim; d++) units[d] = units[d] * float(a.softmax_scale) * factor;
     for (int64_t r = 0; r < rows; r++) {
         int64_t row = block.first + r, head = block.h * group + row % group;
         const char* from = a.query + (block.b * a.query_batch + head * a.query_head + row / group * a.query_token) *
@@ -162,23 +167,24 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
         });
         float offset = 0.0f;
         if (a.k.zero)
-            for (int64_t d = 0; d < k_dim; d++)
-                offset += to[d] * a.k.zero[block.h * a.k.zero_head + d * a.k.zero_channel];
+            for (int64_t d = 0; d < k_dim; d++) offset += to[d] * zeros[d];
         offsets[r] = offset * float(a.softmax_scale);
-        for (int64_t d = 0; d < k_dim; d++) {
-            float scale = a.k.scale ? a.k.scale[block.h * a.k.scale_head + d * a.k.scale_channel] : 1.0f;
-            to[d] = to[d] * (scale * float(a.softmax_scale)) * factor;
-        }
+        for (int64_t d = 0; d < k_dim; d++) to[d] *= units[d];
         sums[r] = 0.0f;
         highest[r] = -INF;
     }
     std::fill(values, values + rows * v_padded, 0.0f);
 
     const int64_t k_size = size_of(a.k.format) * k_dim, v_size = size_of(a.v.format) * v_dim, total = stop - start;
-    for (int64_t t = 0; t < total;) {
-        const int64_t slot = a.tables.slot(block.b, block.h, start + t);
-        if (slot < 0) return 1;
-        const int64_t here = std::min(total - t, a.tables.page_size - (start + t) % a.tables.page_size);
+    // Divisions are as dear as a token, so there are none below.
+    const Tables& tables = a.tables;
+    int64_t column = start / tables.page_size % tables.num_columns, in_page = start % tables.page_size;
+    for (int64_t t = 0; t < total; in_page = 0) {
+        const int64_t page = tables.page_table[block.b * tables.num_columns + column];
+        if (page < 0 || page >= tables.num_pages) return 1;
+        column = column + 1 < tables.num_columns ? column + 1 : 0;
+        const int64_t slot = (page * tables.num_heads + block.h) * tables.page_size + in_page;
+        const int64_t here = std::min(total - t, tables.page_size - in_page);
         for (int64_t i = 0; i < here; i++) k_rows[t + i] = a.k.pages + (slot + i) * k_size;
         for (int64_t i = 0; i < here; i++) v_rows[t + i] = a.v.pages + (slot + i) * v_size;
         if (a.k.token_scale)
@@ -212,8 +218,7 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
             float before = highest[r];
             float sum = softmax(a, block, row, start + t0, count, seen_by(a, block.b, row / group),
                                 a.k.token_scale ? k_scales + t0 : nullptr, a.v.token_scale ? v_scales + t0 : nullptr,
-                                offsets[r],
-                                logits + r * chunk, highest[r]);
+                                offsets[r], logits + r * chunk, highest[r]);
             if (highest[r] != before && before != -INF) {
                 float shrink = exp_of(before - highest[r]);
                 sums[r] *= shrink;
@@ -234,33 +239,42 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
     return 0;
 }
 
-void store_number(char* output, int64_t index, int64_t format, float x) {
+uint16_t bfloat_of(float x) {
+    const uint32_t u = bits_of(x);
+    return uint16_t((u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16);
+}
+uint16_t half_of(float x) {
+    const uint32_t u = bits_of(x), magnitude = u & 0x7FFFFFFF, sign = u >> 16 & 0x8000;
+    if (magnitude > 0x7F800000) return 0x7E00;
+    if (magnitude >= 0x477FF000) return uint16_t(sign | 0x7C00);  // rounds to 65536
+    if (magnitude < 0x38800000)                                   // denormal
+        return uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));
+    return uint16_t(sign | (((magnitude + 0xFFF + (magnitude >> 13 & 1)) >> 13) - (112 << 10)));
+}
+void store_numbers(char* output, int64_t index, int64_t format, const float* x, int64_t count) {
     if (format == FLOAT) {
-        reinterpret_cast<float*>(output)[index] = x;
+        std::memcpy(output + index * 4, x, count * 4);
         return;
     }
-    uint32_t u = bits_of(x), magnitude = u & 0x7FFFFFFF, sign = u >> 16 & 0x8000, result;
-    if (format == BFLOAT) {
-        result = magnitude > 0x7F800000 ? 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
-    } else if (magnitude > 0x7F800000) {
-        result = 0x7E00;
-    } else if (magnitude >= 0x477FF000) {  // rounds to 65536
-        result = sign | 0x7C00;
-    } else if (magnitude < 0x38800000) {  // denormal
-        result = sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f));
-    } else {
-        result = sign | (((magnitude + 0xFFF + (magnitude >> 13 & 1)) >> 13) - (112 << 10));
-    }
-    reinterpret_cast<uint16_t*>(output)[index] = uint16_t(result);
+    uint16_t* to = reinterpret_cast<uint16_t*>(output) + index;
+    if (format == BFLOAT)
+        for (int64_t i = 0; i < count; i++) to[i] = bfloat_of(x[i]);
+    else
+        for (int64_t i = 0; i < count; i++) to[i] = half_of(x[i]);
 }
 
 // The spans of a block put together, normalized, in the output. Span i has sums[i * stride + r] and so on; the values
 // of span 0 are written over.
 void finish(const Attention& a, const Block& block, const float* sums, const float* highest, float* values,
             int64_t stride) {
+    static thread_local Workspace workspace;
     const int64_t v_dim = a.v.dim, v_padded = round_up(v_dim, W), group = a.group();
+    float *units = reinterpret_cast<float*>(workspace.of(2 * v_padded * sizeof(float))), *zeros = units + v_padded;
     float factor = 1.0f;
     with_format(a.v.format, [&](auto codec) { factor = codec.factor; });
+    a.v.scales_of(block.h, units);
+    a.v.zeros_of(block.h, zeros);
+    for (int64_t d = 0; d < v_dim; d++) units[d] *= factor;
     for (int64_t r = 0; r < block.count; r++) {
         const int64_t row = block.first + r, head = block.h * group + row % group;
         const float sink = a.sinks ? a.sinks[head] : -INF;
@@ -275,12 +289,10 @@ void finish(const Attention& a, const Block& block, const float* sums, const flo
         }
         const float sum = seen + exp_of(sink - top), reciprocal = sum == 0.0f ? 0.0f : 1.0f / sum;
         const int64_t at = ((block.b * a.num_q_heads + head) * a.num_tokens + row / group) * v_dim;
-        for (int64_t d = 0; d < v_dim; d++) {
-            float x = total[d] * (reciprocal * factor);
-            if (a.v.scale) x *= a.v.scale[block.h * a.v.scale_head + d * a.v.scale_channel];
-            if (a.v.zero) x += a.v.zero[block.h * a.v.zero_head + d * a.v.zero_channel] * (seen * reciprocal);
-            store_number(a.output, at + d, a.query_format, x);
-        }
+        for (int64_t d = 0; d < v_dim; d++) total[d] = total[d] * reciprocal * units[d];
+        if (a.v.zero)
+            for (int64_t d = 0; d < v_dim; d++) total[d] += zeros[d] * (seen * reciprocal);
+        store_numbers(a.output, at, a.query_format, total, v_dim);
     }
 }
 

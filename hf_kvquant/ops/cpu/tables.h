@@ -15,6 +15,14 @@ struct Side {
     const float* zero;
     int64_t zero_head, zero_channel;
     uint16_t* token_scale;
+
+    // Head h's scales and zeros, one a channel; 1 and 0 where there are none.
+    void scales_of(int64_t h, float* out) const {
+        for (int64_t d = 0; d < dim; d++) out[d] = scale ? scale[h * scale_head + d * scale_channel] : 1.0f;
+    }
+    void zeros_of(int64_t h, float* out) const {
+        for (int64_t d = 0; d < dim; d++) out[d] = zero ? zero[h * zero_head + d * zero_channel] : 0.0f;
+    }
 };
 struct Tables {
     const int32_t* page_table;

@@ -89,11 +89,10 @@ int write_tokens(const Write& w, const Side& side, const Source& source, int64_t
     float* y = carver.take<float>(padded);
     float *reciprocals = carver.take<float>(padded), *zeros = carver.take<float>(padded);
     char* gathered = carver.take<char>(padded * 4);
+    side.scales_of(h, reciprocals);
+    side.zeros_of(h, zeros);
     if (side.scale)
-        for (int64_t d = 0; d < dim; d++)
-            reciprocals[d] = 1.0f / side.scale[h * side.scale_head + d * side.scale_channel];
-    if (side.zero)
-        for (int64_t d = 0; d < dim; d++) zeros[d] = side.zero[h * side.zero_head + d * side.zero_channel];
+        for (int64_t d = 0; d < dim; d++) reciprocals[d] = 1.0f / reciprocals[d];
     for (int64_t t = first; t < last; t++) {
         const int64_t slot = w.tables.slot(b, h, w.tables.seq_lens[b] - w.num_tokens + t);
         if (slot < 0) return 1;
