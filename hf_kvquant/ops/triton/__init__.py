@@ -160,7 +160,7 @@ def paged_attention(
         _is_aligned(k_pages, v_pages), tiles, splits,
     )  # fmt: skip
 
-    def arguments(partial: torch.Tensor | None, splits: int) -> tuple[object, ...]:
+    def arguments(partial: torch.Tensor | torch.dtype | None, splits: int) -> tuple[object, ...]:
         return (
             query, output, page_table.contiguous(), seq_lens,
             k_pages, k_scale, k_zero, k_token_scale, v_pages, v_scale, v_zero, v_token_scale,
@@ -201,7 +201,8 @@ def _plan_attention(
     v_format: str, v_scale: int, v_zero: int, v_static: bool,
     mask_kind: int, mask_dtype: torch.dtype | None, sinks_dtype: torch.dtype | None,
     no_softcap: bool, no_window: bool, causal: bool, is_aligned: bool,
-    tiles: tuning.Tiles | None, splits: int | None, arguments: Callable[[torch.Tensor | None, int], tuple[object, ...]],
+    tiles: tuning.Tiles | None, splits: int | None,
+    arguments: Callable[[torch.Tensor | torch.dtype | None, int], tuple[object, ...]],
 ) -> _AttentionPlan:  # fmt: skip
     batch_size, num_q_heads, num_tokens, k_dim = query_shape
     num_heads, page_size, _ = page_shape
@@ -230,7 +231,7 @@ def _plan_attention(
     kernel = _attention.prepare(device, constants, options, types if is_aligned else None)
     merge = None
     if splits > 1:
-        programs = None if given else kernel.programs_at_once(arguments(torch.empty(1, device=device), splits))
+        programs = None if given else kernel.programs_at_once(arguments(torch.float32, splits))
         if programs is not None:  # what the compiler made of the kernel says it better than the table
             splits = max(2, tuning.num_splits(num_programs, max_tiles, programs, num_cores))
         block_s = min(_padded(splits, 1), max(1, 8192 // v_block))

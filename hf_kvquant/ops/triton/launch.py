@@ -61,7 +61,7 @@ class Prepared:
     def programs_at_once(self, arguments: tuple[Any, ...]) -> int | None:
         """How many programs a multiprocessor runs at once, by registers and shared memory; None where not known.
 
-        `arguments` are as in a call, of which nothing but types is looked at.
+        `arguments` are as in a call; nothing but types is looked at, and a dtype may stand for a tensor.
         """
         if self._device.type != "cuda" or torch.version.hip is not None or not self._keep:
             return None
