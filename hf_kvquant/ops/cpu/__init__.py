@@ -37,21 +37,23 @@ def use(path: str | None = None) -> str:
     global _path
     if path is not None and path not in paths():
         raise ValueError(f"path {path!r} is not one of {paths()}")
+    problem = None
     with _lock:
         if path is None:
             path = build.instruction_sets()[0]
             try:
                 _load(path)
             except build.BuildError as error:
-                warnings.warn(
-                    f"hf_kvquant: attention on the CPU runs on torch operators, several times slower than its kernels, "
-                    f"which could not be built: {error}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                path = _TORCH
+                path, problem = _TORCH, error
         _load(path)
-        _path = path
+        said, _path = _path == path, path
+    if problem is not None and not said:
+        warnings.warn(
+            "hf_kvquant: attention on the CPU runs on torch operators, several times slower than its kernels, which "
+            f"could not be built: {problem}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return path
 
 
