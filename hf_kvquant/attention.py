@@ -180,7 +180,7 @@ def _attend_long_turn(query: torch.Tensor, layer: PagedLayer, scaling: float | N
     num_tokens = query.shape[2]
     key, value = (layer.read(side, num_tokens) for side in ("key", "value"))
     output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=causal_lower_right(num_tokens, key.shape[2]), scale=scaling,
+        layer.rounded(query), key, value, attn_mask=causal_lower_right(num_tokens, key.shape[2]), scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return output.transpose(1, 2).contiguous()

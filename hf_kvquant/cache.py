@@ -20,6 +20,7 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
     StaticCache,
 )
+from transformers.utils import logging
 
 from . import sessions
 from .checkpoints import CheckpointScales
@@ -30,12 +31,14 @@ from .hosts import attention_name, checkpoint_of, disable_fake_quantization, lay
 from .hybrid import HybridFixedLayer, HybridGrowingLayer
 from .layers import PagedLayer, SharedState, tokens_to_take_back
 from .pages import PageTable, PageTables
-from .policy import asks_for_files, plan_layers
+from .policy import ROUNDED_QUERIES, asks_for_files, plan_layers
 from .reading import read_scales
 from .report import CacheReport, LayerReport
 from .risks import large_key_biases
 from .rotary import rotary_layouts
 from .stores import PageStore
+
+logger = logging.get_logger(__name__)
 
 # The host's layer class -> ours, growing and fixed. Whatever is not here (linear attention, convolutions, dummies,
 # indexers of sparse attention) stays the host's own.
@@ -78,6 +81,8 @@ class QuantizedPagedCache(DynamicCache):
         template = list(DynamicCache(config=text_config).layers)
         names = layer_type_names(text_config, template)
         plans, plan_notes = plan_layers(kvquant, names, checkpoint, key_biases)
+        if ROUNDED_QUERIES in plan_notes:
+            logger.warning_once(f"{ROUNDED_QUERIES}.")
         self.notes = [*notes, *(checkpoint.notes if checkpoint is not None else ()), *plan_notes]
         self._layer_types = names
         self.shared = SharedState(text_config, kvquant.page_size)
@@ -437,8 +442,12 @@ def _paged_report(layer: PagedLayer) -> LayerReport:
         sources, numbers = (layer.plan.k.source, layer.plan.v.source), [0, 0]
     return LayerReport(
         layer.index, layer.layer_type, formats, sources, layer.stored_nbytes, layer.model_dtype_nbytes,
-        (numbers[0], numbers[1]), tuple(layer.dense_reasons),
+        (numbers[0], numbers[1]), tuple(layer.dense_reasons), *_query_of(layer),
     )  # fmt: skip
+
+
+def _query_of(layer: PagedLayer) -> tuple[str | None, str]:
+    return (None, "") if layer.plan.q is None else (layer.plan.q.format, layer.plan.q.source)
 
 
 def _host_nbytes(layer: Any) -> int:

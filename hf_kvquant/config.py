@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
-from .formats import FORMATS, get_format
+from .formats import ALIASES, FORMATS, get_format
 from .scales import GRANULARITIES, LayerScales
 
 SCALE_SOURCES = ("auto", "checkpoint", "dynamic", "first_batch", "unit")
@@ -37,6 +37,9 @@ class KVQuantConfig:
             while the layer before it computes.
         skip_layers: layers kept in the model's dtype, by index (negative counts from the end) or by layer type
             (`sliding_attention`, ...).
+        q_dtype: `fp8` (= `fp8_e4m3`) rounds the query of attention over pages too, as fp8 attention of serving engines
+            does, by the checkpoint's or given `q_scale`, else by one scale a token and head. For keys in fp8_e4m3, and
+            for comparing: it costs accuracy and is not faster here. None: the query stays as it is.
 
     Raises ValueError or TypeError that list what is accepted.
     """
@@ -51,11 +54,13 @@ class KVQuantConfig:
     max_cache_len: int | None = None
     offload: bool = False
     skip_layers: tuple[int | str, ...] = ()
+    q_dtype: str | None = None
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         if self.kv_cache_dtype != "auto":
             set_(self, "kv_cache_dtype", _parse_dtype(self.kv_cache_dtype))
+        set_(self, "q_dtype", _parse_q_dtype(self.q_dtype))
         set_(self, "equalize", _parse_equalize(self.equalize))
         set_(self, "skip_layers", _parse_skip_layers(self.skip_layers))
         set_(self, "scales", _parse_scales(self.scales))
@@ -122,6 +127,14 @@ def _parse_dtype(value: Any) -> str | tuple[str, str]:
     if isinstance(value, Sequence) and len(value) == 2:
         return (get_format(value[0]).name, get_format(value[1]).name)
     raise ValueError(f"kv_cache_dtype={value!r}; choose auto, fp8, {', '.join(FORMATS)}, or a pair of these for (K, V)")
+
+
+def _parse_q_dtype(value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or ALIASES.get(value, value) != "fp8_e4m3":
+        raise ValueError(f"q_dtype={value!r}; choose 'fp8' (= 'fp8_e4m3'), or None to leave queries as they are")
+    return get_format(value).name
 
 
 def _parse_equalize(value: Any) -> bool | str | tuple[str, ...]:

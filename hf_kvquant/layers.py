@@ -16,15 +16,19 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
+from transformers.utils import logging
 
 from . import ops
 from .handle import PagedKV
-from .hosts import is_fused
+from .hosts import attention_name, is_fused, uses_attention_interface
 from .pages import PageTable
 from .policy import LayerPlan
+from .query import round_query
 from .rotary import RotaryLayout
 from .static_pages import StaticPageTable
 from .stores import PageStore, mutable_everywhere
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -129,6 +133,8 @@ class PagedLayer(CacheLayerMixin):
         self.k, self.v = k, v
         self.num_heads, self.dtype, self.device = num_heads, dtype, device
         self.clipped = torch.zeros(2, dtype=torch.int64, device=device)
+        scale = None if self.plan.q is None else self.plan.q.scale
+        self.q_scale = None if scale is None else scale.to(device)
         self._reserve(batch_size)
         self.is_initialized = True
 
@@ -141,8 +147,11 @@ class PagedLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Write new tokens `[B, H, T, D]` and return what attention reads: handles, or dense tensors.
 
-        Raises ValueError for shapes of another model and OutOfPagesError if there is no room; nothing is written.
+        Raises ValueError for shapes of another model, or if attention cannot do what was asked, and OutOfPagesError if
+        there is no room; nothing is written.
         """
+        if self.plan.q is not None:
+            self._check_attention()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_shapes(key_states, value_states)
@@ -184,9 +193,25 @@ class PagedLayer(CacheLayerMixin):
         self, query: torch.Tensor, seq_lens: torch.Tensor, num_new: int, attn_mask: torch.Tensor | None, **options: Any
     ) -> torch.Tensor:
         return ops.paged_attention(
-            query, self.k.paged, self.v.paged, self._page_table, seq_lens, attn_mask=attn_mask,
+            self.rounded(query), self.k.paged, self.v.paged, self._page_table, seq_lens, attn_mask=attn_mask,
             mask_start=self._view_start(num_new), window=self._attended_window(attn_mask), **options,
         )  # fmt: skip
+
+    def rounded(self, query: torch.Tensor) -> torch.Tensor:
+        """`query` `[B, Hq, T, D]` as it meets the keys in pages, in 8 bits if `q_dtype` says so."""
+        if self.plan.q is None:
+            return query
+        return round_query(query, self.plan.q.format, self.q_scale, f"layer {self.index}")
+
+    def _check_attention(self) -> None:
+        config = self.shared.model_config
+        if self.shared.is_fused and uses_attention_interface(config):
+            return
+        own = "of the model's own" if self.shared.is_fused else repr(attention_name(config))
+        raise ValueError(
+            f"layer {self.index}: q_dtype rounds the query inside attn_implementation='kvquant', but this attention is "
+            f"{own} and takes dense keys; switch to 'kvquant' where the model allows it, or leave q_dtype out"
+        )
 
     def _attended_window(self, attn_mask: torch.Tensor | None) -> int | None:
         """The window that attention has to keep to."""
@@ -313,8 +338,13 @@ class PagedLayer(CacheLayerMixin):
 
     def note_dense(self, reason: str) -> None:
         """Remember for the report that the layer was read as dense tensors."""
-        if not torch.compiler.is_compiling():  # a graph would be guarded on what is known; its prompt ran eagerly
-            self.dense_reasons[reason] = None
+        if torch.compiler.is_compiling():  # a graph would be guarded on what is known; its prompt ran eagerly
+            return
+        self.dense_reasons[reason] = None
+        if self.plan.q is not None:
+            logger.warning_once(
+                f"q_dtype has no effect on attention over dense keys ({reason}); the report names the layers."
+            )
 
     @property
     def keys(self) -> Any:

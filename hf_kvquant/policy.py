@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from .checkpoints import CheckpointScales
+from .checkpoints import CheckpointScales, ScaleSource
 from .config import KVQuantConfig
 from .formats import get_format
 from .scales import LayerScales, granularity_of
@@ -43,17 +43,39 @@ class SidePlan:
 
 
 @dataclass(frozen=True, eq=False)
+class QueryPlan:
+    """How the query of one layer is rounded before it meets the keys in pages.
+
+    Attributes:
+        format: name of the format.
+        source: where the scale comes from, in words, for the report.
+        scale: `[1]` or `[Hq]`; None for one a token and head, computed as tokens arrive.
+    """
+
+    format: str
+    source: str
+    scale: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class LayerPlan:
-    """The plans of K and V of one layer."""
+    """The plans of K and V of one layer, and of its query where that is rounded as well."""
 
     k: SidePlan
     v: SidePlan
+    q: QueryPlan | None = None
 
 
 UNQUANTIZED = SidePlan("model", "none", "not quantized")
-SKIPPED = LayerPlan(*[replace(UNQUANTIZED, source="not quantized (skip_layers)")] * 2)
+_SKIPPED_SIDE = replace(UNQUANTIZED, source="not quantized (skip_layers)")
+SKIPPED = LayerPlan(_SKIPPED_SIDE, _SKIPPED_SIDE)
 
 
+ROUNDED_QUERIES = (
+    "q_dtype='fp8': queries are rounded to 3 bits of mantissa before they meet the keys in pages, as fp8 attention of "
+    "serving engines does; that costs accuracy and is not faster here, so leave it out unless you compare with them or "
+    "the model was trained with it"
+)
 # A scale of fp8 that stands for numbers beyond 224: they come from outlier channels.
 LARGE_FP8_SCALE = 0.5
 
@@ -85,7 +107,7 @@ def plan_layers(
         if index in skipped:
             plans.append(SKIPPED)
             continue
-        scales, *sources = given[index]
+        scales, *sources, q_source = given[index]
         sides = []
         for side, name, source in zip("kv", formats, sources, strict=True):
             declared = checkpoint.kv_cache_dtype if checkpoint is not None else None
@@ -97,8 +119,27 @@ def plan_layers(
             if checkpoint is not None and (risk := _risk(plan, bias)):
                 plan = _safer(config, plan, f"layer {index}: {side.upper()} in {name}: {risk}", notes)
             sides.append(plan)
-        plans.append(LayerPlan(*sides))
+        k, v = sides
+        plans.append(LayerPlan(k, v, _query_plan(config, index, k, scales, q_source)))
+    if any(plan.q is not None for plan in plans):
+        notes.append(ROUNDED_QUERIES)
     return plans, notes
+
+
+def _query_plan(
+    config: KVQuantConfig, index: int, k: SidePlan, scales: LayerScales | None, source: str
+) -> QueryPlan | None:
+    if config.q_dtype is None:
+        return None
+    if k.format != config.q_dtype:
+        raise ValueError(
+            f"q_dtype={config.q_dtype!r} is for keys in {config.q_dtype}, but layer {index} stores its keys as "
+            f"{k.format}; give kv_cache_dtype='fp8' as well, name the layer in skip_layers, or leave q_dtype out"
+        )
+    # Made for the same format as K's scale, so it serves where that does.
+    if k.kind == "static" and scales is not None and scales.q_scale is not None:
+        return QueryPlan(config.q_dtype, source, scales.q_scale)
+    return QueryPlan(config.q_dtype, "dynamic")
 
 
 def _risk(plan: SidePlan, bias: float | None) -> str | None:
@@ -148,9 +189,9 @@ def _skipped_layers(config: KVQuantConfig, layer_types: Sequence[str]) -> set[in
     return skipped
 
 
-# Static scales of a layer, and where K's and V's come from.
-_Given = tuple[LayerScales | None, str, str]
-_NOT_GIVEN: _Given = (None, "", "")
+# Static scales of a layer, and where K's, V's and the query's come from.
+_Given = tuple[LayerScales | None, str, str, str]
+_NOT_GIVEN: _Given = (None, "", "", "")
 
 
 def _given_scales(
@@ -164,8 +205,8 @@ def _given_scales(
     if checkpoint is not None:
         return _checkpoint_scales(config, checkpoint, formats, num_layers, notes)
     if isinstance(scales, str) and scales == "unit":
-        ones = LayerScales(torch.ones(1), torch.ones(1))
-        return [(ones, "unit (1.0)", "unit (1.0)")] * num_layers
+        ones = LayerScales(torch.ones(1), torch.ones(1), torch.ones(1))
+        return [(ones, "unit (1.0)", "unit (1.0)", "unit (1.0)")] * num_layers
     if isinstance(scales, str) or hasattr(scales, "__fspath__"):
         return [_NOT_GIVEN] * num_layers
     if isinstance(scales, LayerScales):
@@ -178,7 +219,7 @@ def _given_scales(
         if len(scales) != num_layers:
             raise ValueError(f"scales are given for {len(scales)} layers, but this model has {num_layers} cache layers")
         per_layer = list(scales)
-    return [(entry, "given", "given") for entry in per_layer]
+    return [(entry, "given", "given", "given") for entry in per_layer]
 
 
 def _checkpoint_scales(
@@ -201,10 +242,14 @@ def _checkpoint_scales(
         if config.scales == "checkpoint" and declared not in formats:
             raise ValueError(f"scales='checkpoint', but {message}; use kv_cache_dtype={declared!r} or other scales")
         notes.append(message)
+
+    def words(source: Mapping[str, ScaleSource], name: str) -> str:
+        return f"checkpoint: {source[name].key}" if name in source else ""
+
     return [
         _NOT_GIVEN
         if scales is None
-        else (scales, f"checkpoint: {source['k_scale'].key}", f"checkpoint: {source['v_scale'].key}")
+        else (scales, words(source, "k_scale"), words(source, "v_scale"), words(source, "q_scale"))
         for scales, source in zip(checkpoint.layers, checkpoint.sources, strict=True)
     ]
 

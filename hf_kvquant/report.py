@@ -20,6 +20,8 @@ class LayerReport:
         model_dtype_bytes: what the same tokens take in the model's dtype.
         clipped: how many numbers of K and V did not fit under static scales, NaN among them.
         dense: why the layer was read as dense tensors; empty if it never was.
+        q_dtype: what the query of attention over its pages is rounded to; None if it is not.
+        q_scale: where the scale for that comes from.
     """
 
     layer: int
@@ -30,6 +32,8 @@ class LayerReport:
     model_dtype_bytes: int
     clipped: tuple[int, int]
     dense: tuple[str, ...] = ()
+    q_dtype: str | None = None
+    q_scale: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,11 @@ class CacheReport:
 
     def __str__(self) -> str:
         header = ("layer", "type", "format", "scales", "stored", "model dtype", "clipped", "dense")
-        lines = [table([header, *(_row(layer) for layer in self.layers)])]
+        rows = [header, *(_row(layer) for layer in self.layers)]
+        if any(layer.q_dtype is not None for layer in self.layers):
+            queries = ("query", *(_query(layer) for layer in self.layers))
+            rows = [(*row, query) for row, query in zip(rows, queries, strict=True)]
+        lines = [table(rows)]
         share = f" ({self.nbytes / self.model_dtype_bytes:.3f} of it)" if self.model_dtype_bytes else ""
         lines.append(
             f"total: {size(self.nbytes)} in use, {size(self.nbytes_allocated)} allocated; "
@@ -66,3 +74,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         str(layer.layer), layer.layer_type, pair(layer.kv_cache_dtype), pair(layer.scales), size(layer.stored_bytes),
         size(layer.model_dtype_bytes), pair(layer.clipped), "; ".join(layer.dense) or "-",
     )  # fmt: skip
+
+
+def _query(layer: LayerReport) -> str:
+    return "-" if layer.q_dtype is None else f"{layer.q_dtype}, {layer.q_scale}"

@@ -31,7 +31,7 @@ from .hosts import layer_devices
 from .identity import config_facts, weights_digest
 from .layers import PagedLayer
 from .pages import PageTable
-from .policy import LayerPlan, SidePlan
+from .policy import LayerPlan, QueryPlan, SidePlan
 from .pools import PagePool
 from .stores import PageStore, mutable_everywhere
 
@@ -70,6 +70,7 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
         header["layers"].append(entry)
         if not isinstance(layer, PagedLayer) or layer.is_empty:
             continue
+        entry["q"] = _query_entry(layer.plan.q)
         layer.settle(None)
         if isinstance(layer, GrowingLayer) and layer.length != layer.table.length:
             layer.leave_table()  # a step broke off before it came to this layer
@@ -90,6 +91,12 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
     _write(Path(directory), tensors, {_HEADER: json.dumps(header)})
 
 
+def _query_entry(plan: QueryPlan | None) -> dict[str, Any] | None:
+    if plan is None:
+        return None
+    return {**vars(plan), "scale": None if plan.scale is None else plan.scale.tolist()}
+
+
 def _save_store(
     store: PageStore, where: str, pages: np.ndarray, tails: np.ndarray, length: int, tensors: dict[str, torch.Tensor]
 ) -> None:
@@ -100,7 +107,9 @@ def _save_store(
             paged.token_scale[tails, :, filled:] = 0
     for name in (*_PAGED, *_SCALES):
         if (tensor := getattr(paged, name)) is not None:
-            tensors[f"{where}.{name}"] = tensor.cpu().contiguous()
+            tensor = tensor.cpu().contiguous()
+            # Layers may have been given one scale for all of them; the file wants each tensor's own memory.
+            tensors[f"{where}.{name}"] = tensor.clone() if name in _SCALES else tensor
 
 
 def _state_of(layer: Any, where: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -182,8 +191,8 @@ class SavedCache:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options to make the cache with; scales come from the file."""
-        return {**self.header["options"], "scales": "dynamic"}
+        """Options to make the cache with; scales, and how queries are rounded, come from the file."""
+        return {**self.header["options"], "scales": "dynamic", "q_dtype": None}
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises ValueError if the cache was written with another model."""
@@ -230,7 +239,8 @@ class SavedCache:
         if isinstance(layer, GrowingLayer):
             layer.table = _table_for(layer, entry["table"], tables)
             layer.length = table["length"]
-        layer.plan = LayerPlan(*[self._plan(f"{where}.{side}", entry[side]["plan"]) for side in "kv"])
+        k, v = (self._plan(f"{where}.{side}", entry[side]["plan"]) for side in "kv")
+        layer.plan = LayerPlan(k, v, _query_plan(entry["q"]))
         shapes = [self.file.get_slice(f"{where}.{side}.pages").get_shape() for side in "kv"]
         dtype = getattr(torch, entry["dtype"].removeprefix("torch."))
         layer.lazy_initialization(
@@ -286,6 +296,13 @@ class SavedCache:
                 getattr(layer, name)[int(key)] = value
             else:
                 setattr(layer, name, value)
+
+
+def _query_plan(entry: dict[str, Any] | None) -> QueryPlan | None:
+    if entry is None:
+        return None
+    scale = entry["scale"]
+    return QueryPlan(entry["format"], entry["source"], None if scale is None else torch.tensor(scale))
 
 
 def _table_for(layer: GrowingLayer, number: int, tables: dict[int, PageTable]) -> PageTable:

@@ -48,6 +48,21 @@ def test_bad_dtype_lists_the_formats(given: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "stored"), [(None, None), ("fp8", "fp8_e4m3"), ("fp8_e4m3", "fp8_e4m3"), ("fp8_e4m3fn", "fp8_e4m3")]
+)
+def test_q_dtype(given: Any, stored: Any) -> None:
+    assert KVQuantConfig(q_dtype=given).q_dtype == stored
+
+
+@pytest.mark.parametrize(
+    "given", ["fp8_e5m2", "int8", "model", "auto", "FP8", "", True, 8, ("fp8", "fp8"), ["fp8"], {}]
+)
+def test_bad_q_dtype(given: Any) -> None:
+    with pytest.raises(ValueError, match="q_dtype=.*choose 'fp8'"):
+        KVQuantConfig(q_dtype=given)
+
+
+@pytest.mark.parametrize(
     ("given", "equalized"),
     [
         ("auto", {"int8"}),
@@ -132,6 +147,9 @@ def test_numbers_of_numpy() -> None:
     assert KVQuantConfig.parse(config.to_dict()).max_cache_len == 99
     cache = QuantizedPagedCache(llama_config(), KVQuantConfig("fp8", scales={np.int64(1): SCALES}))
     assert [row.scales[0] for row in cache.report().layers] == ["dynamic", "given"]
+    assert KVQuantConfig(num_pages=np.uint8(4)).num_pages == 4  # type: ignore[arg-type]
+    for skip, stored in ((np.int64(-1), (-1,)), ({np.int16(3)}, (3,)), ([0, np.int64(1)], (0, 1))):
+        assert KVQuantConfig(skip_layers=skip).skip_layers == stored  # type: ignore[arg-type]
 
 
 def test_page_size_may_not_be_none() -> None:
@@ -185,7 +203,9 @@ def test_skip_layers_of_an_unknown_type_lists_the_types() -> None:
     ids=["name", "path", "scales", "dict", "list"],
 )
 def test_a_config_survives_json(scales: Any) -> None:
-    options = {"kv_cache_dtype": ("fp8", "int8"), "scales": scales, "skip_layers": (0, "sliding_attention")}
+    options = {
+        "kv_cache_dtype": ("fp8", "int8"), "scales": scales, "skip_layers": (0, "sliding_attention"), "q_dtype": "fp8",
+    }  # fmt: skip
     config = KVQuantConfig(page_size=7, **options)
     assert KVQuantConfig().to_dict() == {}
     assert set(config.to_dict()) == {*options, "page_size"}

@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"_version", "formats", "scales", "tables"}, {"config"}),
     ({"checkpoints", "ops"},),
     (
-        {"rotary", "hosts", "pools", "static_pages", "policy", "identity"},
+        {"rotary", "hosts", "pools", "static_pages", "policy", "identity", "query"},
         {"pages", "stores", "reading", "risks"},
         {"offload"},
     ),

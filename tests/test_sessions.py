@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mixed": {"kv_cache_dtype": ("fp8_e5m2", "model"), "scales": "unit", "skip_layers": (0,), "page_size": 5},
     "offload": {"kv_cache_dtype": "int8", "scales": "dynamic", "offload": True},
     "fixed": {"kv_cache_dtype": "fp8", "scales": "dynamic", "max_cache_len": 128},
+    "query": {"kv_cache_dtype": "fp8", "scales": "unit", "q_dtype": "fp8"},
 }
 
 
@@ -63,8 +64,8 @@ def test_a_saved_session_goes_on_as_if_nothing_had_been(name: str, options: str,
     assert loaded.kvquant == cache.kvquant
     one, other = loaded.report(), cache.report()
     for mine, original in zip(one.layers, other.layers, strict=True):
-        assert (mine.kv_cache_dtype, mine.scales, mine.clipped) == (
-            original.kv_cache_dtype, original.scales, original.clipped,
+        assert (mine.kv_cache_dtype, mine.scales, mine.clipped, mine.q_dtype, mine.q_scale) == (
+            original.kv_cache_dtype, original.scales, original.clipped, original.q_dtype, original.q_scale,
         )  # fmt: skip
         assert mine.stored_bytes <= original.stored_bytes
     turn = torch.cat([text, prompt(2, 5, seed=3)], dim=1)
@@ -78,7 +79,7 @@ def test_every_option_has_been_thought_of() -> None:
     """A new one may keep something that a saved cache has to hold: add it to OPTIONS, then here."""
     assert {field.name for field in dataclasses.fields(KVQuantConfig)} == {
         "equalize", "granularity", "kv_cache_dtype", "margin", "max_cache_len", "num_pages", "offload", "page_size",
-        "scales", "skip_layers",
+        "q_dtype", "scales", "skip_layers",
     }  # fmt: skip
 
 
