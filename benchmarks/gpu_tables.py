@@ -12,6 +12,7 @@ Row = dict[str, Any]
 # The formats of the decode table, as it calls them.
 _FORMATS = {"model": "bf16 pages", "fp8_e4m3": "fp8", "int8": "int8"}
 _DYNAMIC = "DynamicCache"
+_SHAPES = {"generate": "Llama 3.1 8B", "generate-1B": "Llama 3.2 1B"}
 _CAPACITY_NAMES = {"kvquant fp8 reserved": "kvquant fp8 compiled", "kvquant int8 reserved": "kvquant int8 compiled"}
 # What rows are told by, not what was measured.
 _HIDDEN = {"traceback", "row_seconds", "failures"}
@@ -24,33 +25,35 @@ def rows_of(result: dict[str, Any], part: str) -> list[Row]:
 
 def readme_table(result: dict[str, Any]) -> str:
     """Tokens a second and capacity, in Markdown, with what they were measured on."""
-    rows = rows_of(result, "generate")
-    cells = list(dict.fromkeys((row["batch"], row["context"]) for row in rows))
-    speed = {(row["cache"], row["batch"], row["context"]): row["tok_s"] for row in rows}
+    parts = [part for part in _SHAPES if rows_of(result, part)]
+    cells = list(dict.fromkeys((p, row["batch"], row["context"]) for p in parts for row in rows_of(result, p)))
+    speed = {(row["cache"], p, row["batch"], row["context"]): row["tok_s"] for p in parts for row in rows_of(result, p)}
     questions = list(dict.fromkeys(row["what"] for row in rows_of(result, "capacity")))
     largest = {
         (_CAPACITY_NAMES.get(row["cache"], row["cache"]), row["what"]): row["largest"]
         for row in rows_of(result, "capacity")
     }
-    header = ["cache", *(f"tokens/s, {batch} x {_thousands(context)}" for batch, context in cells)]
+    header = ["cache"]
+    header += [f"tokens/s, {_SHAPES[p]}, {batch} x {_thousands(context)}" for p, batch, context in cells]
     header += [f"largest {question.replace('8192', '8k')}" for question in questions]
     lines = []
-    for cache in dict.fromkeys(row["cache"] for row in rows):
+    for cache in dict.fromkeys(cache for cache, *_ in speed):
         line = [cache]
-        for batch, context in cells:
-            line.append(_with_ratio(speed.get((cache, batch, context)), speed.get((_DYNAMIC, batch, context))))
+        for cell in cells:
+            line.append(_with_ratio(speed.get((cache, *cell)), speed.get((_DYNAMIC, *cell))))
         line += [_with_ratio(largest.get((cache, q)), largest.get((_DYNAMIC, q))) for q in questions]
         lines.append(line)
-    return _markdown(header, lines) + "\n" + about(result)
+    return _markdown(header, lines) + "\n" + about(result, parts)
 
 
-def about(result: dict[str, Any]) -> str:
-    """Where and with what it was measured."""
+def about(result: dict[str, Any], parts: Sequence[str]) -> str:
+    """Where and with what `parts` were measured."""
     machine, versions = result["about"], result["about"]["versions"]
+    commits = dict.fromkeys((result["parts"][part].get("git_commit") or "unknown")[:7] for part in parts)
+    software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "transformers"))
     return (
-        f"Llama 3.1 8B's shape with random bf16 weights on one {machine['device']}, batch x tokens held. torch "
-        f"{versions['torch']}, triton {versions['triton']}, transformers {versions['transformers']}, commit "
-        f"{(machine['git_commit'] or 'unknown')[:7]}, {machine['date'][:10]}.\n"
+        f"`generate` of models of these shapes with random bf16 weights on one {machine['device']}, batch x tokens "
+        f"held. {software}, commit {', '.join(commits)}, {machine['date'][:10]}.\n"
     )
 
 
@@ -63,7 +66,7 @@ def document(result: dict[str, Any], images: Sequence[str] = ()) -> str:
         f"`python -m benchmarks.gpu` on one {machine['device']} (driver {machine['driver']}); written by "
         "`benchmarks/readme.py --gpu`.",
         "",
-        about(result),
+        about(result, list(result["parts"])),
         *(f"![{name}]({name})\n" for name in images),
     ]
     for name, part in result["parts"].items():
@@ -102,8 +105,9 @@ def plots(result: dict[str, Any]) -> dict[str, str]:
         files["gpu-decode.svg"] = plot.lines(
             medians, "Decode attention: share of the read bandwidth", "tokens held by all sequences"
         )
-    rows = rows_of(result, "generate")
-    if rows:
+    part = next((part for part in _SHAPES if rows_of(result, part)), None)
+    if part is not None:
+        rows = rows_of(result, part)
         bars: dict[str, dict[str, float]] = {}
         dynamic = {(row["batch"], row["context"]): row["tok_s"] for row in rows if row["cache"] == _DYNAMIC}
         for row in rows:
@@ -112,7 +116,9 @@ def plots(result: dict[str, Any]) -> dict[str, str]:
                 group = f"{cell[0]} x {_thousands(cell[1])}"
                 bars.setdefault(group, {})[row["cache"]] = row["tok_s"] / dynamic[cell]
         if bars:
-            files["gpu-generate.svg"] = plot.bars(bars, "generate, 8B shape: tokens/s over those of DynamicCache")
+            files["gpu-generate.svg"] = plot.bars(
+                bars, f"generate, {_SHAPES[part]}'s shape: tokens/s over those of DynamicCache"
+            )
     return files
 
 

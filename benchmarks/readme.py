@@ -17,6 +17,7 @@ import gpu_tables
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "demo-cpu.json"
+GPU_RESULT = ROOT / "benchmarks" / "results" / "h200-2026-11-20.json"
 TABLE = re.compile(r"(?<=<!-- demo-table -->\n).*?(?=<!-- /demo-table -->)", re.DOTALL)
 GPU_TABLE = re.compile(r"(?<=<!-- gpu-table -->\n).*?(?=<!-- /gpu-table -->)", re.DOTALL)
 

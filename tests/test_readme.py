@@ -36,3 +36,16 @@ def test_the_table_is_the_committed_result(monkeypatch: pytest.MonkeyPatch) -> N
     result = json.loads(readme.RESULT.read_text())
     assert readme.table(result) in text
     assert readme.render(text, result) == text
+
+
+def test_the_figures_of_a_gpu_are_the_committed_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_tables
+    import readme
+
+    result = json.loads(readme.GPU_RESULT.read_text())
+    text = README.read_text(encoding="utf-8")
+    assert gpu_tables.readme_table(result) in text
+    assert readme.render_gpu(text, result) == text
+    images = list(gpu_tables.plots(result))
+    assert gpu_tables.document(result, images) == (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
