@@ -64,7 +64,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Any:
         ),
     )
     device = Played()
-    monkeypatch.setattr(driver, "_active", device)
+    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", device)
     caches = [kernels.tuning.num_multiprocessors, kernels.tuning.can_chain, kernels.tuning.instruction_set]
     for cache in caches:
         cache.cache_clear()
