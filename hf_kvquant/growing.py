@@ -205,8 +205,7 @@ def move_to_own_pool(table: PageTable, shares: bool = True) -> None:
     for layer in layers:
         index = torch.from_numpy(pages).to(layer.k.index_device)
         copies.append((layer.k.with_pages(index), layer.v.with_pages(index)))
-    pool = PagePool(table.pool.num_pages)
-    pool.size = len(pages)
+    pool = PagePool(table.pool.num_pages, size=len(pages))
     for layer, (layer.k, layer.v) in zip(layers, copies, strict=True):
         pool.add_user(layer.k)
         pool.add_user(layer.v)

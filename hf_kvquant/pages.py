@@ -124,7 +124,7 @@ class PageTable:
 
     def restore(self, rows: np.ndarray, length: int, first_page: int) -> np.ndarray:
         """Hold sequences of `length` tokens in pages `rows` `[B, N]` of the pool, oldest first; returns the pages."""
-        self.pool.grow(int(rows.max()) + 1)
+        self.pool.hold(int(rows.max()) + 1)
         self._set_rows(rows, length, first_page)
         return rows
 

@@ -60,11 +60,13 @@ class PagePool:
 
     Args:
         num_pages: most pages there may be, None for no bound.
+        size: pages that the users to come already hold.
     """
 
-    def __init__(self, num_pages: int | None = None) -> None:
+    def __init__(self, num_pages: int | None = None, size: int = 0) -> None:
         self.num_pages = num_pages
-        self.size = 0  # pages that every user holds
+        self.size = size  # pages that every user holds
+        self._fresh = size  # pages from here on are as they were made: zero
         # Stores and tables hold their pool and not the other way round: memory goes with the last reference to a cache,
         # without waiting for a garbage collection that a full GPU does not trigger.
         self._users: list[weakref.ref[PageUser]] = []
@@ -105,6 +107,11 @@ class PagePool:
         """Distinct pages that some sequence refers to."""
         return int(np.count_nonzero(self.references()))
 
+    def hold(self, num_pages: int) -> None:
+        """Have `num_pages` pages, all of which hold something."""
+        self.grow(num_pages)
+        self._fresh = max(self._fresh, num_pages)
+
     def grow(self, need: int) -> None:
         """Have at least `need` pages."""
         if need <= self.size:
@@ -126,19 +133,22 @@ class PagePool:
             user.keep(index[0], size)
         for table in self.tables:
             table.renumber(numbers)
-        self.size = size
+        self.size, self._fresh = size, len(kept)
 
     def clear(self, pages: np.ndarray) -> None:
-        """Zero these pages."""
-        if len(pages):
-            for user, index in self._indexed(pages):
+        """Zero these pages, which will be written."""
+        used = pages[pages < self._fresh]
+        if len(used):
+            for user, index in self._indexed(used):
                 user.clear(index[0])
+        self._fresh = max(self._fresh, int(pages.max(initial=-1)) + 1)
 
     def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy page sources[i] to targets[i]."""
         if len(sources):
             for user, index in self._indexed(sources, targets):
                 user.copy(index[0], index[1])
+            self._fresh = max(self._fresh, int(targets.max()) + 1)
 
     def _indexed(self, *indices: np.ndarray) -> list[tuple[PageUser, torch.Tensor]]:
         """Every user with the indices on its device, `[len(indices), n]`; one transfer a device."""

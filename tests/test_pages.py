@@ -316,8 +316,9 @@ class PageTables(RuleBasedStateMachine):
             assert not pages or max(pages) < pool.size
             assert pool.size <= max(1.25 * len(pages), len(pages) + 1)
             assert pool.num_pages is None or pool.size <= pool.num_pages
-            for user in pool.users:  # whatever lies in a free page, nobody may see it
-                user.numbers[[page for page in range(pool.size) if page not in pages]] = POISON
+            for user in pool.users:  # whatever lies in a page that was given back, nobody may see it
+                given_back = [page for page in range(pool.size) if page not in pages and user.numbers[page].any()]
+                user.numbers[given_back] = POISON
 
 
 TestPageTables = PageTables.TestCase

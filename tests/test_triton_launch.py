@@ -110,6 +110,7 @@ def test_a_kernel_is_launched_with_addresses_and_sizes(played: Played) -> None:
     assert merge_grid == (32, 1, 1)
 
 
+@pytest.mark.skipif(not kernels.tuning._IS_3_5, reason="other tiles")
 @pytest.mark.parametrize(("batch_size", "context"), [(1, 1024), (1, 32768), (8, 32768), (12, 8192), (64, 8192)])
 def test_splits_fill_the_device_once(played: Played, batch_size: int, context: int) -> None:
     """No second wave of programs, and none without a tile."""

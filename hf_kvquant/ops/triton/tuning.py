@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from packaging.version import Version
 
-# What a matrix product has at least.
-_FEWEST_ROWS = 8 if Version(triton.__version__) >= Version("3.5") else 16
+# Before, a matrix product has at least 16 rows, and a kernel waits for the end of the one before it.
+_IS_3_5 = Version(triton.__version__) >= Version("3.5")
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def attention_tiles(num_rows: int, head_dim: int, element_size: int, is_dynamic:
     """Tiles for `num_rows` rows over pages of `element_size` bytes, with a scale per token or not."""
     if element_size == 4:  # fp32 is multiplied as such, without tensor cores
         return Tiles(16, 32, 4, 2, 2)
-    if max(num_rows, _FEWEST_ROWS) <= 8:
+    if num_rows <= 8 and _IS_3_5:
         if head_dim > 128:
             return Tiles(8, 64, 4, 3, 2)
         if element_size == 2:
@@ -78,7 +77,7 @@ def num_multiprocessors(device: torch.device) -> int:
 @functools.cache
 def can_chain(device: torch.device) -> bool:
     """Whether a kernel can be launched while the one before it runs (NVIDIA, compute capability 9.0 and later)."""
-    if device.type != "cuda" or torch.version.hip is not None or not hasattr(tl.extra.cuda, "gdc_wait"):
+    if device.type != "cuda" or torch.version.hip is not None or not _IS_3_5:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
