@@ -14,7 +14,7 @@ import torch
 from helpers import FP8_LAYOUT, NAN_BYTE, QMAX, QUANTIZED, code_value, nearest_code
 
 from hf_kvquant.formats import get_format
-from hf_kvquant.ops import PagedTensor, paged_attention, reference, write_kv
+from hf_kvquant.ops import PagedTensor, check_page_table, paged_attention, reference, write_kv
 
 CLIP_LIMIT = {"fp8_e4m3": 464.0, "fp8_e5m2": 61440.0, "int8": 127.5}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -839,3 +839,23 @@ def test_errors_name_an_unknown_format(call: Any) -> None:
     given["v"].format = "fp4"
     with pytest.raises(ValueError, match="unknown storage format 'fp4'"):
         call(given)
+
+
+def test_page_tables_are_checked_on_request() -> None:
+    table, lengths = torch.tensor([[1, 0, 99], [3, 2, 1]], dtype=torch.int32), torch.tensor([32, 48], dtype=torch.int32)
+    check_page_table(table, lengths, num_pages=4, page_size=16)  # what lies behind the last token need not be a page
+    with pytest.raises(ValueError, match=r"page_table\[0, 2\] is 99; there are 4 pages"):
+        check_page_table(table, lengths + 1, num_pages=4, page_size=16, window=32)
+    with pytest.raises(ValueError, match="sequence 1 has 49 tokens, but its 3 pages"):
+        check_page_table(table.clamp(max=3), lengths + 1, num_pages=4, page_size=16)
+
+
+def test_tensors_of_another_device_are_named() -> None:
+    k = PagedTensor(torch.zeros(2, 1, 4, 8, dtype=torch.uint8), "fp8_e4m3")
+    query = torch.zeros(1, 1, 1, 8, device="meta")
+    table, lengths = torch.zeros(1, 2, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="query is on meta; the pages it belongs to are on cpu"):
+        paged_attention(query, k, k, table, lengths, softmax_scale=1.0)
+    scaled = PagedTensor(k.pages, "fp8_e4m3", scale=torch.ones(1, 1, device="meta"))
+    with pytest.raises(ValueError, match=r"k\.scale is on meta"):
+        paged_attention(query.to("meta"), scaled, k, table, lengths, softmax_scale=1.0)

@@ -21,7 +21,7 @@ from types import ModuleType
 import torch
 
 from . import cpu, gpu, reference
-from .checks import check_attention, check_write
+from .checks import check_attention, check_page_table, check_write
 
 
 @dataclass(eq=False)
@@ -43,6 +43,8 @@ class PagedTensor:
     token_scale: torch.Tensor | None = None
     checked: tuple[object, ...] | None = field(default=None, repr=False)
 
+
+__all__ = ["PagedTensor", "check_page_table", "paged_attention", "read_pages", "write_kv"]
 
 _LIBRARY = torch.library.Library("hf_kvquant", "DEF")
 _LIBRARY.define(

@@ -144,3 +144,28 @@ def check_attention(
             raise ValueError(f"attn_mask is {attn_mask.dtype}; expected bool (True attends) or float (added)")
     if sinks is not None:
         _check_shape("sinks", sinks, (num_q_heads,))
+
+
+def check_page_table(
+    page_table: torch.Tensor, seq_lens: torch.Tensor, num_pages: int, page_size: int, window: int | None = None
+) -> None:
+    """Read a page table from its device and look for entries that no kernel may follow; for debugging.
+
+    Args:
+        page_table, seq_lens: as the operators take them.
+        num_pages: of the pool.
+        window: without one the table must have room for every token.
+
+    Raises ValueError naming the first sequence and page that is wrong.
+    """
+    num_columns = page_table.shape[1]
+    for sequence, (row, length) in enumerate(zip(page_table.tolist(), seq_lens.tolist(), strict=True)):
+        used = -(-length // page_size)
+        if window is None and used > num_columns:
+            raise ValueError(
+                f"sequence {sequence} has {length} tokens, but its {num_columns} pages of {page_size} tokens hold "
+                f"{num_columns * page_size}; give the table more columns, or the window that it serves"
+            )
+        for column in range(min(used, num_columns)):
+            if not 0 <= row[column] < num_pages:
+                raise ValueError(f"page_table[{sequence}, {column}] is {row[column]}; there are {num_pages} pages")
