@@ -268,7 +268,7 @@ def attention_kernel(
 
 @triton.jit
 def _slots(pages, head, tokens, H: tl.constexpr, PAGE_SIZE: tl.constexpr):
-    """Where tokens lie, counted in tokens of one head over all pages."""
+    """Where tokens lie, counted in tokens of one head over all pages: 32 bits count more than a GPU can hold."""
     return (pages * H + head) * PAGE_SIZE + tokens % PAGE_SIZE
 
 
