@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 # Threads that spin while they wait slow down whoever shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test lint format gpu clean
+.PHONY: help demo test kernels lint format gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -24,6 +24,9 @@ demo: $(STAMP) ## generate with the 8-bit cache and compare it with others (MODE
 
 test: $(STAMP) ## run the tests (ARGS=... goes to pytest)
 	@$(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+kernels: $(STAMP) ## the long form of what is proved of the GPU kernels without a GPU (minutes)
+	@$(BIN)/python -m pytest -q -n 2 -m kernels tests/test_triton_interpreter.py tests/test_triton_compile.py $(ARGS)
 
 lint: $(STAMP) ## check style and types
 	@$(BIN)/ruff check .

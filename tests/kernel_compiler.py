@@ -1,0 +1,153 @@
+"""Kernels compiled for a device that is not there, through the functions that would launch them on it."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from hf_kvquant.ops import triton as kernels
+from hf_kvquant.ops.triton import tuning
+from hf_kvquant.ops.triton.launch import Launcher
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = TOOLS / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a launch asks of a device; sizes in bytes, of one multiprocessor. AMD has no `capability`."""
+
+    target: GPUTarget
+    cores: int
+    capability: tuple[int, int] | None = None
+    shared: int = 0
+    registers: int = 65536
+
+
+DEVICES = {
+    "sm_80": Device(GPUTarget("cuda", 80, 32), 108, (8, 0), shared=164 * 1024),
+    "sm_90": Device(GPUTarget("cuda", 90, 32), 132, (9, 0), shared=228 * 1024),
+    "gfx942": Device(GPUTarget("hip", "gfx942", 64), 304),
+}
+
+
+class _Kernel:
+    """Compiles what it is asked to launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        def compile_(*arguments: Any, **options: Any) -> None:
+            self.compiled.append(self.kernel.warmup(*arguments, grid=grid, **options))
+
+        return compile_
+
+
+@contextlib.contextmanager
+def compiling(device: Device) -> Iterator[dict[str, list[Any]]]:
+    """Calls of `hf_kvquant.ops.triton` with tensors on `meta` compile for `device`; yields what they compiled."""
+    major_minor = device.capability
+    with contextlib.ExitStack() as stack:
+        patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
+        patch(torch.version, "hip", None if major_minor else "6.4")
+        patch(torch.cuda, "get_device_capability", lambda *_: major_minor)
+        patch(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=device.cores))
+        for name in ("instruction_set", "can_chain", "num_multiprocessors"):
+            answer = getattr(tuning, name).__wrapped__(torch.device("cuda"))
+            patch(tuning, name, lambda _, answer=answer: answer)
+        driver = SimpleNamespace(
+            get_current_target=lambda: device.target,
+            # Triton keeps kernels by this number: no other test's, and another one for every device.
+            get_current_device=lambda: 1000 + list(DEVICES.values()).index(device),
+            get_current_stream=lambda _: 0,
+        )
+        config = triton.runtime.driver
+        before = config._active
+        config.set_active(driver)
+        stack.callback(setattr, config, "_active", before)
+        launched = {}
+        for name in ("_attention", "_merge", "_write", "_read"):
+            kernel = _Kernel(getattr(kernels, name).kernel)
+            launched[name.strip("_")] = kernel.compiled
+            patch(kernels, name, Launcher(kernel))
+        for name in ("_attention_plans", "_write_plans"):
+            patch(kernels, name, {})
+        yield launched
+
+
+# -- what came out -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel, or a loop of it, for NVIDIA: one string an instruction."""
+
+    instructions: tuple[str, ...]
+
+    @functools.cached_property
+    def counts(self) -> collections.Counter[str]:
+        """How often each operation stands there, without predicates and operands."""
+        return collections.Counter(re.sub(r"^@!?U?P\w+ ", "", text).split(" ")[0] for text in self.instructions)
+
+    def count(self, pattern: str) -> int:
+        return sum(number for name, number in self.counts.items() if re.match(pattern, name))
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A kernel for NVIDIA as the hardware runs it; `threads` of a program, its `registers` a thread, `shared` bytes."""
+
+    threads: int
+    registers: int
+    shared: int
+    code: Code
+    loops: tuple[Code, ...]
+
+    def programs(self, device: Device) -> int:
+        """How many run on one multiprocessor of `device` at once."""
+        by_registers = device.registers // (-(-self.registers // 8) * 8 * self.threads)
+        return min(by_registers, device.shared // (self.shared + 1024))  # the driver keeps a kilobyte of each
+
+
+def disassemble(compiled: Any) -> Binary:
+    """The code of a kernel compiled for NVIDIA. Its loops are what lies between a backward branch and its target."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        dump = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        usage = dump([CUOBJDUMP, "-res-usage", file.name])
+        listing = dump([CUOBJDUMP, "-sass", file.name]).stdout
+    registers = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
+    assert registers, usage
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", listing)
+    code = [(int(address, 16), text) for address, text in found]
+    loops = []
+    for address, text in code:
+        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < address:  # a branch to itself pads the end
+            loops.append(Code(tuple(text for at, text in code if int(branch[1], 16) <= at <= address)))
+    threads = 32 * compiled.metadata.num_warps
+    whole = Code(tuple(text for _, text in code))
+    return Binary(threads, int(registers[1]), compiled.metadata.shared, whole, tuple(loops))
+
+
+def buffers(compiled: Any, rows: int, columns: int, bits: int) -> list[int]:
+    """How many tiles each buffer of `[rows, columns]` elements holds in shared memory."""
+    pattern = rf"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x{rows}x{columns}x\w*?{bits},"
+    return [int(number) for number in re.findall(pattern, compiled.asm["ttgir"])]
