@@ -55,6 +55,8 @@ def check_attention(case: Case, dtype: torch.dtype, tiles: tuple[int, ...] | Non
     assert got.shape == expected.shape
     error = np.linalg.norm(got.double().numpy() - expected, axis=-1)
     allowed = allowed_error(clean, expected, bound)
+    if dtype == torch.float16:
+        allowed += 2.0**-25 * expected.shape[-1] ** 0.5  # half the distance of its smallest numbers
     worst = np.unravel_index(np.nanargmax(error - allowed), error.shape)
     assert (error <= allowed).all(), f"off by {error[worst]:.2e} at {worst}, allowed {allowed[worst]:.2e}"
     return float((error / np.maximum(allowed, np.finfo(float).tiny)).max())
