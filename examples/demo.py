@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import TINY_MODEL, Reading, encode, held_bytes, load, print_table, read_text, windows
+from measuring import TINY_MODEL, Reading, encode, load, print_table, read_text, windows
 from stdlib_text import held_out_text
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache, cache_utils
 from transformers.cache_utils import Cache
 
 from hf_kvquant import QuantizedPagedCache
+from hf_kvquant.comparison import held_bytes
 
 PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """'
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 
 import torch
-from measuring import held_bytes, print_table
+from measuring import print_table
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import Cache
 
 from hf_kvquant import KVQuantConfig, OutOfPagesError, QuantizedPagedCache
+from hf_kvquant.comparison import held_bytes
 
 CHUNK = 512
 CONFIG = LlamaConfig(num_hidden_layers=4, num_key_value_heads=8, head_dim=128, attn_implementation="kvquant")

@@ -5,21 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-import hf_kvquant
+from hf_kvquant.comparison import chunk_sizes
 
 TINY_MODEL = Path(__file__).parent / "tiny-python-lm"
-# A window of 1024 tokens. It begins with few, as a conversation does: a cache that takes its scales from the first
-# tokens has to live with them.
-CHUNKS = (8, 24, 32, 64, 128, 256, 256, 256)
+WINDOW = 1024
+CHUNKS = chunk_sizes(WINDOW)
 
 
 def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -38,11 +36,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, device: torch.device) 
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, text: str, count: int, device: torch.device) -> torch.Tensor:
-    """`[count, sum(CHUNKS)]` token ids, spread over the text; each row begins with the start token if there is one."""
-    length = sum(CHUNKS)
+    """`[count, WINDOW]` token ids, spread over the text; each row begins with the start token if there is one."""
     ids = encode(tokenizer, text, device)[0]
-    starts = torch.linspace(0, len(ids) - length, count).long().tolist()
-    cut = torch.stack([ids[start : start + length] for start in starts])
+    starts = torch.linspace(0, len(ids) - WINDOW, count).long().tolist()
+    cut = torch.stack([ids[start : start + WINDOW] for start in starts])
     if tokenizer.bos_token_id is not None:
         cut[:, 0] = tokenizer.bos_token_id
     return cut
@@ -81,26 +78,6 @@ def read_text(model: PreTrainedModel, texts: torch.Tensor, make_cache: Callable[
         losses[-1] = losses[-1][:-1]  # nothing follows the last token
     mean = torch.cat(losses).mean().item()
     return Reading(math.exp(mean), torch.cat(choices).view(texts.shape), cache)
-
-
-def held_bytes(cache: Cache) -> int:
-    """Bytes that a cache holds: for ours also pages that are not in use yet, for the host's every tensor it keeps."""
-    if isinstance(cache, hf_kvquant.QuantizedPagedCache):
-        return cache.nbytes_allocated
-    return sum(_tensor_bytes(vars(layer).values()) for layer in cache.layers)
-
-
-def _tensor_bytes(values: Iterable[Any]) -> int:
-    """Bytes of the tensors among `values`, in containers too: quantized data comes as a tuple with its scale."""
-    total = 0
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            total += value.nbytes
-        elif isinstance(value, dict):
-            total += _tensor_bytes(value.values())
-        elif isinstance(value, (list, tuple)):
-            total += _tensor_bytes(value)
-    return total
 
 
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

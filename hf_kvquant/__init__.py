@@ -12,6 +12,7 @@ from ._version import __version__
 from .cache import QuantizedPagedCache
 from .calibration import Calibration, calibrate
 from .checkpoints import CheckpointScales
+from .comparison import Comparison, ComparisonRow, compare
 from .config import KVQuantConfig
 from .exporting import WrittenScales, write_scales
 from .pools import OutOfPagesError
@@ -24,6 +25,8 @@ __all__ = [
     "CacheReport",
     "Calibration",
     "CheckpointScales",
+    "Comparison",
+    "ComparisonRow",
     "KVQuantConfig",
     "LayerReport",
     "LayerScales",
@@ -33,6 +36,7 @@ __all__ = [
     "WrittenScales",
     "__version__",
     "calibrate",
+    "compare",
     "read_scales",
     "register",
     "write_scales",

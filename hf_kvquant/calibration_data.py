@@ -1,4 +1,4 @@
-"""What `calibrate` reads, as batches of token ids: files, data sets, texts, conversations, tensors, DataLoaders."""
+"""What `calibrate` and `compare` read, as batches of token ids: files, data sets, texts, conversations, tensors, ..."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def batches_of(
         data = data[None] if data.ndim == 1 else data
     if isinstance(data, (Mapping, bytes)) or not isinstance(data, Iterable):
         raise TypeError(
-            f"calibration data of type {type(data).__name__}; give a text or JSONL file, the name of a data set, a "
+            f"data of type {type(data).__name__}; give a text or JSONL file, the name of a data set, a "
             "sequence of texts, conversations or token ids, or a DataLoader"
         )
     samples = iter(data)
     first = next(samples, None)
     if first is None:
-        raise ValueError("the calibration data is empty")
+        raise ValueError("the data is empty")
     samples = itertools.chain([first], samples)
     if isinstance(first, Mapping) and any(
         name in first for name in ("input_ids", "decoder_input_ids", "inputs_embeds")
@@ -174,7 +174,7 @@ class _Tokens:
             ids = torch.empty(0, 0)
         if ids.ndim != 1 or ids.is_floating_point():
             raise TypeError(
-                f"a calibration sample of type {type(sample).__name__} is neither text, nor a conversation "
+                f"a sample of type {type(sample).__name__} is neither text, nor a conversation "
                 "([{'role': ..., 'content': ...}, ...]), nor token ids [T]"
             )
         return ids.long()
@@ -214,7 +214,7 @@ def _read_source(source: str | os.PathLike[str]) -> Iterator[Any]:
     if path.is_file():
         return _read_file(path)
     if path.exists() or path.suffix in (".txt", ".json", ".jsonl", ".md"):
-        raise ValueError(f"{path} is not a file; calibration data is a text, JSON or JSONL file, or a data set's name")
+        raise ValueError(f"{path} is not a file; data is a text, JSON or JSONL file, or a data set's name")
     return _read_data_set(str(source))
 
 

@@ -1,4 +1,4 @@
-"""`hf-kvquant`: inspect, doctor, plan, calibrate and convert from a terminal."""
+"""`hf-kvquant`: inspect, doctor, plan, eval, calibrate and convert from a terminal."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers.utils import is_accelerate_available, logging
 from . import __version__
 from .calibration import ESTIMATORS, FORMATS, calibrate
 from .checkpoints.layouts import JSON_LAYOUTS, LAYOUTS
+from .comparison import DEFAULT_FORMATS, ComparisonRow, compare
 from .doctor import diagnose
 from .exporting import WrittenScales, check_export, write_scales
 from .formats import get_format
@@ -85,11 +86,22 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print JSON")
         added.add_argument("--revision", help="of a hub id")
 
+    eval_ = command("eval", _eval, "compare what caches cost a model in quality, ours and those of transformers")
+    eval_.add_argument("model", help="directory or hub id")
+    eval_.add_argument(
+        "--formats", nargs="+", type=_kv_cache_dtype, default=list(DEFAULT_FORMATS), metavar="FORMAT",
+        help=f"of ours; K,V for a pair (default: {' '.join(DEFAULT_FORMATS)})",
+    )  # fmt: skip
+    eval_.add_argument("--context", type=int, default=1024, help="tokens of a window (default: 1024)")
+    eval_.add_argument("--num-windows", type=int, default=8, help="most windows (default: 8)")
+    eval_.add_argument("--new-tokens", type=int, default=64, help="of the greedy continuations (default: 64)")
+    eval_.add_argument("--attention", default="kvquant", help="attention implementation (default: kvquant)")
+    eval_.add_argument(
+        "--json", metavar="FILE", help="save after every cache; if the file is there, what it lacks is measured"
+    )
+
     calibrate_ = command("calibrate", _calibrate, "measure scales on text and write them into a checkpoint")
     calibrate_.add_argument("model", help="directory or hub id")
-    calibrate_.add_argument(
-        "--data", required=True, help="text, JSON or JSONL file, or name[:config][:split] of a data set"
-    )
     calibrate_.add_argument("--kv-cache-dtype", default="fp8", choices=["fp8", *FORMATS], help="default: fp8")
     calibrate_.add_argument("--granularity", default="tensor", choices=GRANULARITIES, help="default: tensor")
     calibrate_.add_argument("--estimator", default="absmax", choices=ESTIMATORS, help="default: absmax")
@@ -99,10 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     calibrate_.add_argument("--num-samples", type=int, default=512, help="most sequences (default: 512)")
     calibrate_.add_argument("--max-length", type=int, default=2048, help="tokens of a sequence (default: 2048)")
     calibrate_.add_argument("--batch-size", type=int, default=1, help="sequences in a forward pass (default: 1)")
-    calibrate_.add_argument(
-        "--device", default="auto", type=_device, help="cpu, cuda, ..., or auto: whatever there is (default)"
-    )
-    calibrate_.add_argument("--dtype", default="auto", help="to load the model in (default: its own)")
+    for added in (eval_, calibrate_):
+        added.add_argument(
+            "--data", required=True, help="text, JSON or JSONL file, or name[:config][:split] of a data set"
+        )
+        added.add_argument(
+            "--device", default="auto", type=_device, help="cpu, cuda, ..., or auto: whatever there is (default)"
+        )
+        added.add_argument("--dtype", default="auto", help="to load the model in (default: its own)")
 
     convert = command("convert", _convert, "take the scales of one checkpoint or file into another")
     convert.add_argument("source", help="where the scales are: directory, file or hub id")
@@ -116,6 +132,12 @@ def _parser() -> argparse.ArgumentParser:
         target.add_argument("--in-place", action="store_true", help="add to the model's own directory")
         added.add_argument("--layout", default="auto", choices=["auto", *LAYOUTS], help="default: auto")
     return parser
+
+
+def _kv_cache_dtype(text: str) -> str | tuple[str, str]:
+    """A format, or those of K and V."""
+    key, comma, value = text.partition(",")
+    return (key, value) if comma else key
 
 
 def _bytes(text: str) -> int:
@@ -157,6 +179,35 @@ def _plan(options: argparse.Namespace) -> None:
     _show(planned, options.json)
 
 
+def _load(options: argparse.Namespace, **further: Any) -> Any:
+    """The model that is asked for, where it is asked for, in evaluation mode."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = options.device if options.device != "auto" else accelerator or "cpu"
+    spread = options.device == "auto" and accelerator is not None and is_accelerate_available()
+    placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **placed, **further)
+    return model if spread else model.to(device)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    def tell(row: ComparisonRow) -> None:
+        print(f"{row.cache}: {row.failed or 'done'}", file=sys.stderr)
+
+    model = _load(options, attn_implementation=options.attention)
+    print(
+        compare(
+            model,
+            options.data,
+            formats=options.formats,
+            context=options.context,
+            num_windows=options.num_windows,
+            new_tokens=options.new_tokens,
+            save=options.json,
+            on_row=tell,
+        )
+    )
+
+
 def _calibrate(options: argparse.Namespace) -> None:
     # Hours of calibration must not end in a refusal.
     check_export(
@@ -168,12 +219,7 @@ def _calibrate(options: argparse.Namespace) -> None:
         symmetric=not options.asymmetric,
         q_scale=options.q_scale,
     )
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = options.device if options.device != "auto" else accelerator or "cpu"
-    spread = options.device == "auto" and accelerator is not None and is_accelerate_available()
-    placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **placed)
-    model = model if spread else model.to(device)
+    model = _load(options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are among the notes
         scales = calibrate(

@@ -30,7 +30,10 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
         {"encoder_decoder", "prefix"},
     ),
     ({"attention"},),
-    ({"generation", "calibration_data", "exporting", "doctor", "inspection", "planning"}, {"calibration"}),
+    (
+        {"generation", "calibration_data", "exporting", "doctor", "inspection", "planning"},
+        {"calibration", "comparison"},
+    ),
     ({""},),  # the package itself
     ({"cli"}, {"__main__"}),
 )
