@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def compare(
     and a file of another comparison; TypeError for data of an unknown kind.
     """
     _check_amounts(model, context, num_windows, new_tokens)
-    makers = _makers(model, formats)
+    makers = _makers(model, formats, context)
     windows = _windows(model, data, tokenizer, context, num_windows)
     setup = _setup(model, windows, new_tokens)
     path = None if save is None else Path(save)
@@ -255,22 +256,23 @@ def _check_amounts(model: PreTrainedModel, context: int, num_windows: int, new_t
 _Makers = dict[str, tuple[dict[str, Any], Callable[[], Cache]]]
 
 
-def _makers(model: PreTrainedModel, formats: Any) -> _Makers:
+def _makers(model: PreTrainedModel, formats: Any, context: int) -> _Makers:
     """Name of each cache -> its options as JSON, and a function that makes an empty one."""
     text_config = model.config.get_text_config(decoder=True)
     if isinstance(formats, str):
         raise TypeError(f"formats={formats!r} is text; give a list such as [{formats!r}], or names and their options")
     if not isinstance(formats, Mapping):
         formats = {f"kvquant {' / '.join([f] if isinstance(f, str) else f)}": {"kv_cache_dtype": f} for f in formats}
-    makers: _Makers = {DENSE: ({}, lambda: DynamicCache(config=text_config))}
+    makers: _Makers = {DENSE: ({}, partial(DynamicCache, config=text_config))}
     for name, options in formats.items():
         if name == DENSE or name in _HOST_CACHES:
             raise ValueError(f"formats: {name!r} is the name of a cache of transformers, which has a row anyway")
         config = KVQuantConfig.parse(options)
         plain = json.loads(json.dumps(config.to_dict()))
-        makers[name] = plain, lambda config=config: QuantizedPagedCache.for_generation(model, config)  # type: ignore[misc]
+        # As in `generate`, which knows how long a sequence can get: no memory beyond that.
+        makers[name] = plain, partial(QuantizedPagedCache.for_generation, model, config, expected_length=context)
     for name, options in _HOST_CACHES.items():
-        makers[name] = options, lambda options=options: QuantizedCache(config=text_config, **options)  # type: ignore[misc]
+        makers[name] = options, partial(QuantizedCache, config=text_config, **options)
     return makers
 
 
