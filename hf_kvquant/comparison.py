@@ -50,7 +50,8 @@ class Agreement:
 
     Attributes:
         perplexity: per token.
-        kl_divergence: mean over tokens of KL(unquantized || this cache), in nats.
+        kl_divergence: mean over tokens of KL(unquantized || this cache), in nats. Probabilities are fp32: 1e-7 of
+            either sign is nothing.
         top1_agreement: share of tokens whose most likely successor is the same.
     """
 
@@ -73,6 +74,7 @@ class Quality:
         v_error: the same of V.
         clipped: numbers of K and V beyond their static scales, in all windows in chunks; None for the host's caches.
         bytes_held: with one window in it, memory that is held but not used included.
+        scales: where the scales of ours come from, every source once; None for the host's caches.
     """
 
     steps: Agreement
@@ -83,6 +85,7 @@ class Quality:
     v_error: list[float | None]
     clipped: int | None
     bytes_held: int
+    scales: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,8 @@ class Comparison:
 
     def __str__(self) -> str:
         header = (
-            "cache", "bytes held", "perplexity", "in chunks", "KL", "top-1", "greedy", "differs at", "worst K error",
-            "worst V error", "clipped",
+            "cache", "scales", "bytes held", "perplexity", "in chunks", "KL", "top-1", "greedy", "differs at",
+            "worst K error", "worst V error", "clipped",
         )  # fmt: skip
         measured = {row.cache: row.quality for row in self.rows if row.quality is not None}
         dense = measured.get(DENSE)
@@ -378,6 +381,7 @@ class _Run:
     def _measure(self, make: Callable[[], Cache]) -> Quality:
         steps, chunks = _Sums(), _Sums()
         clipped: int | None = None
+        scales: list[str] | None = None
         for window in self._windows:
             prompt = len(window) // 2
             following = [prompt] + [1] * (len(window) - 1 - prompt)
@@ -388,12 +392,17 @@ class _Run:
             for prediction in self._predictions(window, chunk_sizes(len(window) - 1), cache):
                 chunks.add(*prediction)
             if isinstance(cache, QuantizedPagedCache):
-                clipped = (clipped or 0) + sum(sum(layer.clipped) for layer in cache.report().layers)
+                layers = cache.report().layers
+                clipped = (clipped or 0) + sum(sum(layer.clipped) for layer in layers)
+                # Without the tensor's name, which is each layer's own.
+                scales = list(dict.fromkeys(source.split(":")[0] for layer in layers for source in layer.scales))
         bytes_held = held_bytes(cache)
         assert watched is not None  # noqa: S101 - the last window's
         k_error, v_error = watched.errors()
         match, places = self._continuations(make)
-        return Quality(steps.agreement(), chunks.agreement(), match, places, k_error, v_error, clipped, bytes_held)
+        return Quality(
+            steps.agreement(), chunks.agreement(), match, places, k_error, v_error, clipped, bytes_held, scales
+        )
 
     def _predictions(
         self, window: torch.Tensor, sizes: list[int], cache: Cache
@@ -500,7 +509,8 @@ def _cells(name: str, quality: Quality, dense: Quality | None) -> tuple[str, ...
         for errors in (quality.k_error, quality.v_error)
     ]
     return (
-        name, f"{quality.bytes_held:,}{share}", f"{quality.steps.perplexity:.4f}", f"{quality.chunks.perplexity:.4f}",
+        name, "-" if quality.scales is None else " / ".join(quality.scales), f"{quality.bytes_held:,}{share}",
+        f"{quality.steps.perplexity:.4f}", f"{quality.chunks.perplexity:.4f}",
         f"{quality.steps.kl_divergence:.2e}", f"{quality.steps.top1_agreement:.2%}", f"{quality.greedy_match:.2%}",
         str(min(places)) if places else "-", *(f"{error:.3%}" for error in worst),
         "-" if quality.clipped is None else f"{quality.clipped:,}",

@@ -147,7 +147,8 @@ def test_clipping_is_counted() -> None:
     assert all(0.9 < error <= 1 for error in found.k_error if error is not None)
     assert found.steps.kl_divergence > 0.1
     assert found.steps.top1_agreement < 1
-    assert quality(result(), DENSE).clipped is None
+    assert found.scales == ["given"]
+    assert (quality(result(), DENSE).clipped, quality(result(), DENSE).scales) == (None, None)
 
 
 def test_bytes() -> None:
