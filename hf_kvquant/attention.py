@@ -81,14 +81,8 @@ def kvquant_attention(
         elif sinks is not None and sinks.ndim > 1:
             readable, reason = False, "sinks differ between tokens"
         if key.raw is None and readable:
-            if (
-                _is_long_turn(query, key)
-                and attention_mask is None
-                and is_causal
-                and softcap is None
-                and sinks is None
-                and position_bias is None
-            ):
+            plain = is_causal and all(x is None for x in (attention_mask, softcap, sinks, position_bias))
+            if plain and _is_long_turn(query, key):
                 return _attend_long_turn(query, layer, scaling), None
             output = layer.attend(
                 query,

@@ -154,7 +154,7 @@ def _to_float(value: Value, path: str) -> torch.Tensor:
         if tensor.is_complex() or tensor.dtype == torch.bool:
             raise TypeError("a scale is a real number")
         return tensor.to(torch.float32)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError) as error:  # packed dtypes have no conversion; torch raises one or the other
         raise ValueError(f"{_where(source, path)} has dtype {tensor.dtype}: {error}") from error
 
 

@@ -25,6 +25,19 @@ PTX = tl.constexpr(1)  # NVIDIA
 PTX_FP8 = tl.constexpr(2)  # NVIDIA with conversions of fp8, compute capability 8.9 and later
 
 
+# Four numbers to the four codes of a register.
+_ENCODE = """
+{{
+.reg .b16 lo, hi;
+cvt.rn.satfinite.{0}x2.f32 lo, $2, $1;
+cvt.rn.satfinite.{0}x2.f32 hi, $4, $3;
+mov.b32 $0, {{lo, hi}};
+}}
+"""
+_ENCODE_E4M3 = tl.constexpr(_ENCODE.format("e4m3"))
+_ENCODE_E5M2 = tl.constexpr(_ENCODE.format("e5m2"))
+
+
 @triton.jit
 def decode_factor(FORMAT: tl.constexpr, ISA: tl.constexpr):
     """What the numbers of `decode_pair` have to be multiplied by."""
@@ -112,48 +125,12 @@ def encode(x, FORMAT: tl.constexpr, ISA: tl.constexpr):
         rounded = (clamped + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
         return tl.where(x == x, rounded + 128, 0).to(tl.uint8)
     elif ISA == PTX_FP8:
-        # Two results a conversion of which one is used: the compiler packs what it can, and writing is bound by memory.
-        return _encode_fp8_ptx(x, FORMAT)
+        asm: tl.constexpr = _ENCODE_E4M3 if FORMAT == FP8_E4M3 else _ENCODE_E5M2
+        return tl.inline_asm_elementwise(asm, "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4)
     elif FORMAT == FP8_E4M3:
         return _encode_fp8(x, 448.0, 3, 7)
     else:
         return _encode_fp8(x, 57344.0, 2, 15)
-
-
-@triton.jit
-def _encode_fp8_ptx(x, FORMAT: tl.constexpr):
-    if FORMAT == FP8_E4M3:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b16 lo, hi;
-            cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1;
-            cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3;
-            mov.b32 $0, {lo, hi};
-            }
-            """,
-            "=r,r,r,r,r",
-            [x],
-            dtype=tl.uint8,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b16 lo, hi;
-            cvt.rn.satfinite.e5m2x2.f32 lo, $2, $1;
-            cvt.rn.satfinite.e5m2x2.f32 hi, $4, $3;
-            mov.b32 $0, {lo, hi};
-            }
-            """,
-            "=r,r,r,r,r",
-            [x],
-            dtype=tl.uint8,
-            is_pure=True,
-            pack=4,
-        )
 
 
 @triton.jit
