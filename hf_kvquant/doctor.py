@@ -113,14 +113,14 @@ def diagnose(
     model = model_skeleton(source, revision)
     where = torch.device(device) if device else torch.accelerator.current_accelerator() or torch.device("cpu")
     cache = QuantizedPagedCache.for_generation(model, options)
-    shapes = layer_shapes(model)
+    shapes, guesses = layer_shapes(model)
     biases = large_key_biases(model)
     dtype = model.config.get_text_config(decoder=True).dtype
     layers = []
     for layer, shape in zip(cache.layers, shapes, strict=True):
         if isinstance(layer, PagedLayer):
             layers.append(_diagnose(layer, shape, dtype, biases.get(layer.index)))
-    notes = list(cache.notes)
+    notes = [*cache.notes, *guesses]
     if others := len(cache.layers) - len(layers):
         notes.append(f"{others} layers keep a state of another kind, which stays as transformers has it")
     return Diagnosis(

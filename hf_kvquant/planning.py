@@ -122,10 +122,11 @@ def plan_memory(
             raise ValueError(f"{name} is {value}; it must be positive")
     if memory is not None and memory < 1:
         raise ValueError(f"memory is {memory}; it must be positive, in bytes")
-    all_shapes = layer_shapes(model)
+    all_shapes, guesses = layer_shapes(model)
     shapes = [shape for shape in all_shapes if shape.numbers_per_token]
     dtype = config.dtype
     weight_bytes, notes = _weight_bytes(source, revision, model)
+    notes = [*guesses, *notes]
     if others := len(all_shapes) - len(shapes):
         notes.append(f"the states of {others} layers without keys and values are not counted")
     notes.append("activations are not counted")

@@ -62,22 +62,27 @@ def model_skeleton(source: str | os.PathLike[str], revision: str | None = None) 
     return model.eval()
 
 
-def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
-    """What each cache layer of a model on the meta device stores.
+def layer_shapes(model: PreTrainedModel) -> tuple[list[LayerShape], list[str]]:
+    """What each cache layer of a model on the meta device stores, and notes on what could only be guessed.
 
     Raises ValueError if that cannot be found out.
     """
     config = model.config.get_text_config(decoder=True)
     cache = DynamicCache(config=config)
     types = layer_type_names(config, cache.layers)
+    notes: list[str] = []
     try:
         _run(model, cache)
-        sizes = [_cached(layer) for layer in cache.layers]
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError):
-        # Some models look at numbers, of which there are none here.
+    except Exception as error:  # code of any model, some of which looks at numbers, and there are none here
         sizes = [_configured(config)] * len(cache.layers)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        notes.append(
+            f"sizes of keys and values are the configuration's: the model does not run without weights ({reason})"
+        )
+    else:
+        sizes = [_cached(layer) for layer in cache.layers]
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
-    return [LayerShape(name, *size, window) for name, size, window in zip(types, sizes, windows, strict=True)]
+    return [LayerShape(name, *size, window) for name, size, window in zip(types, sizes, windows, strict=True)], notes
 
 
 def _run(model: PreTrainedModel, cache: DynamicCache) -> None:

@@ -232,7 +232,9 @@ def test_unusual_layouts_are_served(path: str) -> None:
     problem.options["attn_mask"] = mask.transpose(2, 3).contiguous().transpose(2, 3).to(torch.float64)
     problem.options["sinks"] = problem.options["sinks"].to(torch.float64)
     problem.page_table = problem.page_table.t().contiguous().t()
-    torch.testing.assert_close(problem.run(), expected, rtol=1e-5, atol=1e-5)
+    # The same numbers in other places may be added in another order: float32, sums of up to a few hundred terms.
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(problem.run(), expected, rtol=64 * eps, atol=64 * eps * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("path", KERNELS[:1])
