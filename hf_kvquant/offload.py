@@ -10,8 +10,6 @@ import numpy as np
 import torch
 
 from .ops import PagedTensor
-from .policy import SidePlan
-from .rotary import RotaryLayout
 from .stores import PageStore
 
 # One stream a device for all copies to it: they share a bus.
@@ -23,7 +21,6 @@ class OffloadedStore(PageStore):
 
     `paged` is always right: it waits, in the order of the device's work, for pages that are on their way and fetches
     those that are not. What is written there has to be saved. On a CPU the visit is a plain copy.
-
     """
 
     _rest: PagedTensor
@@ -31,20 +28,6 @@ class OffloadedStore(PageStore):
     # Recorded when the pages have arrived on the device, and when what was written there has been saved.
     _arrived: Any = None
     _saved: Any = None
-
-    def __init__(
-        self,
-        plan: SidePlan,
-        num_heads: int,
-        head_dim: int,
-        page_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        where: str,
-        rotary: RotaryLayout | None = None,
-    ) -> None:
-        self.device = device
-        super().__init__(plan, num_heads, head_dim, page_size, dtype, device, where, rotary)
 
     @property
     def at_rest(self) -> PagedTensor:

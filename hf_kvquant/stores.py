@@ -50,6 +50,7 @@ class PageStore:
         rotary: RotaryLayout | None = None,
     ) -> None:
         self.plan = plan
+        self.device = device
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.rotary = rotary

@@ -53,9 +53,9 @@ def test_tokens_equal_a_dense_caches(way: dict[str, Any], make_model: Any, padde
 def test_eight_beams_take_little_more_than_one(way: dict[str, Any]) -> None:
     model = tiny_llama("kvquant", max_position_embeddings=5000)
     ids = prompt(1, 4000)
-    one, eight = (generate(model, ids, max_new_tokens=20, **w).past_key_values for w in ({}, way))
+    one, eight = (generate(model, ids, max_new_tokens=50, **w).past_key_values for w in ({}, way))
     assert eight.batch_size == 8
-    assert eight.nbytes < 1.2 * one.nbytes
+    assert eight.nbytes < (1.045 if "num_beams" in way else 1.2) * one.nbytes  # the README says 1.04 of beams
     assert eight.nbytes_allocated < 1.2 * 1.2 * one.nbytes_allocated
 
 

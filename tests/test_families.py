@@ -78,8 +78,8 @@ def _fused(model_type: str) -> PreTrainedModel:
     return model
 
 
-# How far float32 sums in another order may move a logit, of their spread: 2^-24 a sum, over a few hundred terms and some
-# layers. Rounding K and V to 8 bits moves them further, as is held below; tokens are compared exactly.
+# How far float32 sums in another order may move a logit, of their spread: 2^-24 a sum, over a few hundred terms and
+# some layers. Rounding K and V to 8 bits moves them further, as is held below; tokens are compared exactly.
 _ROUNDING = 1e-4
 
 
