@@ -380,8 +380,9 @@ class Problem:
     numbers: tuple[list[np.ndarray], list[np.ndarray]]  # K and V of each sequence, [H, L, D]
     sizes: tuple[list[np.ndarray], list[np.ndarray]]  # the same without cancellation of codes and zeros
 
-    def run(self) -> torch.Tensor:
-        return paged_attention(self.query, self.k, self.v, self.page_table, self.seq_lens, **self.options)
+    def run(self, **options: Any) -> torch.Tensor:
+        options = {**self.options, **options}
+        return paged_attention(self.query, self.k, self.v, self.page_table, self.seq_lens, **options)
 
 
 def _random_codes(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -474,7 +475,12 @@ def build(case: Case, poisoned: bool, seed: int = 0) -> Problem:
 
 
 def float64_attention(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """The result, and how far fp32 arithmetic in any order may be from it, to first order in the unit roundoff."""
+    """The output, and how far fp32 arithmetic in any order may be from it."""
+    return float64_results(problem)[0]
+
+
+def float64_results(problem: Problem) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Output and log-sum-exp, each with how far fp32 arithmetic in any order may be from it, to first order."""
     query, options = problem.query.to(torch.float64).numpy(), problem.options
     batch_size, num_q_heads, num_tokens, head_dim = query.shape
     num_kv_heads = problem.k.pages.shape[1]
@@ -482,6 +488,7 @@ def float64_attention(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     mask, mask_start, sinks = options.get("attn_mask"), options["mask_start"], options.get("sinks")
     out = np.zeros((batch_size, num_q_heads, num_tokens, problem.v.pages.shape[3]))
     bound = np.zeros_like(out)
+    lse, lse_bound = np.zeros(out.shape[:3]), np.zeros(out.shape[:3])
     u = 2.0**-24
     for b, h in itertools.product(range(batch_size), range(num_q_heads)):
         kv_head = h // (num_q_heads // num_kv_heads)
@@ -522,6 +529,8 @@ def float64_attention(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
         total = weights.sum(axis=1, keepdims=True)
         if sinks is not None:
             total = total + np.exp(float(sinks[h]) - highest)
+        with np.errstate(divide="ignore"):
+            lse[b, h] = (highest + np.log(total))[:, 0]
         weights = weights / np.where(total == 0, 1.0, total)
         result = weights @ value
         out[b, h] = result
@@ -530,9 +539,14 @@ def float64_attention(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
         from_logits = (weights * error) @ np.abs(value) + (weights * error).sum(axis=1, keepdims=True) * np.abs(result)
         from_sums = (2 * kv_positions.size + 16) * u * (weights @ value_size)
         bound[b, h] = 1.1 * (from_logits + from_sums)
+        # The same errors of logits; then a sum, its logarithm, and the highest logit is added: all rounded.
+        rest = (kv_positions.size + 16) * u + 4 * u * (
+            np.abs(highest[:, 0]) + np.abs(np.log(np.maximum(total, 1e-300))[:, 0])
+        )
+        lse_bound[b, h] = 1.1 * ((weights * error).sum(axis=1) + rest)
     if problem.query.dtype != torch.float32:
         bound += torch.finfo(problem.query.dtype).eps * np.abs(out)
-    return out, bound
+    return (out, bound), (lse, lse_bound)
 
 
 CASES: dict[str, Case] = {
@@ -592,10 +606,47 @@ def test_attention(case: Case) -> None:
     assert got.shape == (*clean.query.shape[:3], clean.v.pages.shape[3])
     assert got.dtype == clean.query.dtype
     assert torch.equal(poisoned.run(), got)
-    expected, bound = float64_attention(clean)
-    error = np.abs(got.to(torch.float64).numpy() - expected)
+    output, lse = float64_results(clean)
+    check_within(got, *output)
+    got_lse, got_lse_poisoned = (torch.full(clean.query.shape[:3], math.nan) for _ in range(2))
+    check_within(clean.run(lse=got_lse), *output)
+    check_within(got_lse, *lse)
+    poisoned.run(lse=got_lse_poisoned)
+    assert torch.equal(got_lse, got_lse_poisoned)
+
+
+def check_within(got: torch.Tensor, expected: np.ndarray, bound: np.ndarray) -> None:
+    """Each number within its bound; -inf is to be met exactly."""
+    blind = expected == -np.inf
+    numbers = got.to(torch.float64).numpy()
+    assert (numbers[blind] == -np.inf).all()
+    error = np.abs(np.where(blind, 0, numbers) - np.where(blind, 0, expected))
     worst = np.unravel_index(np.argmax(error - bound), error.shape)
     assert (error <= bound).all(), f"off by {error[worst]:.2e} at {worst}, allowed {bound[worst]:.2e}"
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("shift", [1, 16, 40, 70])
+def test_parts_merge_to_the_whole(shift: int, window: int | None) -> None:
+    """Tokens up to `shift` before the query, and the rest, put together by their log-sum-exp: what is seen at once.
+
+    The shift makes lengths fall below the number of queries, and below zero.
+    """
+    whole = build(Case(lengths=(63, 17), num_tokens=5, groups=4, window=window, softcap=4.0, sinks=True), False)
+    sinks = whole.options.pop("sinks")
+    parts = []
+    for seq_lens, options in (
+        (whole.seq_lens - shift, {"window": None if window is None else max(window - shift, 0), "sinks": sinks}),
+        (whole.seq_lens, {"window": shift if window is None else min(window, shift)}),
+    ):
+        part = dataclasses.replace(whole, seq_lens=seq_lens)
+        lse = torch.full(whole.query.shape[:3], math.nan)
+        parts.append((part.run(**options, lse=lse), lse))
+    expected = float64_attention(dataclasses.replace(whole, options=whole.options | {"sinks": sinks}))
+    total = torch.logaddexp(parts[0][1], parts[1][1])
+    merged = sum(torch.exp(lse - total)[..., None] * output for output, lse in parts)
+    # Each part, its weight (as far off as both log-sum-exps are) and the sum are rounded once more.
+    check_within(merged, expected[0], 4 * expected[1] + 2.0**-20 * np.abs(expected[0]))
 
 
 def test_the_bound_sees_one_token() -> None:
@@ -697,13 +748,15 @@ def _flat(side: PagedTensor) -> list[Any]:
     return [side.pages, side.format, side.scale, side.zero, side.token_scale]
 
 
+@pytest.mark.parametrize("lse", [False, True], ids=["", "lse"])
 @pytest.mark.parametrize("name", ["e4m3_head", "int8_equalized", "mask_with_sinks", "wide_values"])
-def test_opcheck_paged_attention(name: str) -> None:
+def test_opcheck_paged_attention(name: str, lse: bool) -> None:
     p = build(CASES[name], poisoned=False)
     o = p.options
     arguments = (
         p.query, p.page_table, p.seq_lens, *_flat(p.k), *_flat(p.v),
         o.get("attn_mask"), o["mask_start"], o.get("sinks"), o["softmax_scale"], o["softcap"], o["window"], o["causal"],
+        torch.zeros(p.query.shape[:3]) if lse else None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.hf_kvquant.paged_attention, arguments)
 
@@ -734,6 +787,7 @@ def _valid() -> dict[str, Any]:
         "clipped": torch.zeros(2, dtype=torch.int64),
         "attn_mask": torch.ones(1, 1, 1, 5, dtype=torch.bool),
         "sinks": torch.zeros(4),
+        "lse": torch.zeros(2, 4, 1),
     }
 
 
@@ -743,7 +797,7 @@ def _write(given: dict[str, Any]) -> None:
 
 def _attend(given: dict[str, Any]) -> None:
     arguments = (given[name] for name in ("query", "k", "v", "page_table", "seq_lens"))
-    paged_attention(*arguments, softmax_scale=1.0, attn_mask=given["attn_mask"], sinks=given["sinks"])
+    paged_attention(*arguments, softmax_scale=1.0, attn_mask=given["attn_mask"], sinks=given["sinks"], lse=given["lse"])
 
 
 def _reshaped(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -783,6 +837,8 @@ BAD_ARGUMENTS: dict[str, tuple[str, torch.Tensor, Sequence[Any]]] = {
     "mask_tokens": ("attn_mask", _reshaped(2, 1, 2, 5), [_attend]),
     "mask_dtype": ("attn_mask", _reshaped(1, 1, 1, 5, dtype=torch.int64), [_attend]),
     "sinks_shape": ("sinks", _reshaped(2), [_attend]),
+    "lse_shape": ("lse", _reshaped(2, 4), [_attend]),
+    "lse_dtype": ("lse", _reshaped(2, 4, 1, dtype=torch.float16), [_attend]),
 }
 
 

@@ -57,8 +57,8 @@ _LIBRARY.define(
     "paged_attention(Tensor query, Tensor page_table, Tensor seq_lens,"
     " Tensor k_pages, str k_format, Tensor? k_scale, Tensor? k_zero, Tensor? k_token_scale,"
     " Tensor v_pages, str v_format, Tensor? v_scale, Tensor? v_zero, Tensor? v_token_scale,"
-    " Tensor? attn_mask, int mask_start, Tensor? sinks, float softmax_scale, float? softcap, int? window, bool causal)"
-    " -> Tensor"
+    " Tensor? attn_mask, int mask_start, Tensor? sinks, float softmax_scale, float? softcap, int? window, bool causal,"
+    " Tensor(a!)? lse=None) -> Tensor"
 )
 _LIBRARY.define(
     "read_pages(Tensor page_ids, Tensor pages, str format, Tensor? scale, Tensor? zero, Tensor? token_scale,"
@@ -150,11 +150,13 @@ def paged_attention(
     softcap: float | None = None,
     window: int | None = None,
     causal: bool = True,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the newest T tokens of every sequence over all its pages; returns `[B, Hq, T, Dv]` in query's dtype.
 
     Args:
-        query: `[B, Hq, T, Dk]`, Hq a multiple of H; tokens `seq_lens[b] - T ... seq_lens[b] - 1`.
+        query: `[B, Hq, T, Dk]`, Hq a multiple of H; tokens `seq_lens[b] - T ... seq_lens[b] - 1`. Lengths below T, and
+            below 0, mean that queries stand before the first token; if causal, those see nothing.
         k, v, page_table, seq_lens: as written by `write_kv`.
         softmax_scale: factor on q·k.
         attn_mask: bool (True attends) or float (added), `[1 | B, 1 | Hq, T, M]`; column j is token `mask_start + j`;
@@ -163,16 +165,20 @@ def paged_attention(
         softcap: logits become `softcap * tanh(logits / softcap)` before the mask.
         window: a token attends to itself and the `window - 1` before it; earlier pages are not read.
         causal: whether later tokens are hidden; applies on top of the mask.
+        lse: fp32 `[B, Hq, T]`, contiguous; is overwritten with the natural logarithm of the sum of exp(logit) over what
+            a query sees, `sinks` included, -inf if that is nothing. With it, attention over parts can be merged.
+
+    A query that sees nothing gets zeros.
 
     Raises ValueError naming the argument for shapes and dtypes that do not go together.
     """
-    check_attention(query, k, v, page_table, seq_lens, attn_mask, sinks)
+    check_attention(query, k, v, page_table, seq_lens, attn_mask, sinks, lse)
     attend = getattr(_eager(query), "paged_attention", torch.ops.hf_kvquant.paged_attention)
     return attend(
         query, page_table, seq_lens,
         k.pages, k.format, k.scale, k.zero, k.token_scale,
         v.pages, v.format, v.scale, v.zero, v.token_scale,
-        attn_mask, mask_start, sinks, softmax_scale, softcap, window, causal,
+        attn_mask, mask_start, sinks, softmax_scale, softcap, window, causal, lse,
     )  # fmt: skip
 
 

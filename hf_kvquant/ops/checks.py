@@ -116,6 +116,7 @@ def check_attention(
     seq_lens: torch.Tensor,
     attn_mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    lse: torch.Tensor | None,
 ) -> None:
     for name, tensor in (("query", query), ("k.pages", k.pages), ("v.pages", v.pages)):
         if tensor.ndim != 4:
@@ -144,6 +145,12 @@ def check_attention(
             raise ValueError(f"attn_mask is {attn_mask.dtype}; expected bool (True attends) or float (added)")
     if sinks is not None:
         _check_shape("sinks", sinks, (num_q_heads,))
+    if lse is not None:
+        _check_shape("lse", lse, (batch_size, num_q_heads, num_tokens))
+        _check_dtype("lse", lse, torch.float32)
+        _check_device("lse", lse, k.pages.device)
+        if not lse.is_contiguous():
+            raise ValueError(f"lse has strides {lse.stride()}; expected a contiguous tensor")
 
 
 def check_page_table(

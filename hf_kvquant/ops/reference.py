@@ -148,6 +148,7 @@ def paged_attention(
     softcap: float | None,
     window: int | None,
     causal: bool,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     compute_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     num_tokens = query.shape[2]
@@ -184,8 +185,11 @@ def paged_attention(
         if attn_mask is not None:
             bias = mask_at(attn_mask[:, :, rows], mask_start, kv_positions)
         outputs.append(
-            attend(query[:, :, rows].to(compute_dtype), key, value, softmax_scale, softcap, visible, bias, sinks)
-        )
+            attend(
+                query[:, :, rows].to(compute_dtype), key, value, softmax_scale, softcap, visible, bias, sinks,
+                lse=None if lse is None else lse[:, :, rows],
+            )
+        )  # fmt: skip
     return torch.cat(outputs, dim=2).to(query.dtype)
 
 
@@ -211,11 +215,13 @@ def attend(
     mask: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     dropout: float = 0.0,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over dense K and V: `[B, Hq, T, Dk]`, `[B, H, L, Dk]`, `[B, H, L, Dv]` -> `[B, Hq, T, Dv]`.
 
     `visible` is bool and `mask` bool (True attends) or float (added), both broadcastable to `[B, Hq, T, L]`;
-    `sinks` are `[Hq]` or `[B, Hq, T, 1]`. A row that sees nothing gives zeros.
+    `sinks` are `[Hq]` or `[B, Hq, T, 1]`. A row that sees nothing gives zeros. `lse` `[B, Hq, T]` is overwritten with
+    the logarithm of each row's sum of exponentials.
     """
     batch_size, num_q_heads, num_tokens, _ = query.shape
     num_kv_heads, length = key.shape[1], key.shape[2]
@@ -238,7 +244,10 @@ def attend(
     # A row of -inf only would be NaN; its maximum is replaced so that every weight comes out as zero.
     highest = logits.amax(dim=-1, keepdim=True)
     weights = torch.exp(logits - highest.masked_fill(highest == float("-inf"), 0.0))
-    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    total = weights.sum(dim=-1, keepdim=True)
+    if lse is not None:
+        lse.copy_((highest + total.log())[..., 0])
+    weights = weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
     weights = torch.nn.functional.dropout(weights, dropout, training=dropout > 0)
     weights = weights[..., :length].to(value.dtype).reshape(batch_size, num_kv_heads, -1, length)
     return (weights @ value).reshape(batch_size, num_q_heads, num_tokens, value.shape[-1])
