@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache, cache_ut
 from transformers.cache_utils import Cache
 
 from hf_kvquant import QuantizedPagedCache
-from hf_kvquant.comparison import held_bytes
+from hf_kvquant.evaluation.caches import held_bytes
 
 PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """'
 

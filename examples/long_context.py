@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import Cache
 
 from hf_kvquant import KVQuantConfig, OutOfPagesError, QuantizedPagedCache
-from hf_kvquant.comparison import held_bytes
+from hf_kvquant.evaluation.caches import held_bytes
 
 CHUNK = 512
 CONFIG = LlamaConfig(num_hidden_layers=4, num_key_value_heads=8, head_dim=128, attn_implementation="kvquant")

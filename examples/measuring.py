@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from hf_kvquant.comparison import chunk_sizes
+from hf_kvquant.evaluation.windows import chunk_sizes
 
 TINY_MODEL = Path(__file__).parent / "tiny-python-lm"
 WINDOW = 1024

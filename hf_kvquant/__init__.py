@@ -12,8 +12,8 @@ from ._version import __version__
 from .cache import QuantizedPagedCache
 from .calibration import Calibration, calibrate
 from .checkpoints import CheckpointScales
-from .comparison import Comparison, ComparisonRow, compare
 from .config import KVQuantConfig
+from .evaluation import Comparison, ComparisonRow, compare
 from .exporting import WrittenScales, write_scales
 from .pools import OutOfPagesError
 from .prefix import PrefixCache

@@ -17,8 +17,9 @@ from transformers.utils import is_accelerate_available, logging
 from . import __version__
 from .calibration import ESTIMATORS, FORMATS, calibrate
 from .checkpoints.layouts import JSON_LAYOUTS, LAYOUTS
-from .comparison import DEFAULT_FORMATS, ComparisonRow, compare
 from .doctor import diagnose
+from .evaluation import ComparisonRow, compare
+from .evaluation.caches import DEFAULT_FORMATS
 from .exporting import WrittenScales, check_export, write_scales
 from .formats import get_format
 from .inspection import inspect_scales

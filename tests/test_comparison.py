@@ -26,7 +26,9 @@ from transformers import (
 import hf_kvquant
 from hf_kvquant import Comparison, ComparisonRow, LayerScales, compare
 from hf_kvquant.cli import main
-from hf_kvquant.comparison import DENSE, Quality, chunk_sizes
+from hf_kvquant.evaluation.caches import DENSE
+from hf_kvquant.evaluation.quality import Quality
+from hf_kvquant.evaluation.windows import chunk_sizes
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-python-lm"
 TEXT = Path(hf_kvquant.__file__).parent.joinpath("cache.py").read_text(encoding="utf-8")

@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"attention"},),
     (
         {"generation", "calibration_data", "exporting", "doctor", "inspection", "planning"},
-        {"calibration", "comparison"},
+        {"calibration", "evaluation"},
     ),
     ({""},),  # the package itself
     ({"cli"}, {"__main__"}),

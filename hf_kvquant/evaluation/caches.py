@@ -1,0 +1,98 @@
+"""The caches that stand side by side in a measurement: the host's unquantized one, ours, and the host's quantized."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache
+from transformers.cache_utils import Cache
+
+from ..cache import QuantizedPagedCache
+from ..config import KVQuantConfig
+
+DENSE = "DynamicCache"
+DEFAULT_FORMATS = ("fp8_e4m3", "fp8_e5m2", "int8")
+Formats = Iterable[str | tuple[str, str]] | Mapping[str, Mapping[str, Any]]
+# The host's quantized caches; of the bits that a backend offers, the host's default and, if there is one, 8.
+HOST_CACHES: dict[str, dict[str, Any]] = {
+    "transformers fp8": {"backend": "fp8"},
+    "transformers quanto 4 bit": {"backend": "quanto", "nbits": 4},
+    "transformers hqq 8 bit": {"backend": "hqq", "nbits": 8},
+    "transformers hqq 4 bit": {"backend": "hqq", "nbits": 4},
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A cache of a measurement.
+
+    Attributes:
+        name: of its row.
+        options: what it is made with, as JSON.
+        make: makes an empty one, given the tokens that a sequence will reach at most. Raises ImportError where a
+            package that it needs is not installed.
+    """
+
+    name: str
+    options: dict[str, Any]
+    make: Callable[[int], Cache]
+
+
+def candidates(model: PreTrainedModel, formats: Formats = DEFAULT_FORMATS) -> list[Candidate]:
+    """The host's unquantized cache, ours in each format, and the host's quantized ones, installed or not.
+
+    Args:
+        model: whose caches they are.
+        formats: values of `kv_cache_dtype`; or the names of rows and their options, the fields of `KVQuantConfig`.
+
+    Raises TypeError for formats given as one text, ValueError for options that are unknown and names that are taken.
+    """
+    text_config = model.config.get_text_config(decoder=True)
+    if isinstance(formats, str):
+        raise TypeError(f"formats={formats!r} is text; give a list such as [{formats!r}], or names and their options")
+    rows: Mapping[str, Any] = (
+        formats
+        if isinstance(formats, Mapping)
+        else {f"kvquant {' / '.join([f] if isinstance(f, str) else f)}": {"kv_cache_dtype": f} for f in formats}
+    )
+
+    def dense(_: int) -> Cache:
+        return DynamicCache(config=text_config)
+
+    def ours(config: KVQuantConfig, length: int) -> Cache:
+        # As in `generate`, which knows how long a sequence can get: no memory beyond that.
+        return QuantizedPagedCache.for_generation(model, config, expected_length=length)
+
+    def hosts(options: dict[str, Any], _: int) -> Cache:
+        return QuantizedCache(config=text_config, **options)
+
+    found = [Candidate(DENSE, {}, dense)]
+    for name, options in rows.items():
+        if name == DENSE or name in HOST_CACHES:
+            raise ValueError(f"formats: {name!r} is the name of a cache of transformers, which has a row anyway")
+        config = KVQuantConfig.parse(options)
+        found.append(Candidate(name, json.loads(json.dumps(config.to_dict())), partial(ours, config)))
+    return found + [Candidate(name, options, partial(hosts, options)) for name, options in HOST_CACHES.items()]
+
+
+def held_bytes(cache: Cache) -> int:
+    """Bytes that a cache holds: for ours also pages that are not in use yet, for the host's every tensor it keeps."""
+    if isinstance(cache, QuantizedPagedCache):
+        return cache.nbytes_allocated
+    return sum(_tensor_bytes(list(vars(layer).values())) for layer in cache.layers)
+
+
+def _tensor_bytes(value: Any) -> int:
+    """Bytes of the tensors in `value`: quantized data comes as containers, or as tensors around others."""
+    if isinstance(value, torch.Tensor):
+        if not hasattr(value, "__tensor_flatten__"):
+            return value.nbytes
+        return sum(_tensor_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(_tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0

@@ -1,0 +1,51 @@
+"""Measurements in a JSON file that is written after every row, so that an interrupted run can be taken up."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+Row = TypeVar("Row")
+
+
+def read_rows(path: Path, setup: Mapping[str, Any], row_of: Callable[[Mapping[str, Any]], Row]) -> list[Row]:
+    """The rows of an earlier run; none if there is no file.
+
+    Args:
+        path: what `write_json` wrote: an object with the entries `setup` and `rows`.
+        setup: what the numbers depend on, as JSON. That of the file must be the same.
+        row_of: makes a row of its JSON; may raise ValueError, TypeError and KeyError.
+
+    Raises ValueError if the file's setup is another, if it is no such file, and if it could not be written.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no directory {path.parent} to save to")
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name in setup if found["setup"][name] != setup[name]]
+        rows = [] if differing else [row_of(row) for row in found["rows"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a saved comparison ({error!r}); name another file, or remove it") from error
+    if differing:
+        raise ValueError(
+            f"{path} holds a comparison that differs in {', '.join(differing)}; name another file, or remove it"
+        )
+    return rows
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the whole file or, if interrupted, leave the one before.
+
+    Raises ValueError for numbers that are none (NaN, infinity).
+    """
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
