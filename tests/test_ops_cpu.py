@@ -22,6 +22,7 @@ from test_import import PACKAGE_PARENT
 from test_ops import CASES, KINDS, Case, build, empty_side, random_scales
 from test_ops import test_attention as check_attention
 from test_ops import test_nan_in_a_live_token_is_not_hidden as check_nan
+from test_ops import test_parts_merge_to_the_whole as check_merging
 from test_ops import test_written_bytes as check_written_bytes
 from test_ops import test_written_bytes_beside_ties as check_ties
 
@@ -54,6 +55,39 @@ def flat(side: PagedTensor) -> tuple[Any, ...]:
 def test_attention_on_every_path(path: str, case: Case) -> None:
     cpu.use(path)
     check_attention(case)
+
+
+@pytest.mark.parametrize("path", [*KERNELS[1:], "torch"])
+def test_parts_merge_on_every_path(path: str) -> None:
+    cpu.use(path)
+    for shift, window in ((1, None), (16, 20), (70, None)):
+        check_merging(shift, window)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("path", [*KERNELS, "torch"])
+def test_log_sum_exp_equals_the_reference(path: str, sinks: bool, causal: bool) -> None:
+    """Many spans, and sequences that are shorter than the queries, empty, and of negative length."""
+    cpu.use(path)
+    for tokens in (1, 15):
+        case = Case(
+            lengths=(9001, 63, 17, 17, 17), num_tokens=tokens, groups=4, sinks=sinks, causal=causal,
+            formats=("int8", "int8"), kinds=("equalized", "zero_channel"),
+        )  # fmt: skip
+        problem = build(case, poisoned=True)
+        problem.seq_lens[2:] = torch.tensor([3, 0, -5])
+        got, expected = (torch.full(problem.query.shape[:3], torch.nan) for _ in range(2))
+        output = problem.run(lse=got)
+        options = problem.options
+        expected_output = reference.paged_attention(
+            problem.query, problem.page_table, problem.seq_lens, *flat(problem.k), *flat(problem.v),
+            None, 0, options.get("sinks"), options["softmax_scale"], None, None, causal, expected,
+        )  # fmt: skip
+        assert (output - expected_output).abs().max() <= 1e-5 * expected_output.abs().max()
+        assert sinks or (got[3:] == -torch.inf).all()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(problem.run(), output)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")

@@ -83,13 +83,11 @@ def write_kv(
 
 def paged_attention(query: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, *args: Any) -> torch.Tensor:
     """`paged_attention` of the dispatch key CPU."""
-    library, output, lse = _library(), None, args[-1]
-    if lse is not None:
-        return reference.paged_attention(query, page_table, seq_lens, *args)
+    library, output = _library(), None
     if library is not None:
-        output = kernels.paged_attention(library, query, page_table, seq_lens, args[:5], args[5:10], *args[10:-1])
+        output = kernels.paged_attention(library, query, page_table, seq_lens, args[:5], args[5:10], *args[10:])
     elif query.dtype != torch.float64:
-        output = chunked.paged_attention(query, page_table, seq_lens, args[:5], args[5:10], *args[10:-1])
+        output = chunked.paged_attention(query, page_table, seq_lens, args[:5], args[5:10], *args[10:])
     if output is None:
         output = reference.paged_attention(query, page_table, seq_lens, *args)
     return output

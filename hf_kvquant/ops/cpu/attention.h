@@ -24,6 +24,7 @@ struct Attention {
     const char* query;
     int64_t query_format, query_batch, query_head, query_token;  // strides; channels are neighbours
     char* output;                                                // contiguous, the query's dtype
+    float* lse;                                                  // contiguous; or null
     int64_t num_q_heads, num_tokens;
     const char* mask;
     int64_t mask_format, mask_batch, mask_head, mask_token, mask_columns, mask_start;  // format -1: bool
@@ -288,11 +289,12 @@ void finish(const Attention& a, const Block& block, const float* sums, const flo
             for (int64_t d = 0; d < v_padded; d++) total[d] = (i ? total[d] : 0.0f) + part[d] * weight;
         }
         const float sum = seen + exp_of(sink - top), reciprocal = sum == 0.0f ? 0.0f : 1.0f / sum;
-        const int64_t at = ((block.b * a.num_q_heads + head) * a.num_tokens + row / group) * v_dim;
+        const int64_t at = (block.b * a.num_q_heads + head) * a.num_tokens + row / group;
+        if (a.lse) a.lse[at] = top + std::log(sum);
         for (int64_t d = 0; d < v_dim; d++) total[d] = total[d] * reciprocal * units[d];
         if (a.v.zero)
             for (int64_t d = 0; d < v_dim; d++) total[d] += zeros[d] * (seen * reciprocal);
-        store_numbers(a.output, at, a.query_format, total, v_dim);
+        store_numbers(a.output, at * v_dim, a.query_format, total, v_dim);
     }
 }
 

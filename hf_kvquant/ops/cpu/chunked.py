@@ -40,6 +40,7 @@ def paged_attention(
     softcap: float | None,
     window: int | None,
     causal: bool,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As the operator, computed in fp32."""
     batch_size, num_q_heads, num_tokens, _ = query.shape
@@ -109,6 +110,8 @@ def paged_attention(
             if scales is not None:
                 weights *= scales[:, :, None]
             values = values * shrink + weights @ numbers
+        if lse is not None:
+            lse[:, :, rows] = (highest + total.log()).view(batch_size, num_q_heads, -1)
         reciprocal = 1.0 / total.clamp(min=torch.finfo(torch.float32).tiny)
         values = values * reciprocal
         if v[2] is not None:

@@ -13,7 +13,7 @@ from ...formats import get_format
 # Records of kernels.cpp, all of whose members are eight bytes: two sides, tables, and the rest.
 _SIDE, _TABLES = "10q", "8q"
 _WRITE = struct.Struct(f"={_SIDE}{_SIDE}{_TABLES}5q5q3q")
-_ATTENTION = struct.Struct(f"={_SIDE}{_SIDE}{_TABLES}5q3q7q3q2d")
+_ATTENTION = struct.Struct(f"={_SIDE}{_SIDE}{_TABLES}5q4q7q3q2d")
 
 _CODES = {"fp8_e4m3": 0, "fp8_e5m2": 1, "int8": 2}
 _NUMBERS = {torch.float32: 3, torch.bfloat16: 4, torch.float16: 5}
@@ -118,6 +118,7 @@ def paged_attention(
     softcap: float | None,
     window: int | None,
     causal: bool,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """As the operator; None if the kernel does not serve these dtypes and layouts."""
     code = _NUMBERS.get(query.dtype)
@@ -144,7 +145,7 @@ def paged_attention(
     record = _ATTENTION.pack(
         *k_side, *v_side, *_tables(page_table, seq_lens, k[0]),
         query.data_ptr(), code, *query.stride()[:3],
-        output.data_ptr(), num_q_heads, num_tokens,
+        output.data_ptr(), 0 if lse is None else lse.data_ptr(), num_q_heads, num_tokens,
         *mask,
         0 if sinks is None else sinks.data_ptr(), -1 if window is None else window, causal,
         softmax_scale, softcap or 0.0,
