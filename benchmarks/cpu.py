@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import gc
 import os
-import platform
 import random
 import statistics
 import time
@@ -123,13 +122,6 @@ def llama(layers: int, q_heads: int, kv_heads: int, head_dim: int) -> LlamaConfi
         hidden_size=q_heads * head_dim, intermediate_size=1536, vocab_size=49152, max_position_embeddings=1 << 16,
         tie_word_embeddings=True, bos_token_id=1, eos_token_id=None, pad_token_id=0, dtype=DTYPE,
     )  # fmt: skip
-
-
-def cpu_name() -> str:
-    """The processor's model name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def measure_attention(results: Results, tiny: bool) -> None:
@@ -265,7 +257,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     results = Results(arguments.json, torch.device("cpu"), 1e9)
     about = results.data["about"]
-    about |= {"device": cpu_name(), "threads": torch.get_num_threads(), "path": cpu.use(), "paths": cpu.paths()}
+    about |= {"threads": torch.get_num_threads(), "path": cpu.use(), "paths": cpu.paths()}
     about["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY")
     print(about["device"], about["threads"], "threads", about["path"], about["versions"], about["git_commit"])
     for name in chosen:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -15,6 +13,8 @@ from typing import Any
 
 import torch
 import transformers
+
+from hf_kvquant.evaluation.machine import device_name, git_commit, output_of
 
 from .timing import free
 
@@ -28,7 +28,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     except ImportError:
         triton_version = None
     about: dict[str, Any] = {
-        "device": platform.processor() or platform.machine(),
+        "device": device_name(device),
         "driver": None,
         "python": platform.python_version(),
         "versions": {
@@ -37,25 +37,16 @@ def describe(device: torch.device) -> dict[str, Any]:
             "triton": triton_version,
             "transformers": transformers.__version__,
         },
-        "git_commit": _output("git", "rev-parse", "HEAD") or os.environ.get("GIT_COMMIT"),
+        "git_commit": git_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        about["device"] = properties.name
         about["memory_bytes"] = properties.total_memory
         about["multiprocessors"] = properties.multi_processor_count
         about["l2_bytes"] = properties.L2_cache_size
-        about["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        about["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return about
-
-
-def _output(*command: str) -> str | None:
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip() or None
 
 
 class Results:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from .._version import __version__
 from ..hosts import attention_name
 from ..identity import config_facts, weights_digest
+from .machine import device_name
 
 
 def model_setup(model: PreTrainedModel) -> dict[str, Any]:
@@ -22,6 +23,7 @@ def model_setup(model: PreTrainedModel) -> dict[str, Any]:
         "model": str(getattr(model, "name_or_path", "") or type(model).__name__),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
+        "machine": device_name(model.device),
         "attention": attention_name(model.config.get_text_config(decoder=True)),
         "config": hashlib.sha256(facts).hexdigest(),
         "weights": weights_digest(model),

@@ -1,0 +1,40 @@
+"""What numbers were measured on: the device, and the commit of this package."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+_CHECKOUT = Path(__file__).parents[2]
+
+
+def device_name(device: torch.device) -> str:
+    """The model name of a GPU or of the processor, where the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit that is checked out, or GIT_COMMIT of the environment where the package lies in no checkout."""
+    if not (_CHECKOUT / ".git").exists():  # the repository around a virtual environment would be somebody else's
+        return os.environ.get("GIT_COMMIT")
+    return output_of("git", "-C", str(_CHECKOUT), "rev-parse", "HEAD")
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints, None if it cannot be run or fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip() or None
