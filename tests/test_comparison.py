@@ -89,7 +89,7 @@ def test_what_is_not_quantized_is_exact(name: str) -> None:
         assert (part.kl_divergence, part.top1_agreement) == (0.0, 1.0)
     assert (found.steps, found.chunks) == (dense.steps, dense.chunks)
     assert (found.greedy_match, found.first_divergence) == (1.0, [None, None])
-    assert found.k_error == found.v_error == [0.0] * 4
+    assert found.k_error == found.v_error == found.attention_error == [0.0] * 4
 
 
 def test_perplexity_is_that_of_a_forward_pass() -> None:
@@ -136,7 +136,7 @@ def test_errors_are_within_what_the_formats_allow() -> None:
         errors = [error for error in (*found.k_error, *found.v_error) if error is not None]
         assert len(errors) == 8
         assert all(0 < error <= bound for error in errors), (name, errors)
-        assert found.clipped == 0
+        assert found.clipped == [0] * 4
         assert 0 < found.steps.kl_divergence < 0.01  # a hundredth of a nat; clipping (below) is far beyond
     assert quality(result(), "int8").steps.kl_divergence < 1e-3
 
@@ -145,7 +145,7 @@ def test_clipping_is_counted() -> None:
     found = quality(result(), "clipping")
     # 448 * 1e-6 is all that is left of a number.
     assert found.clipped is not None
-    assert found.clipped > 0.9 * 2 * 4 * 2 * (CONTEXT - 1) * HEAD_DIM
+    assert all(count > 0.9 * 2 * 2 * 2 * (CONTEXT - 1) * HEAD_DIM for count in found.clipped)
     assert all(0.9 < error <= 1 for error in found.k_error if error is not None)
     assert found.steps.kl_divergence > 0.1
     assert found.steps.top1_agreement < 1
@@ -175,6 +175,7 @@ def test_windows_that_slide() -> None:
     model.set_attn_implementation("sdpa")
     found = compared(model, prompt(1, CONTEXT), formats=["model", "int8"])
     assert quality(found, "kvquant model").k_error == quality(found, "kvquant model").v_error == [0.0, 0.0]
+    assert quality(found, "kvquant model").attention_error == [0.0, 0.0]
     assert quality(found, "kvquant model").steps.kl_divergence == 0.0
     assert all(error is not None and 0 < error < 0.05 for error in quality(found, "kvquant int8").v_error)
     assert next(row for row in found.rows if row.cache == "transformers fp8").failed.startswith("ValueError: ")
@@ -238,12 +239,12 @@ def test_resume(tmp_path: Path) -> None:
         compared(model, data, **options, on_row=stop)
     saved = json.loads(path.read_text())
     assert [row["cache"] for row in saved["rows"]] == [DENSE, "one", "small"]
-    saved["rows"][1]["quality"]["clipped"] = 17  # to know it again
+    saved["rows"][1]["quality"]["clipped"] = [17, 0]  # to know it again
     path.write_text(json.dumps(saved))
 
     found = compared(model, data, **options)
-    assert quality(found, "one").clipped == 17
-    assert quality(found, "two").clipped == 0
+    assert quality(found, "one").clipped == [17, 0]
+    assert quality(found, "two").clipped == [0, 0]
     assert [row.cache for row in found.rows[:4]] == [DENSE, "one", "small", "two"]
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == found.to_dict()
     assert [ComparisonRow.from_dict(dataclasses.asdict(row)) for row in found.rows] == found.rows
@@ -251,7 +252,7 @@ def test_resume(tmp_path: Path) -> None:
 
     # A row of that name, made with other options, is another.
     again = compared(model, data, formats={"one": FORMATS["fp8"]}, save=path)
-    assert quality(again, "one").clipped == 0
+    assert quality(again, "one").clipped == [0, 0]
 
 
 @pytest.mark.parametrize(

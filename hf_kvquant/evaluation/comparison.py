@@ -71,7 +71,7 @@ class Comparison:
     def __str__(self) -> str:
         header = (
             "cache", "scales", "bytes held", "perplexity", "in chunks", "KL", "top-1", "greedy", "differs at",
-            "worst K error", "worst V error", "clipped",
+            "worst K error", "worst V error", "worst attention error", "clipped",
         )  # fmt: skip
         measured = {row.cache: row.quality for row in self.rows if row.quality is not None}
         dense = measured.get(DENSE)
@@ -176,12 +176,12 @@ def _cells(name: str, quality: Quality, dense: Quality | None) -> tuple[str, ...
     places = [place for place in quality.first_divergence if place is not None]
     worst = [
         max((error for error in errors if error is not None), default=0.0)
-        for errors in (quality.k_error, quality.v_error)
+        for errors in (quality.k_error, quality.v_error, quality.attention_error)
     ]
     return (
         name, "-" if quality.scales is None else " / ".join(quality.scales), f"{quality.bytes_held:,}{share}",
         f"{quality.steps.perplexity:.4f}", f"{quality.chunks.perplexity:.4f}",
         f"{quality.steps.kl_divergence:.2e}", f"{quality.steps.top1_agreement:.2%}", f"{quality.greedy_match:.2%}",
         str(min(places)) if places else "-", *(f"{error:.3%}" for error in worst),
-        "-" if quality.clipped is None else f"{quality.clipped:,}",
+        "-" if quality.clipped is None else f"{sum(quality.clipped):,}",
     )  # fmt: skip

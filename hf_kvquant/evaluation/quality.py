@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from ..cache import QuantizedPagedCache
 from .agreement import Agreement, AgreementSums
 from .caches import held_bytes
-from .errors import Watched
+from .errors import layer_errors
 from .windows import chunk_sizes
 
 
@@ -25,10 +25,12 @@ class Quality:
         chunks: over whole windows in growing chunks.
         greedy_match: share of equal tokens, place by place, in greedy continuations of the prompts.
         first_divergence: for each window the first place where the continuations differ; None where they never do.
-        k_error: for each layer the relative RMS error of what the cache gives back, against what was put in, in the
-            last window; None for layers that were given nothing.
+        k_error: for each layer the relative RMS error of the keys that the cache gives back, in the last window; None
+            for layers that keep none (see `errors.layer_errors`).
         v_error: the same of V.
-        clipped: numbers of K and V beyond their static scales, in all windows in chunks; None for the host's caches.
+        attention_error: the same of what attention makes of them, every layer by itself.
+        clipped: for each layer how many numbers of K and V were beyond their static scales, in all windows in chunks;
+            None for the host's caches.
         bytes_held: with one window in it, memory that is held but not used included.
         scales: where the scales of ours come from, every source once; None for the host's caches.
     """
@@ -39,7 +41,8 @@ class Quality:
     first_divergence: list[int | None]
     k_error: list[float | None]
     v_error: list[float | None]
-    clipped: int | None
+    attention_error: list[float | None]
+    clipped: list[int] | None
     bytes_held: int
     scales: list[str] | None
 
@@ -64,7 +67,7 @@ class QualityRun:
     def measure(self, make: Callable[[], Cache]) -> Quality:
         """The numbers of the caches that `make` makes. Raises ArithmeticError where predictions are no numbers."""
         steps, chunks = AgreementSums(), AgreementSums()
-        clipped: int | None = None
+        clipped: list[int] | None = None
         scales: list[str] | None = None
         for window in self._windows:
             prompt = len(window) // 2
@@ -72,21 +75,23 @@ class QualityRun:
             for prediction in self._predictions(window, following, make()):
                 steps.add(*(each[-1:] for each in prediction))  # a fresh prompt does not read what is stored
             cache = make()
-            watched = Watched(cache) if window is self._windows[-1] else None
             for prediction in self._predictions(window, chunk_sizes(len(window) - 1), cache):
                 chunks.add(*prediction)
             if isinstance(cache, QuantizedPagedCache):
+                clipped = clipped or [0] * len(cache.layers)
                 layers = cache.report().layers
-                clipped = (clipped or 0) + sum(sum(layer.clipped) for layer in layers)
+                for layer in layers:
+                    clipped[layer.layer] += sum(layer.clipped)
                 # Without the tensor's name, which is each layer's own.
                 scales = list(dict.fromkeys(source.split(":")[0] for layer in layers for source in layer.scales))
         bytes_held = held_bytes(cache)
-        assert watched is not None  # noqa: S101 - the last window's
-        k_error, v_error = watched.errors()
+        last = self._windows[-1][:-1]
+        errors = layer_errors(self._model, last.split(chunk_sizes(len(last))), make())
         match, places = self._continuations(make)
         return Quality(
-            steps.agreement(), chunks.agreement(), match, places, k_error, v_error, clipped, bytes_held, scales
-        )
+            steps.agreement(), chunks.agreement(), match, places, errors.key, errors.value, errors.attention, clipped,
+            bytes_held, scales,
+        )  # fmt: skip
 
     def _dense(self) -> Cache:
         return DynamicCache(config=self._text_config)
