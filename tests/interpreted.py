@@ -10,12 +10,11 @@ import dataclasses
 import warnings
 from typing import Any
 
-import numpy as np
 import torch
 from helpers import QUANTIZED
-from test_gpu_attention import allowed_error, in_dtype
+from test_gpu_attention import check_results, in_dtype, shortened
 from test_gpu_write import copied, flat
-from test_ops import Case, Problem, build, float64_attention
+from test_ops import Case, Problem, build
 
 from hf_kvquant.ops import PagedTensor, reference
 
@@ -25,7 +24,9 @@ warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, about the
 NO_PAGE = 2**31 - 1
 
 
-def attend(problem: Problem, tiles: tuple[int, ...] | None, splits: int | None) -> torch.Tensor:
+def attend(
+    problem: Problem, tiles: tuple[int, ...] | None, splits: int | None, lse: torch.Tensor | None = None
+) -> torch.Tensor:
     """`paged_attention` by the kernel, in `tiles` (BLOCK_M, BLOCK_N) and splits of the table's or of another choice."""
     from hf_kvquant.ops import triton
 
@@ -33,7 +34,7 @@ def attend(problem: Problem, tiles: tuple[int, ...] | None, splits: int | None) 
     return triton.paged_attention(
         problem.query, problem.page_table, problem.seq_lens, *flat(problem.k), *flat(problem.v),
         o.get("attn_mask"), o["mask_start"], o.get("sinks"), o["softmax_scale"], o["softcap"], o["window"], o["causal"],
-        tiles=None if tiles is None else triton.tuning.Tiles(*tiles, num_warps=4, num_stages=2, programs=2),
+        lse, tiles=None if tiles is None else triton.tuning.Tiles(*tiles, num_warps=4, num_stages=2, programs=2),
         splits=splits,
     )  # fmt: skip
 
@@ -42,24 +43,27 @@ def without_pages_behind_the_end(problem: Problem) -> Problem:
     """The problem with page ids that are none in columns that hold no token."""
     page_table, page_size = problem.page_table.clone(), problem.k.pages.shape[2]
     for row, length in enumerate(problem.seq_lens.tolist()):
-        page_table[row, -(-length // page_size) :] = NO_PAGE
+        page_table[row, max(-(-length // page_size), 0) :] = NO_PAGE
     return dataclasses.replace(problem, page_table=page_table)
 
 
-def check_attention(case: Case, dtype: torch.dtype, tiles: tuple[int, ...] | None, splits: int | None) -> float:
+def check_attention(
+    case: Case, dtype: torch.dtype, tiles: tuple[int, ...] | None, splits: int | None, has_lse: bool
+) -> float:
     """Right to within the rounding of its operands, with poison where no token is; returns the share of the bound."""
     clean, poisoned = (in_dtype(build(case, poisoned=poison), dtype) for poison in (False, True))
-    got = attend(without_pages_behind_the_end(poisoned), tiles, splits)
-    expected, bound = float64_attention(clean)
-    assert got.dtype == dtype
-    assert got.shape == expected.shape
-    error = np.linalg.norm(got.double().numpy() - expected, axis=-1)
-    allowed = allowed_error(clean, expected, bound)
-    if dtype == torch.float16:
-        allowed += 2.0**-25 * expected.shape[-1] ** 0.5  # half the distance of its smallest numbers
-    worst = np.unravel_index(np.nanargmax(error - allowed), error.shape)
-    assert (error <= allowed).all(), f"off by {error[worst]:.2e} at {worst}, allowed {allowed[worst]:.2e}"
-    return float((error / np.maximum(allowed, np.finfo(float).tiny)).max())
+    lse = torch.full(clean.query.shape[:3], torch.nan) if has_lse else None
+    return check_results(clean, attend(without_pages_behind_the_end(poisoned), tiles, splits, lse), lse)
+
+
+def check_shortened(
+    case: Case, lengths: list[int], options: dict[str, Any], tiles: tuple[int, int], splits: int
+) -> None:
+    """`shortened`, with page ids that are none wherever no token is."""
+    problem = shortened(case, lengths, options)
+    problem.page_table.copy_(without_pages_behind_the_end(problem).page_table)
+    lse = torch.full(problem.query.shape[:3], torch.nan)
+    check_results(problem, attend(problem, tiles, splits, lse), lse)
 
 
 def check_blind_rows(case: Case, options: dict[str, Any], tiles: tuple[int, int], splits: int) -> None:
@@ -119,7 +123,7 @@ def check_every_code() -> None:
     key = [torch.full_like(pages, 128), "int8", None, None, None]
     for name in QUANTIZED:
         for dtype in (torch.float16, torch.float32):
-            options: list[Any] = [None, 0, None, 1.0, None, None, True]
+            options: list[Any] = [None, 0, None, 1.0, None, None, True, None]
             query = torch.ones(4, 1, 1, head_dim, dtype=dtype)
             got = triton.paged_attention(query, *tables, *key, pages, name, None, None, None, *options)
             expected = reference.dequantize(codes, name, None, None, None)

@@ -521,7 +521,7 @@ def float64_results(problem: Problem) -> tuple[tuple[np.ndarray, np.ndarray], tu
                 logits = logits + np.where(visible, bias, 0.0)
                 error = error + u * np.abs(logits)
         logits = np.where(visible, logits, -np.inf)
-        highest = logits.max(axis=1, keepdims=True)
+        highest = logits.max(axis=1, keepdims=True, initial=-np.inf)
         if sinks is not None:
             highest = np.maximum(highest, float(sinks[h]))
         highest = np.where(highest == -np.inf, 0.0, highest)

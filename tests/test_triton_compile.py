@@ -89,7 +89,7 @@ def compile_attention(shape: Shape) -> tuple[Any, tuple[Any, ...], tuning.Tiles]
             empty(batch_size, num_columns, dtype=torch.int32), empty(batch_size, dtype=torch.int32),
             *a_side(shape), *a_side(shape),
             mask, 0, empty(num_q_heads, dtype=torch.float32) if shape.options else None,
-            0.1, 30.0 if shape.options else None, 1000 if shape.options else None, True,
+            0.1, 30.0 if shape.options else None, 1000 if shape.options else None, True, None,
         )  # fmt: skip
     return compiled["attention"][0], tuple(compiled["merge"]), tiles[0]
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import QMAX, QUANTIZED
-from test_gpu_attention import ALL_CASES
+from test_gpu_attention import ALL_CASES, SHORTENED, SHORTENED_CASE, SHORTENED_LENGTHS
 from test_gpu_write import LAYOUTS, laid_out
 from test_ops import CLIP_LIMIT, KINDS, Case, difficult_numbers, empty_side, random_scales
 
@@ -97,17 +97,19 @@ _SHORT = {
 FULL = QUICK | _SHORT | _token_cases()
 
 
-def check(run: Run, case: Case, dtype: torch.dtype, tiles: tuple[int, int] | None, splits: int | None) -> None:
-    share = run(interpreted.check_attention, case, dtype, tiles, splits)
+def check(
+    run: Run, case: Case, dtype: torch.dtype, tiles: tuple[int, int] | None, splits: int | None, has_lse: bool = False
+) -> None:
+    share = run(interpreted.check_attention, case, dtype, tiles, splits, has_lse)
     print(f"error / bound: {share:.3f}")
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_attention(name: str, run: Run) -> None:
-    """Small tiles in three parts, and the table's own tiles; fp16 and fp32 in turn."""
+    """Small tiles in three parts, and the table's own tiles; fp16 and fp32, log-sum-exp and none, in turn."""
     turn = list(QUICK).index(name)
     tiles, splits = (SMALL_TILES, 3) if turn % 3 else (None, None)
-    check(run, QUICK[name], (torch.float16, torch.float32)[turn % 2], tiles, splits)
+    check(run, QUICK[name], (torch.float16, torch.float32)[turn % 2], tiles, splits, turn % 4 < 2)
 
 
 @pytest.mark.kernels
@@ -115,7 +117,7 @@ def test_attention(name: str, run: Run) -> None:
 @pytest.mark.parametrize("name", FULL)
 def test_attention_in_full(name: str, tiles: str, run: Run) -> None:
     dtype = torch.float32 if tiles == "own" and list(FULL).index(name) % 2 else torch.float16
-    check(run, FULL[name], dtype, *((SMALL_TILES, 3) if tiles == "small" else (None, 2)))
+    check(run, FULL[name], dtype, *((SMALL_TILES, 3) if tiles == "small" else (None, 2)), tiles == "small")
 
 
 @pytest.mark.parametrize("splits", [1, 2, 9])
@@ -123,6 +125,33 @@ def test_the_number_of_splits_does_not_matter(splits: int, run: Run) -> None:
     """One part, several, and more than there are tiles."""
     case = Case(lengths=(130, 5), num_kv_heads=1, kinds=("dynamic", "head"), extra_columns=1)
     check(run, case, torch.float16, SMALL_TILES, splits)
+
+
+@pytest.mark.parametrize("options", SHORTENED, ids=lambda options: "-".join(options))
+def test_lengths_below_the_number_of_tokens(options: dict[str, Any], run: Run) -> None:
+    """No page is looked up but those of tokens that are there."""
+    splits = 1 + 2 * (SHORTENED.index(options) % 2)
+    run(interpreted.check_shortened, SHORTENED_CASE(**options), SHORTENED_LENGTHS, {}, SMALL_TILES, splits)
+
+
+@pytest.mark.parametrize("mask_start", [-5, -64, -1000])
+def test_a_mask_begins_before_the_first_token(mask_start: int, run: Run) -> None:
+    """For keys alone, for keys and queries; with columns for the tokens, and only for what was before."""
+    for kind, rows in (("bool", 1), ("bool", 5), ("float", 5)):
+        case = Case(lengths=(70, 40), num_tokens=rows, num_kv_heads=1, mask=(kind, "B", "1"))
+        mask = torch.rand(2, 1, rows, 70 + min(-mask_start, 100), generator=torch.Generator().manual_seed(0)) < 0.7
+        given = mask if kind == "bool" else torch.where(mask, 0.5, -torch.inf)
+        options = {"attn_mask": given, "mask_start": mask_start}
+        run(interpreted.check_shortened, case, [70, 33], options, SMALL_TILES, 2)
+
+
+@pytest.mark.parametrize("page_size", [17, 144, 1000])
+def test_a_page_a_sequence(page_size: int, run: Run) -> None:
+    """Tiles within one page of any size, in the loop and at its edges."""
+    kinds = ("dynamic", "equalized")
+    for num_tokens, splits in ((1, 2), (5, 1)):
+        case = Case(lengths=(min(page_size, 200), 16), num_tokens=num_tokens, page_size=page_size, kinds=kinds)
+        check(run, case, torch.float16, SMALL_TILES, splits, True)
 
 
 @pytest.mark.parametrize(("splits", "sinks"), [(1, False), (1, True), (3, False), (3, True)])

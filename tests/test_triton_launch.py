@@ -85,13 +85,13 @@ def plan(batch_size: int, num_columns: int) -> tuple[Any, Any]:
     def arguments(partial: Any, splits: int) -> tuple[Any, ...]:
         return (
             query, query, table, lengths, pages, None, None, token_scale, pages, None, None, token_scale, None, None,
-            partial, 0.1, 0.0, *query.stride()[:3], 0, 0, 0, 0, 0, 0, 0, 1, num_columns, splits,
+            partial, None, 0.1, 0.0, *query.stride()[:3], 0, 0, 0, 0, 0, 0, 0, 1, num_columns, num_columns, splits,
         )  # fmt: skip
 
     side = ("int8", 0, 0, False)
     made = kernels._plan_attention(
         query.shape, query.dtype, CUDA, num_columns, pages.shape[1:], pages.dtype, 128, pages.dtype, *side, *side,
-        0, None, None, True, True, True, True, None, None, arguments,
+        0, None, None, True, True, True, False, True, None, None, arguments,
     )  # fmt: skip
     return made, arguments
 
@@ -101,7 +101,7 @@ def test_a_kernel_is_launched_with_addresses_and_sizes(played: Played) -> None:
     partial = torch.zeros(made.partial_size)
     for _ in range(2):  # as compiled in advance, and again
         made.kernel(made.grid, arguments(partial, made.splits))
-    made.merge(made.merge_grid, (partial, partial, None, None, None, 1, made.splits))
+    made.merge(made.merge_grid, (partial, None, partial, None, None, None, 1, made.splits))
     (grid, passed), again, (merge_grid, _) = played.launches
     assert (grid, passed) == again
     expected = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments(partial, made.splits)]

@@ -22,10 +22,8 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, *args: Any) -> None:
 
 def paged_attention(query: torch.Tensor, *args: Any) -> torch.Tensor:
     """`paged_attention` of the dispatch key CUDA (NVIDIA and AMD)."""
-    k_pages, v_pages, lse = args[2], args[7], args[-1]
-    if lse is not None:
-        return reference.paged_attention(query, *args)
-    return _implementation(query, k_pages, v_pages).paged_attention(query, *args[:-1])
+    k_pages, v_pages = args[2], args[7]
+    return _implementation(query, k_pages, v_pages).paged_attention(query, *args)
 
 
 def read_pages(page_ids: torch.Tensor, pages: torch.Tensor, *args: Any) -> torch.Tensor:

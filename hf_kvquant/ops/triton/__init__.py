@@ -69,6 +69,7 @@ def write_kv(
         return
     key = key if key.stride(3) == 1 else key.contiguous()
     value = value if value.stride(3) == 1 else value.contiguous()
+    page_table = _with_dense_rows(page_table)
     strides = (*key.stride()[:3], *value.stride()[:3])
     is_aligned = not any(stride % _ALIGNMENT for stride in strides) and _is_aligned(key, value, k_pages, v_pages)
     plan_key = (
@@ -83,9 +84,9 @@ def write_kv(
     kernel(
         grid,
         (
-            key, value, page_table.contiguous(), seq_lens,
+            key, value, page_table, seq_lens.contiguous(),
             k_pages, k_scale, k_zero, k_token_scale, v_pages, v_scale, v_zero, v_token_scale, clipped,
-            *strides, key.shape[2], page_table.shape[1],
+            *strides, key.shape[2], page_table.stride(0), page_table.shape[1],
         ),
     )  # fmt: skip
 
@@ -134,6 +135,7 @@ def paged_attention(
     softcap: float | None,
     window: int | None,
     causal: bool,
+    lse: torch.Tensor | None,
     tiles: tuning.Tiles | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
@@ -142,6 +144,7 @@ def paged_attention(
     if query.numel() == 0:
         return output
     query = query if query.stride(3) == 1 else query.contiguous()
+    page_table = _with_dense_rows(page_table)
     num_columns = page_table.shape[1]
     mask_kind, mask_dtype, mask_len = 0, None, 0
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
@@ -157,16 +160,17 @@ def paged_attention(
         v_pages.dtype, k_format, _kind(k_scale), _kind(k_zero), k_token_scale is None,
         v_format, _kind(v_scale), _kind(v_zero), v_token_scale is None,
         mask_kind, mask_dtype, None if sinks is None else sinks.dtype, softcap is None, window is None, causal,
-        _is_aligned(k_pages, v_pages), tiles, splits,
+        lse is not None, _is_aligned(k_pages, v_pages), tiles, splits,
     )  # fmt: skip
 
     def arguments(partial: torch.Tensor | torch.dtype | None, splits: int) -> tuple[object, ...]:
         return (
-            query, output, page_table.contiguous(), seq_lens,
+            query, output, page_table, seq_lens.contiguous(),
             k_pages, k_scale, k_zero, k_token_scale, v_pages, v_scale, v_zero, v_token_scale,
-            attn_mask, sinks, partial, softmax_scale, 0.0 if softcap is None else softcap,
+            attn_mask, sinks, partial, lse, softmax_scale, 0.0 if softcap is None else softcap,
             *query.stride()[:3], *mask_strides,
-            mask_start, mask_len, 0 if window is None else window, query.shape[2], num_columns, splits,
+            mask_start, mask_len, 0 if window is None else window, query.shape[2], page_table.stride(0), num_columns,
+            splits,
         )  # fmt: skip
 
     plan = _attention_plans.get(plan_key)
@@ -175,7 +179,7 @@ def paged_attention(
     partial = query.new_empty(plan.partial_size, dtype=torch.float32) if plan.merge is not None else None
     plan.kernel(plan.grid, arguments(partial, plan.splits))
     if plan.merge is not None:
-        plan.merge(plan.merge_grid, (output, partial, v_scale, v_zero, sinks, query.shape[2], plan.splits))
+        plan.merge(plan.merge_grid, (output, lse, partial, v_scale, v_zero, sinks, query.shape[2], plan.splits))
     return output
 
 
@@ -200,7 +204,7 @@ def _plan_attention(
     k_format: str, k_scale: int, k_zero: int, k_static: bool,
     v_format: str, v_scale: int, v_zero: int, v_static: bool,
     mask_kind: int, mask_dtype: torch.dtype | None, sinks_dtype: torch.dtype | None,
-    no_softcap: bool, no_window: bool, causal: bool, is_aligned: bool,
+    no_softcap: bool, no_window: bool, causal: bool, has_lse: bool, is_aligned: bool,
     tiles: tuning.Tiles | None, splits: int | None,
     arguments: Callable[[torch.Tensor | torch.dtype | None, int], tuple[object, ...]],
 ) -> _AttentionPlan:  # fmt: skip
@@ -223,8 +227,8 @@ def _plan_attention(
         num_heads, group, page_size, tiles.block_m, tiles.block_n,
         CODE_OF[k_format], k_dim, k_block, k_scale, k_zero, not k_static,
         CODE_OF[v_format], v_dim, v_block, v_scale, v_zero, not v_static,
-        causal, not no_window, mask_kind, not no_softcap, sinks_dtype is not None, splits > 1, chained,
-        tuning.instruction_set(device), tl.float32 if dtype == torch.float32 else tl.float16, tiles.num_stages,
+        causal, not no_window, mask_kind, not no_softcap, sinks_dtype is not None, has_lse, splits > 1,
+        chained, tuning.instruction_set(device), tl.float32 if dtype == torch.float32 else tl.float16, tiles.num_stages,
     )  # fmt: skip
     types = (dtype, k_dtype, v_dtype, mask_dtype, sinks_dtype)
     options = (("num_warps", tiles.num_warps), ("num_stages", tiles.num_stages))
@@ -236,8 +240,8 @@ def _plan_attention(
             splits = max(2, tuning.num_splits(num_programs, max_tiles, programs, num_cores))
         block_s = min(_padded(splits, 1), max(1, 8192 // v_block))
         merge_constants = (
-            num_heads, group, v_dim, v_block, v_format != "model", v_scale, v_zero, sinks_dtype is not None, block_s,
-            chained,
+            num_heads, group, v_dim, v_block, v_format != "model", v_scale, v_zero, sinks_dtype is not None, has_lse,
+            block_s, chained,
         )  # fmt: skip
         merge_options = (("num_warps", 4), *((("launch_pdl", 1),) if chained else ()))
         merge = _merge.prepare(device, merge_constants, merge_options, types)
@@ -282,6 +286,11 @@ def _remember(plans: dict[Hashable, _T], key: Hashable, plan: _T) -> _T:
         plans.clear()
     plans[key] = plan
     return plan
+
+
+def _with_dense_rows(page_table: torch.Tensor) -> torch.Tensor:
+    """The table as kernels take it: the entries of a row one after the other, any stride from row to row."""
+    return page_table if page_table.stride(1) == 1 else page_table.contiguous()
 
 
 def _is_aligned(*tensors: torch.Tensor) -> bool:

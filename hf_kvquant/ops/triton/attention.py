@@ -24,17 +24,18 @@ from .codes import MODEL, bf16_bits_to_fp32, decode_factor, decode_pair
 from .write import load_scale
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 # Sizes change from call to call: one compiled kernel has to serve them all.
 _SIZES = [
     "query_stride_b", "query_stride_h", "query_stride_t",
     "mask_stride_b", "mask_stride_h", "mask_stride_t", "mask_stride_n",
-    "mask_start", "mask_len", "window", "num_tokens", "num_columns", "num_splits",
+    "mask_start", "mask_len", "window", "num_tokens", "table_stride", "num_columns", "num_splits",
 ]  # fmt: skip
 _SMALL_TENSORS = [
     "query_ptr", "output_ptr", "page_table_ptr", "seq_lens_ptr", "k_scale_ptr", "k_zero_ptr", "k_token_scale_ptr",
-    "v_scale_ptr", "v_zero_ptr", "v_token_scale_ptr", "mask_ptr", "sinks_ptr", "partial_ptr",
+    "v_scale_ptr", "v_zero_ptr", "v_token_scale_ptr", "mask_ptr", "sinks_ptr", "partial_ptr", "lse_ptr",
 ]  # fmt: skip
 
 
@@ -43,25 +44,27 @@ def attention_kernel(
     query_ptr, output_ptr, page_table_ptr, seq_lens_ptr,
     k_ptr, k_scale_ptr, k_zero_ptr, k_token_scale_ptr,
     v_ptr, v_scale_ptr, v_zero_ptr, v_token_scale_ptr,
-    mask_ptr, sinks_ptr, partial_ptr,
+    mask_ptr, sinks_ptr, partial_ptr, lse_ptr,
     softmax_scale, softcap,
     query_stride_b, query_stride_h, query_stride_t, mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_n,
-    mask_start, mask_len, window, num_tokens, num_columns, num_splits,
+    mask_start, mask_len, window, num_tokens, table_stride, num_columns, num_splits,
     H: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     K_FORMAT: tl.constexpr, K_DIM: tl.constexpr, K_BLOCK: tl.constexpr,
     K_SCALE: tl.constexpr, K_ZERO: tl.constexpr, K_DYNAMIC: tl.constexpr,
     V_FORMAT: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
     V_SCALE: tl.constexpr, V_ZERO: tl.constexpr, V_DYNAMIC: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    SPLIT: tl.constexpr, CHAINED: tl.constexpr, ISA: tl.constexpr, DOT_DTYPE: tl.constexpr, NUM_STAGES: tl.constexpr,
+    LSE: tl.constexpr, SPLIT: tl.constexpr, CHAINED: tl.constexpr, ISA: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program attends BLOCK_M rows of one key/value head to one part of one sequence. The output is `[B, Hq, T, D]`.
 
     Grid: row blocks * H * num_splits, B. MASK: 0 none, 1 bool by key alone, 2 bool, 3 added.
     K_BLOCK and V_BLOCK are head_dim padded to a power of two. DOT_DTYPE is what quantized operands are multiplied in.
-    CHAINED: the kernel that merges the splits may be launched while this one runs; it waits by itself.
+    LSE: the logarithm of every row's sum is asked for. CHAINED: the kernel that merges the splits may be launched while
+    this one runs; it waits by itself.
     """
-    OFFSET: tl.constexpr = K_ZERO > 0 and (SOFTCAP or SINKS)
+    OFFSET: tl.constexpr = K_ZERO > 0 and (SOFTCAP or SINKS or LSE)
     num_rows = num_tokens * GROUP
     split = tl.program_id(0) % num_splits
     head = (tl.program_id(0) // num_splits) % H
@@ -120,11 +123,11 @@ def attention_kernel(
     full_end = tl.maximum(tl.minimum(all_end // BLOCK_N, tile_end), full_begin)
 
     # The first pages. What lies in the table behind the last one need not be a page: nothing is looked up there.
-    table_ptr = page_table_ptr + sequence.to(tl.int64) * num_columns
+    table_ptr = page_table_ptr + sequence.to(tl.int64) * table_stride
     in_tile = tl.arange(0, BLOCK_N)
     columns = (full_begin * BLOCK_N + in_tile) // PAGE_SIZE % num_columns
     columns = tl.where(full_begin < full_end, columns, 0)
-    pages = tl.load(table_ptr + columns)
+    pages = tl.where(full_begin < full_end, tl.load(table_ptr + columns), 0)
 
     # The query [D, rows]: channels in pairs for 8-bit pages, with K's scale per channel, made at most 2 by a power of
     # two a row.
@@ -137,7 +140,7 @@ def attention_kernel(
         q_even = q_even.to(tl.float32)
         q_odd = q_odd.to(tl.float32)
         if OFFSET:
-            # The same number for every token of a row: without softcap and sinks the softmax drops it.
+            # The same number for every token of a row: softmax drops it, but for softcap and sinks.
             zero_even = load_scale(k_zero_ptr, head, 2 * pairs, K_DIM, K_ZERO)[:, None]
             zero_odd = load_scale(k_zero_ptr, head, 2 * pairs + 1, K_DIM, K_ZERO)[:, None]
             logit_offset = tl.sum(q_even * zero_even + q_odd * zero_odd, axis=0) * softmax_scale
@@ -247,8 +250,10 @@ def attention_kernel(
             if V_FORMAT != MODEL:
                 tl.store(targets + V_PAIRS, odd, mask=row_inside[None, :])
     else:
-        share, ratio = _normalize(highest, total, sinks_ptr, row_head, SINKS)
+        share, ratio, lse = _normalize(highest, total, sinks_ptr, row_head, SINKS)
         output_rows = (sequence.to(tl.int64) * (H * GROUP) + row_head) * num_tokens + row_token
+        if LSE:
+            tl.store(lse_ptr + output_rows, lse, mask=row_inside)
         even = tl.trans(even * share[None, :])
         if V_FORMAT == MODEL:
             result = even
@@ -385,7 +390,10 @@ def _load_visible(mask_row_ptr, tokens, end, mask_stride_n, MASK: tl.constexpr):
 
 @triton.jit
 def _normalize(highest, total, sinks_ptr, row_head, SINKS: tl.constexpr):
-    """What a row's weighted values are multiplied by, and which share of its weight lies on values, not on its sink."""
+    """What a row's weighted values are multiplied by, which share of its weight lies on values, not on its sink, and
+    the logarithm of its sum, its sink included."""
+    base = highest
+    denominator = total
     if SINKS:
         sink = tl.load(sinks_ptr + row_head).to(tl.float32) * LOG2_E
         base = tl.maximum(highest, sink)
@@ -395,18 +403,19 @@ def _normalize(highest, total, sinks_ptr, row_head, SINKS: tl.constexpr):
         share = tl.where(denominator > 0, scale / denominator, 0.0)
     else:
         share = tl.where(total > 0, 1.0 / total, 0.0)
-    return share, share * total
+    return share, share * total, (base + tl.log2(denominator)) * LN_2
 
 
 @triton.jit(
     do_not_specialize=["num_tokens", "num_splits"],
-    do_not_specialize_on_alignment=["v_scale_ptr", "v_zero_ptr", "sinks_ptr"],
+    do_not_specialize_on_alignment=["lse_ptr", "v_scale_ptr", "v_zero_ptr", "sinks_ptr"],
 )
 def merge_kernel(
-    output_ptr, partial_ptr, v_scale_ptr, v_zero_ptr, sinks_ptr,
+    output_ptr, lse_ptr, partial_ptr, v_scale_ptr, v_zero_ptr, sinks_ptr,
     num_tokens, num_splits,
     H: tl.constexpr, GROUP: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, PAIRED: tl.constexpr,
-    V_SCALE: tl.constexpr, V_ZERO: tl.constexpr, SINKS: tl.constexpr, BLOCK_S: tl.constexpr, CHAINED: tl.constexpr,
+    V_SCALE: tl.constexpr, V_ZERO: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr, BLOCK_S: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """A program merges the splits of one row: one token of one query head. Grid: B * H * T * GROUP.
 
@@ -443,7 +452,10 @@ def merge_kernel(
         result = result * decay + tl.sum(weights[:, None] * values, axis=0)
         highest = new_highest
 
-    share, ratio = _normalize(highest, total, sinks_ptr, row_head, SINKS)
+    share, ratio, lse = _normalize(highest, total, sinks_ptr, row_head, SINKS)
+    output_row = (sequence.to(tl.int64) * (H * GROUP) + row_head) * num_tokens + token
+    if LSE:
+        tl.store(lse_ptr + output_row, lse)
     result = result * share
     channels = columns
     if PAIRED:
@@ -454,5 +466,5 @@ def merge_kernel(
     if V_ZERO:
         zero = load_scale(v_zero_ptr, head, channels, V_DIM, V_ZERO)
         result = result + zero * ratio
-    targets = output_ptr + ((sequence.to(tl.int64) * (H * GROUP) + row_head) * num_tokens + token) * V_DIM + channels
+    targets = output_ptr + output_row * V_DIM + channels
     tl.store(targets, result.to(output_ptr.dtype.element_ty), mask=channels < V_DIM)

@@ -7,7 +7,7 @@ from .codes import INT8, MODEL, bf16_bits_to_fp32, encode, round_up_to_bf16_bits
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_columns"],
+    do_not_specialize=["num_tokens", "table_stride", "num_columns"],
     do_not_specialize_on_alignment=[
         "page_table_ptr",
         "seq_lens_ptr",
@@ -26,7 +26,7 @@ def write_kernel(
     v_ptr, v_scale_ptr, v_zero_ptr, v_token_scale_ptr,
     clipped_ptr,
     key_stride_b, key_stride_h, key_stride_t, value_stride_b, value_stride_h, value_stride_t,
-    num_tokens, num_columns,
+    num_tokens, table_stride, num_columns,
     H: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_T: tl.constexpr, ISA: tl.constexpr,
     K_FORMAT: tl.constexpr, K_DIM: tl.constexpr, K_BLOCK: tl.constexpr,
     K_SCALE: tl.constexpr, K_ZERO: tl.constexpr, K_DYNAMIC: tl.constexpr,
@@ -45,7 +45,7 @@ def write_kernel(
     inside = tokens < num_tokens
     positions = tl.load(seq_lens_ptr + row) - num_tokens + tokens
     columns = (positions // PAGE_SIZE) % num_columns
-    pages = tl.load(page_table_ptr + row * num_columns + columns, mask=inside, other=0).to(tl.int64)
+    pages = tl.load(page_table_ptr + row * table_stride + columns, mask=inside, other=0).to(tl.int64)
     slots = (pages * H + head) * PAGE_SIZE + positions % PAGE_SIZE  # of one head's tokens, counted over all pages
     tokens = tokens.to(tl.int64)
     _write_side(
