@@ -102,8 +102,9 @@ def test_perplexity_is_that_of_a_forward_pass() -> None:
     found = quality(result(), DENSE)
     # The other order of sums in attention: fp32 logits differ in their last bits.
     assert found.chunks.perplexity == pytest.approx(math.exp(torch.cat(losses).mean()), rel=1e-4)
-    after_prompt = torch.cat([loss[CONTEXT // 2 - 1 :] for loss in losses])
-    assert found.steps.perplexity == pytest.approx(math.exp(after_prompt.mean()), rel=1e-4)
+    for steps, comparison in ((32, result()), (7, compared(model, steps=7))):
+        expected = math.exp(torch.cat([loss[-steps:] for loss in losses]).mean())
+        assert quality(comparison, DENSE).steps.perplexity == pytest.approx(expected, rel=1e-4)
 
 
 def test_greedy_continuations_are_those_of_generate() -> None:
@@ -291,6 +292,8 @@ def test_a_file_that_is_no_comparison(content: str, tmp_path: Path) -> None:
         (prompt(1, 17), {"context": 15}, "context=15; it must be an integer of at least 16"),
         (prompt(1, 17), {"context": 1000}, r"context=1000, but the model is made for 512 tokens"),
         (prompt(1, CONTEXT), {"new_tokens": 32}, "new_tokens=32; at most half of context=63"),
+        (prompt(1, CONTEXT), {"steps": 63}, "steps=63; it must be less than context=63"),
+        (prompt(1, CONTEXT), {"steps": 0}, "steps=0; it must be an integer of at least 1"),
         (prompt(1, CONTEXT), {"num_windows": 0}, "num_windows=0"),
         (prompt(1, CONTEXT), {"num_windows": True}, "num_windows=True"),
         (prompt(1, CONTEXT), {"formats": ["int9"]}, "unknown storage format 'int9'"),

@@ -79,7 +79,7 @@ class Comparison:
         lines += [f"{row.cache}: not measured: {row.failed}" for row in self.rows if row.failed]
         lines.append(
             "{windows} windows of {context:,} tokens, {model} ({dtype}, attention {attention}) on {device}; KL (nats) "
-            "and top-1 token by token after half a window, greedy over {new_tokens} tokens".format(**self.setup)
+            "and top-1 over the last {steps:,}, one by one; greedy over {new_tokens} tokens".format(**self.setup)
         )
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
@@ -93,6 +93,7 @@ def compare(
     context: int = 1024,
     num_windows: int = 8,
     new_tokens: int = 64,
+    steps: int | None = None,
     save: str | os.PathLike[str] | None = None,
     on_row: Callable[[ComparisonRow], None] | None = None,
 ) -> Comparison:
@@ -112,6 +113,7 @@ def compare(
         context: tokens of a window; a shorter text is passed over, a longer one gives several.
         num_windows: how many windows are read, or fewer if there are not as many.
         new_tokens: length of the greedy continuations, at most half of `context`.
+        steps: tokens at the end of each window that are read one by one, the costly part; None for half of `context`.
         save: a JSON file, written after every row. If it is there, the rows in it are taken over if they belong to the
             same model, text and versions; those that failed are tried again.
         on_row: called with every row as it is done.
@@ -119,7 +121,8 @@ def compare(
     Raises ValueError for no data, data shorter than `context`, options that do not fit, a model without a causal head,
     and a file of another comparison; TypeError for data of an unknown kind.
     """
-    _check_amounts(model, context, num_windows, new_tokens)
+    _check_amounts(model, context, num_windows, new_tokens, steps)
+    steps = context - context // 2 if steps is None else steps
     compared = candidates(model, formats)
     windows = windows_of(data, model, tokenizer, context, num_windows)
     setup = {
@@ -128,6 +131,7 @@ def compare(
         "context": context,
         "windows": len(windows),
         "new_tokens": new_tokens,
+        "steps": steps,
     }
     path = None if save is None else Path(save)
     saved = [] if path is None else read_rows(path, setup, ComparisonRow.from_dict)
@@ -139,7 +143,7 @@ def compare(
     was_training = model.training
     model.eval()
     try:
-        run = QualityRun(model, windows, new_tokens)
+        run = QualityRun(model, windows, new_tokens, steps)
         for index, candidate in enumerate(compared):
             row = done.get(candidate.name)
             if row is None or row.options != candidate.options:
@@ -156,10 +160,15 @@ def compare(
     return Comparison(setup, rows, notes)
 
 
-def _check_amounts(model: PreTrainedModel, context: int, num_windows: int, new_tokens: int) -> None:
+def _check_amounts(model: PreTrainedModel, context: int, num_windows: int, new_tokens: int, steps: int | None) -> None:
     if model.config.is_encoder_decoder or not model.can_generate():
         raise ValueError(f"{type(model).__name__} is not a causal language model, whose next tokens can be compared")
-    amounts = {"context": (context, 16), "num_windows": (num_windows, 1), "new_tokens": (new_tokens, 1)}
+    amounts = {
+        "context": (context, 16),
+        "num_windows": (num_windows, 1),
+        "new_tokens": (new_tokens, 1),
+        "steps": (1 if steps is None else steps, 1),
+    }
     for name, (value, least) in amounts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r}; it must be an integer of at least {least}")
@@ -168,6 +177,8 @@ def _check_amounts(model: PreTrainedModel, context: int, num_windows: int, new_t
         raise ValueError(f"context={context}, but the model is made for {longest} tokens (max_position_embeddings)")
     if new_tokens > context // 2:
         raise ValueError(f"new_tokens={new_tokens}; at most half of context={context}, the other half is the prompt")
+    if steps is not None and steps >= context:
+        raise ValueError(f"steps={steps}; it must be less than context={context}: what comes before is the prompt")
 
 
 def _cells(name: str, quality: Quality, dense: Quality | None) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ class Quality:
     """The numbers of one cache.
 
     Attributes:
-        steps: from prompts of half a window on, token by token, as in generation.
+        steps: the ends of windows token by token, as in generation.
         chunks: over whole windows in growing chunks.
         greedy_match: share of equal tokens, place by place, in greedy continuations of the prompts.
         first_divergence: for each window the first place where the continuations differ; None where they never do.
@@ -54,12 +54,14 @@ class QualityRun:
         model: in evaluation mode.
         windows: token ids `[T]` each, all of the same length.
         new_tokens: length of the greedy continuations.
+        steps: tokens at the end of each window that are read one by one.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Sequence[torch.Tensor], new_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, windows: Sequence[torch.Tensor], new_tokens: int, steps: int) -> None:
         self._model = model
         self._windows = windows
         self._new_tokens = new_tokens
+        self._steps = steps
         self._text_config = model.config.get_text_config(decoder=True)
         self._expected: list[torch.Tensor] = []  # greedy continuations over the unquantized cache
 
@@ -70,7 +72,7 @@ class QualityRun:
         clipped: list[int] | None = None
         scales: list[str] | None = None
         for window in self._windows:
-            prompt = len(window) // 2
+            prompt = len(window) - self._steps
             following = [prompt] + [1] * (len(window) - 1 - prompt)
             for prediction in self._predictions(window, following, make()):
                 steps.add(*(each[-1:] for each in prediction))  # a fresh prompt does not read what is stored
