@@ -92,11 +92,12 @@ def kvquant_attention(
                 sinks=sinks,
                 softcap=softcap,
                 causal=is_causal and attention_mask is None and key.num_new > 0,
+                exact=key.exact,
             )
             return output.transpose(1, 2).contiguous(), None
         if key.raw is not None and value.raw is not None and readable and layer.num_prompt < key.num_new:
             return _attend_with_drafts(
-                module, layer, query, key.raw, value.raw, attention_mask, dropout, scaling, is_causal, softcap, sinks,
+                module, key, query, key.raw, value.raw, attention_mask, dropout, scaling, is_causal, softcap, sinks,
                 position_bias, **kwargs,
             ), None  # fmt: skip
         if key.raw is not None:
@@ -116,7 +117,7 @@ def kvquant_attention(
 
 def _attend_with_drafts(
     module: torch.nn.Module,
-    layer: PagedLayer,
+    handle: PagedKV,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -134,6 +135,7 @@ def _attend_with_drafts(
     The drafts are checked against what later steps would see, which is the pages: else a run with speculation would
     not be the run without.
     """
+    layer = handle.layer
     num_new, num_drafts = key.shape[2], key.shape[2] - layer.num_prompt
     prompt, drafts = slice(layer.num_prompt), slice(layer.num_prompt, None)
     view = slice(num_new - layer.shape_of("key", num_drafts)[2], None)
@@ -153,6 +155,7 @@ def _attend_with_drafts(
         sinks=sinks,
         softcap=softcap,
         causal=is_causal and mask is None,
+        exact=handle.exact,
     )
     return torch.cat([of_prompt, of_drafts.transpose(1, 2)], dim=1)
 
@@ -166,6 +169,7 @@ def _is_long_turn(query: torch.Tensor, key: PagedKV) -> bool:
         and query.shape[2] == key.num_new
         and key.layer.window is None
         and key.layer.knows_length
+        and key.layer.exact is None
     )
 
 

@@ -109,6 +109,11 @@ class QuantizedPagedCache(DynamicCache):
         self._last_used: int | None = None
         if self._offloaded:
             self.notes.append(f"offload: the pages of {len(self._offloaded)} layer(s) rest in host memory")
+        if any(isinstance(layer, PagedLayer) and layer.exact is not None for layer in layers):
+            self.notes.append(
+                f"sink_tokens={kvquant.sink_tokens}, recent_tokens={kvquant.recent_tokens}: kept in the model's dtype, "
+                "beside the pages"
+            )
         Cache.__init__(self, layers=layers)
 
     @classmethod
@@ -384,7 +389,7 @@ def nbytes_of(caches: Iterable[QuantizedPagedCache]) -> int:
                 pool = id(layer.table.pool)
                 tables.setdefault(pool, {})[id(layer.table)] = layer.table.rows.ravel()
                 stores.setdefault(pool, {}).update({id(store): store for store in (layer.k, layer.v)})
-                total += layer.state_nbytes
+                total += layer.exact_nbytes + layer.state_nbytes
             else:
                 total += cache._stored_nbytes(layer)
     for pool, users in stores.items():

@@ -37,6 +37,11 @@ class KVQuantConfig:
             while the layer before it computes.
         skip_layers: layers kept in the model's dtype, by index (negative counts from the end) or by layer type
             (`sliding_attention`, ...).
+        sink_tokens: keep this many tokens from the start of every sequence in the model's dtype (attention sinks, whose
+            outliers cost most), rounded up to whole pages; padding on the left, where `generate` knows of it, is not
+            counted. Not in layers with a window, which do not see them for long.
+        recent_tokens: let every token attend to itself and to the ones before it, this many in all, as the model made
+            them, and to older ones in 8 bits. Both are 0 by default, and part of the same attention.
         q_dtype: `fp8` (= `fp8_e4m3`) rounds the query of attention over pages too, as fp8 attention of serving engines
             does, by the checkpoint's or given `q_scale`, else by one scale a token and head. For keys in fp8_e4m3, and
             for comparing: it costs accuracy and is not faster here. None: the query stays as it is.
@@ -54,6 +59,8 @@ class KVQuantConfig:
     max_cache_len: int | None = None
     offload: bool = False
     skip_layers: tuple[int | str, ...] = ()
+    sink_tokens: int = 0
+    recent_tokens: int = 0
     q_dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +90,11 @@ class KVQuantConfig:
                 continue
             if not _is_integer(value) or value < 1:
                 raise ValueError(f"{name}={value!r}; it must be a positive integer")
+            set_(self, name, int(value))
+        for name in ("sink_tokens", "recent_tokens"):
+            value = getattr(self, name)
+            if not _is_integer(value) or value < 0:
+                raise ValueError(f"{name}={value!r}; it must be a number of tokens, 0 for none")
             set_(self, name, int(value))
         set_(self, "margin", float(self.margin))
         if not isinstance(self.offload, bool):

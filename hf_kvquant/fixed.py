@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .exact import ExactStep
 from .hosts import uses_attention_interface
 from .layers import PagedLayer
 from .ops import reference
@@ -56,6 +57,8 @@ class FixedLayer(PagedLayer):
         """Tell the compiler that these tensors stay where they are."""
         if not hasattr(self, "k"):
             return
+        if self.exact is not None:
+            self.exact.mark_addresses()
         stores = (self.k.paged, self.v.paged)
         fixed = [*self.table.tensors, self.clipped, *(s.pages for s in stores), *(s.token_scale for s in stores)]
         for tensor in fixed:
@@ -89,27 +92,36 @@ class FixedLayer(PagedLayer):
     def _must_hold(self, num_new: int, was_empty: bool) -> bool:
         return not was_empty and num_new > self.table.most_at_once
 
-    def attend(self, query: torch.Tensor, num_new: int, attn_mask: torch.Tensor | None, **options: Any) -> torch.Tensor:
+    def attend(
+        self,
+        query: torch.Tensor,
+        num_new: int,
+        attn_mask: torch.Tensor | None,
+        exact: ExactStep | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
         if self._held is None or num_new <= self.table.most_at_once:
-            return super().attend(query, num_new, attn_mask, **options)
+            return super().attend(query, num_new, attn_mask, exact, **options)
         key, value = self._held
         self._held = None
         self._observe(key, value, None)
         outputs = []
         for start in range(0, num_new, self.table.most_at_once):
             rows = slice(start, min(start + self.table.most_at_once, num_new))
-            seq_lens = self._seq_lens - (num_new - rows.stop)
+            behind = num_new - rows.stop
+            seq_lens = self._seq_lens - behind
             self._write(key[:, :, rows], value[:, :, rows], self._page_table, seq_lens)
             mask = None if attn_mask is None else attn_mask[:, :, rows]
-            outputs.append(self._attend(query[:, :, rows], seq_lens, num_new, mask, **options))
+            outputs.append(self._attend(query[:, :, rows], seq_lens, num_new, mask, exact, behind, **options))
         return torch.cat(outputs, dim=2)
 
-    def read(self, side: str, num_new: int) -> torch.Tensor:
+    def read(self, side: str, num_new: int, exact: ExactStep | None = None) -> torch.Tensor:
         if self._held is None or num_new <= self.table.most_at_once:
-            return super().read(side, num_new)
+            return super().read(side, num_new, exact)
         # Writing them would overwrite what the first of them see: they stay held until the next update.
         held = self._held[0] if side == "key" else self._held[1]
-        return self._put(self._read_at(self._store(side), self._seq_lens - num_new), held)
+        dense = self._put(self._read_at(self._store(side), self._seq_lens - num_new), held)
+        return self._with_exact(dense, side, num_new, exact)
 
     def with_new(self, dense: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return self._put(dense, new)
@@ -166,6 +178,7 @@ class FixedLayer(PagedLayer):
 
     def follow_select(self, indices: Sequence[int]) -> None:
         self.check_select(indices)
+        super().follow_select(indices)
         order = torch.tensor(list(indices), dtype=torch.int64).to(self.device, non_blocking=True)
         if self.table.wraps:  # a window, which is short
             for store in (self.k, self.v):

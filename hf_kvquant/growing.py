@@ -126,6 +126,11 @@ class GrowingLayer(PagedLayer):
     def follow_crop(self, num_tokens: int) -> None:
         self.length = max(self.length - num_tokens, 0)
         self.is_empty = self.length == 0
+        super().follow_crop(num_tokens)
+
+    @property
+    def _first_held(self) -> int:
+        return self.table.first_position
 
     def _own_table(self) -> None:
         self.shared.copies = 1  # sequences may differ from here on

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from .exact import ExactStep
     from .layers import PagedLayer
 
 
@@ -25,6 +26,7 @@ class PagedKV:
         new: the tokens that this step has added, as the model made them; None if it only reads.
         is_all: whether nothing else is in the cache (a fresh prompt).
         keeps_new: whether the dense tensor has the new tokens as the model made them.
+        exact: tokens that this step's attention reads as the model made them, if the layer keeps any.
     """
 
     def __init__(
@@ -34,11 +36,13 @@ class PagedKV:
         new: torch.Tensor | None = None,
         is_all: bool = False,
         keeps_new: bool = False,
+        exact: ExactStep | None = None,
     ) -> None:
         self.layer = layer
         self.side = side
         self.num_new = 0 if new is None else new.shape[2]
         self.raw = new if is_all else None
+        self.exact = exact
         self._new = new if keeps_new else None
         self._dense: torch.Tensor | None = None
 
@@ -49,7 +53,7 @@ class PagedKV:
             self.layer.settle(None)
             return self.raw
         if self._dense is None:
-            self._dense = self.layer.read(self.side, self.num_new)
+            self._dense = self.layer.read(self.side, self.num_new, self.exact)
             if self._new is not None:
                 self._dense = self.layer.with_new(self._dense, self._new)
         return self._dense

@@ -19,6 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
 from . import ops
+from .exact import ExactStep, ExactTokens, attend_in_parts, overlay
 from .handle import PagedKV
 from .hosts import attention_name, is_fused, uses_attention_interface
 from .pages import PageTable
@@ -104,6 +105,9 @@ class PagedLayer(CacheLayerMixin):
         self.table: PageTable | StaticPageTable | None = None
         self.num_prompt = 0  # new tokens of the last update but for those that speculation has drafted
         self.dense_reasons: dict[str, None] = {}
+        self.exact: ExactTokens | None = None
+        if plan.recent_tokens or plan.sink_tokens and window is None:
+            self.exact = ExactTokens(plan.recent_tokens, in_place=self.is_compileable)
         # Tokens that attention has to see before they are written.
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
         # What `keys` and `values` have been assigned to, until both have.
@@ -165,12 +169,13 @@ class PagedLayer(CacheLayerMixin):
         self.num_prompt = prompt_length if drafts_follow else num_new
 
         raw = (key_states, value_states)
+        exact = self._keep_exact(*raw, was_empty)
         if self.k.needs_tokens or self.v.needs_tokens or self._must_hold(num_new, was_empty):
             self._held = raw
         else:
             self._write(*raw, self._page_table, self._seq_lens)
         key, value = (
-            PagedKV(self, side, tensor, was_empty and self._returns_prompt, was_empty or tensor.requires_grad)
+            PagedKV(self, side, tensor, was_empty and self._returns_prompt, was_empty or tensor.requires_grad, exact)
             for side, tensor in zip(("key", "value"), raw, strict=True)
         )
         if self.shared.is_fused:
@@ -178,23 +183,63 @@ class PagedLayer(CacheLayerMixin):
         reason = f"attention {self.shared.model_config._attn_implementation!r} takes dense tensors"
         return key.dense(reason), value.dense(reason)
 
-    def attend(self, query: torch.Tensor, num_new: int, attn_mask: torch.Tensor | None, **options: Any) -> torch.Tensor:
+    def _keep_exact(self, key: torch.Tensor, value: torch.Tensor, was_empty: bool) -> ExactStep | None:
+        if self.exact is None:
+            return None
+        if was_empty:
+            self.exact.reserve(key, value, self._num_first)
+        return self.exact.append(key, value, self.get_seq_length() - key.shape[2], self.record_past)
+
+    @property
+    def _num_first(self) -> int:
+        """How many tokens from the start of every sequence are kept as the model made them: whole pages."""
+        if not self.plan.sink_tokens or self.window is not None:
+            return 0
+        mask, padding = self.shared.padding_mask, 0
+        if mask is not None:
+            padding = int((~mask).cumprod(dim=1).sum(dim=1).max())
+        page_size = self.shared.page_size
+        return -(-(self.plan.sink_tokens + padding) // page_size) * page_size
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        num_new: int,
+        attn_mask: torch.Tensor | None,
+        exact: ExactStep | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
         """`[B, Hq, T, D]` over everything that is stored.
 
         Args:
             query: `[B, Hq, T, D]`, the newest `num_new` tokens (0: they are not tokens of this cache).
             attn_mask: `[1 | B, 1 | Hq, T, L]`, its columns those of `shape_of`.
+            exact: what the handles of the step have of tokens as the model made them.
             options: of `ops.paged_attention`.
         """
         self.settle(None)
-        return self._attend(query, self._seq_lens, num_new, attn_mask, **options)
+        return self._attend(query, self._seq_lens, num_new, attn_mask, exact, **options)
 
     def _attend(
-        self, query: torch.Tensor, seq_lens: torch.Tensor, num_new: int, attn_mask: torch.Tensor | None, **options: Any
+        self,
+        query: torch.Tensor,
+        seq_lens: torch.Tensor,
+        num_new: int,
+        attn_mask: torch.Tensor | None,
+        exact: ExactStep | None,
+        behind: int = 0,
+        **options: Any,
     ) -> torch.Tensor:
-        return ops.paged_attention(
-            self.rounded(query), self.k.paged, self.v.paged, self._page_table, seq_lens, attn_mask=attn_mask,
-            mask_start=self._view_start(num_new), window=self._attended_window(attn_mask), **options,
+        """`behind` new tokens come after those of `query`."""
+        options.update(
+            attn_mask=attn_mask, mask_start=self._view_start(num_new), window=self._attended_window(attn_mask)
+        )
+        pages = (self.k.paged, self.v.paged, self._page_table, seq_lens)
+        if self.exact is None:
+            return ops.paged_attention(self.rounded(query), *pages, **options)
+        return attend_in_parts(
+            query, self.rounded(query), *pages, exact or self.exact.now(), length=self.get_seq_length() - behind,
+            behind=behind, adds_tokens=num_new > 0, **options,
         )  # fmt: skip
 
     def rounded(self, query: torch.Tensor) -> torch.Tensor:
@@ -305,11 +350,32 @@ class PagedLayer(CacheLayerMixin):
 
     # -- reading as dense tensors ----------------------------------------------------------------------------------
 
-    def read(self, side: str, num_new: int) -> torch.Tensor:
-        """The dense keys or values `[B, H, L, D]` that the host's mask is made for."""
+    def read(self, side: str, num_new: int, exact: ExactStep | None = None) -> torch.Tensor:
+        """The dense keys or values `[B, H, L, D]` that the host's mask is made for; `exact` as in `attend`."""
         if not self._replacement:  # one of the two has been assigned, both are still what they were
             self.settle(None)
-        return self._read(self._store(side), num_new)
+        return self._with_exact(self._read(self._store(side), num_new), side, num_new, exact)
+
+    def _with_exact(self, dense: torch.Tensor, side: str, num_new: int, exact: ExactStep | None) -> torch.Tensor:
+        """`dense`, from the start of the view on, with the tokens that are kept as the model made them."""
+        if self.exact is None:
+            return dense
+        index, start, end = ("key", "value").index(side), self._view_start(num_new), self.get_seq_length()
+        return overlay(dense, index, exact or self.exact.now(), start, end, num_new if exact else 0)
+
+    def _read_behind(self, side: int, num_after: int, count: int) -> torch.Tensor:
+        """What pages hold of K (0) or V (1) of `count` tokens `[B, H, count, D]`, `num_after` before the last."""
+        page_size, page_table = self.shared.page_size, self._page_table
+        order = torch.arange(count, device=self.device)
+        positions = order + self.get_seq_length() - num_after - count
+        pages = page_table[:, (positions.clamp(min=0) // page_size) % page_table.shape[1]]
+        dense = (self.k, self.v)[side].read(pages).index_select(2, order * page_size + positions % page_size)
+        return dense.masked_fill((positions < self._first_held)[:, None], 0)
+
+    @property
+    def _first_held(self) -> int:
+        """The oldest token that pages hold."""
+        return 0
 
     def with_new(self, dense: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """`dense` with its newest tokens as the model made them, so that gradients reach them."""
@@ -395,10 +461,16 @@ class PagedLayer(CacheLayerMixin):
     def _finish_replacing(self) -> None:
         replacement, self._replacement = self._replacement, {}
         key, value = (
-            replacement[side] if side in replacement else self._read(self._store(side), 0) for side in ("key", "value")
+            replacement[side]
+            if side in replacement
+            else self._with_exact(self._read(self._store(side), 0), side, 0, None)
+            for side in ("key", "value")
         )
         self._check_shapes(key, value)
         self._rewrite(key, value)
+        if self.exact is not None:
+            self.exact.reserve(key, value, self._num_first)
+            self.exact.append(key, value, 0)
 
     @abstractmethod
     def _rewrite(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -419,6 +491,8 @@ class PagedLayer(CacheLayerMixin):
         self._held = None
         self._replacement = {}
         self.is_empty = True
+        if self.exact is not None:
+            self.exact.clear()
         if self.is_initialized:
             self.clipped.zero_()
 
@@ -438,7 +512,9 @@ class PagedLayer(CacheLayerMixin):
         """Raise what a selection of sequences would raise."""
 
     def follow_crop(self, num_tokens: int) -> None:
-        """Nothing: the table says it all."""
+        """Follow the table, which has been cropped."""
+        if self.exact is not None and not self.is_empty:
+            self.exact.crop(num_tokens, self._read_behind)
 
     def select(self, indices: Sequence[int]) -> None:
         """Sequence i becomes a copy of sequence `indices[i]`."""
@@ -451,7 +527,9 @@ class PagedLayer(CacheLayerMixin):
         self.follow_select(indices)
 
     def follow_select(self, indices: Sequence[int]) -> None:
-        """Nothing: the table says it all."""
+        """Follow the table, whose sequences have been selected."""
+        if self.exact is not None:
+            self.exact.select(indices)
 
     def _own_table(self) -> None:
         """Stop sharing the table with other layers."""
@@ -492,7 +570,12 @@ class PagedLayer(CacheLayerMixin):
             return 0
         pages_in_use = self.table.pages_in_use
         paged = sum(pages_in_use * store.page_nbytes + store.scale_nbytes for store in (self.k, self.v))
-        return paged + self.state_nbytes
+        return paged + self.exact_nbytes + self.state_nbytes
+
+    @property
+    def exact_nbytes(self) -> int:
+        """Bytes of the tokens that are kept as the model made them, beside the pages."""
+        return 0 if self.exact is None else self.exact.nbytes
 
     @property
     def state_nbytes(self) -> int:
@@ -516,7 +599,7 @@ class PagedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return 0
         paged = sum(store.nbytes_allocated + store.scale_nbytes for store in (self.k, self.v))
-        return paged + self.state_nbytes
+        return paged + self.exact_nbytes + self.state_nbytes
 
 
 def tokens_to_take_back(tokens_to_remove: int, get_seq_length: Callable[[], Any]) -> int:

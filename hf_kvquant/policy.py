@@ -59,11 +59,19 @@ class QueryPlan:
 
 @dataclass(frozen=True, eq=False)
 class LayerPlan:
-    """The plans of K and V of one layer, and of its query where that is rounded as well."""
+    """What is done with one layer.
+
+    Attributes:
+        k, v: how K and V are stored.
+        q: how the query is rounded, if it is.
+        sink_tokens, recent_tokens: as in `KVQuantConfig`; 0 where nothing is quantized.
+    """
 
     k: SidePlan
     v: SidePlan
     q: QueryPlan | None = None
+    sink_tokens: int = 0
+    recent_tokens: int = 0
 
 
 UNQUANTIZED = SidePlan("model", "none", "not quantized")
@@ -120,7 +128,10 @@ def plan_layers(
                 plan = _safer(config, plan, f"layer {index}: {side.upper()} in {name}: {risk}", notes)
             sides.append(plan)
         k, v = sides
-        plans.append(LayerPlan(k, v, _query_plan(config, index, k, scales, q_source)))
+        q = _query_plan(config, index, k, scales, q_source)
+        is_quantized = k.kind != "none" or v.kind != "none"
+        exact = (config.sink_tokens, config.recent_tokens) if is_quantized else (0, 0)
+        plans.append(LayerPlan(k, v, q, *exact))
     if any(plan.q is not None for plan in plans):
         notes.append(ROUNDED_QUERIES)
     return plans, notes

@@ -2,8 +2,8 @@
 
 `kv_cache.safetensors` holds, for every page table t, the page numbers of its sequences, oldest first (`tables.{t}`
 `[B, N]`), for every paged layer i its `layers.{i}.k.pages` and `.v.pages` `[P, H, S, D]` with their `.token_scale`,
-`.scale` and `.zero`, and the states that layers of the host keep. Everything else is JSON in its header, under the name
-`hf_kvquant`.
+`.scale` and `.zero` and what is kept in the model's dtype beside them (`.exact`), and the states that layers of the
+host keep. Everything else is JSON in its header, under the name `hf_kvquant`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from .hosts import layer_devices
 from .identity import config_facts, weights_digest
 from .layers import PagedLayer
 from .pages import PageTable
-from .policy import LayerPlan, QueryPlan, SidePlan
+from .policy import QueryPlan, SidePlan
 from .pools import PagePool
 from .stores import PageStore, mutable_everywhere
 
@@ -81,6 +81,10 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
             tables[id(table)] = len(tables)
             tensors[f"tables.{tables[id(table)]}"] = torch.from_numpy(numbers)
             header["tables"].append({"length": table.length, "first_page": table.first_page})
+        if layer.exact is not None and layer.exact.held is not None:
+            entry["num_first"] = layer.exact.num_first
+            for side, tensor in zip("kv", layer.exact.held, strict=True):
+                tensors[f"{where}.{side}.exact"] = tensor.cpu().contiguous()
         entry.update(table=tables[id(table)], dtype=str(layer.dtype), clipped=layer.clipped.tolist())
         for side, store in (("k", layer.k), ("v", layer.v)):
             _save_store(store, f"{where}.{side}", pages, np.unique(numbers[:, -1]), table.length, tensors)
@@ -240,7 +244,7 @@ class SavedCache:
             layer.table = _table_for(layer, entry["table"], tables)
             layer.length = table["length"]
         k, v = (self._plan(f"{where}.{side}", entry[side]["plan"]) for side in "kv")
-        layer.plan = LayerPlan(k, v, _query_plan(entry["q"]))
+        layer.plan = replace(layer.plan, k=k, v=v, q=_query_plan(entry["q"]))
         shapes = [self.file.get_slice(f"{where}.{side}.pages").get_shape() for side in "kv"]
         dtype = getattr(torch, entry["dtype"].removeprefix("torch."))
         layer.lazy_initialization(
@@ -259,6 +263,9 @@ class SavedCache:
         for side, store in (("k", layer.k), ("v", layer.v)):
             self._fill_pages(store, f"{where}.{side}", torch.from_numpy(pages), torch.from_numpy(places))
             store.source, store.needs_tokens = entry[side]["source"], entry[side]["needs_tokens"]
+        if layer.exact is not None:
+            key, value = (self.file.get_tensor(f"{where}.{side}.exact").to(device) for side in "kv")
+            layer.exact.restore(key, value, entry["num_first"])
         layer.clipped += torch.tensor(entry["clipped"], device=device)
         layer.is_empty = False
 

@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     (
         {"rotary", "hosts", "pools", "static_pages", "policy", "identity", "query"},
         {"pages", "stores", "reading", "risks"},
-        {"offload"},
+        {"offload", "exact"},
     ),
     (
         {"handle", "report", "skeleton"},

@@ -30,6 +30,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mixed": {"kv_cache_dtype": ("fp8_e5m2", "model"), "scales": "unit", "skip_layers": (0,), "page_size": 5},
     "offload": {"kv_cache_dtype": "int8", "scales": "dynamic", "offload": True},
     "fixed": {"kv_cache_dtype": "fp8", "scales": "dynamic", "max_cache_len": 128},
+    "exact": {"kv_cache_dtype": "fp8", "scales": "unit", "sink_tokens": 3, "recent_tokens": 7},
+    "exact_fixed": {
+        "kv_cache_dtype": "fp8",
+        "scales": "unit",
+        "sink_tokens": 3,
+        "recent_tokens": 7,
+        "max_cache_len": 128,
+    },
     "query": {"kv_cache_dtype": "fp8", "scales": "unit", "q_dtype": "fp8"},
 }
 
@@ -79,7 +87,7 @@ def test_every_option_has_been_thought_of() -> None:
     """A new one may keep something that a saved cache has to hold: add it to OPTIONS, then here."""
     assert {field.name for field in dataclasses.fields(KVQuantConfig)} == {
         "equalize", "granularity", "kv_cache_dtype", "margin", "max_cache_len", "num_pages", "offload", "page_size",
-        "q_dtype", "scales", "skip_layers",
+        "q_dtype", "recent_tokens", "scales", "sink_tokens", "skip_layers",
     }  # fmt: skip
 
 
