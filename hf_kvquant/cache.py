@@ -29,13 +29,14 @@ from .fixed import FixedLayer
 from .growing import GrowingLayer, move_to_own_pool
 from .hosts import attention_name, checkpoint_of, disable_fake_quantization, layer_type_names, without_wrapper
 from .hybrid import HybridFixedLayer, HybridGrowingLayer
-from .layers import PagedLayer, SharedState, tokens_to_take_back
+from .layers import PagedLayer, tokens_to_take_back
 from .pages import PageTable, PageTables
 from .policy import ROUNDED_QUERIES, asks_for_files, plan_layers
 from .reading import read_scales
 from .report import CacheReport, LayerReport
 from .risks import large_key_biases
 from .rotary import rotary_layouts
+from .shared import SharedState
 from .stores import PageStore
 
 logger = logging.get_logger(__name__)

@@ -5,73 +5,31 @@ What is the same for pages that grow with the tokens (`growing.py`) and for page
 
 from __future__ import annotations
 
-import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
-from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
 from . import ops
-from .exact import ExactStep, ExactTokens, attend_in_parts, overlay
+from .assigning import Assignment
+from .exact import ExactStep, ExactTokens
 from .handle import PagedKV
-from .hosts import attention_name, is_fused, uses_attention_interface
+from .hosts import attention_name, uses_attention_interface
 from .pages import PageTable
+from .parts import attend_in_parts, overlay
 from .policy import LayerPlan
 from .query import round_query
 from .rotary import RotaryLayout
+from .shared import SharedState
 from .static_pages import StaticPageTable
 from .stores import PageStore, mutable_everywhere
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class SharedState:
-    """What all layers of a cache have in common.
-
-    Attributes:
-        model_config: the text model's; its attention implementation may change between calls.
-        page_size: tokens per page.
-        rotary: how the model turns the keys of each layer; empty if that is not known.
-        padding_mask: `[B, T]` of the first prompt (True is a token), when `generate` knows it.
-        copies: how many sequences in a row begin with the same prompt (beams); they share its pages.
-        num_prompts: how many prompts there are, each with its copies.
-        prompt_length: tokens of the first prompt, when `generate` knows it; it may come in pieces, or with drafts
-            behind it.
-        model: whose cache it is, if that is known.
-        replaced: table of the layer whose contents were replaced last, for others that become as long.
-    """
-
-    model_config: PreTrainedConfig
-    page_size: int
-    rotary: Sequence[RotaryLayout] = ()
-    padding_mask: torch.Tensor | None = None
-    copies: int = 1
-    num_prompts: int = 0
-    prompt_length: int = 0
-    model: weakref.ref[torch.nn.Module] | None = None
-    replaced: PageTable | None = None
-
-    def copies_of(self, length: int, num_new: int, batch_size: int) -> int:
-        """How many sequences in a row get the same tokens when a layer of `length` gets `num_new` more."""
-        is_prompt = length == 0 or length + num_new <= self.prompt_length
-        return self.copies if is_prompt and batch_size == self.copies * self.num_prompts else 1
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether the model's attention reads the pages itself."""
-        return is_fused(self.model_config)
-
-    def copy(self) -> SharedState:
-        """For a copy of the cache: the same model's, so it has to see the configuration that the model goes by."""
-        return replace(self, replaced=None)
 
 
 class PagedLayer(CacheLayerMixin):
@@ -110,8 +68,7 @@ class PagedLayer(CacheLayerMixin):
             self.exact = ExactTokens(plan.recent_tokens, in_place=self.is_compileable)
         # Tokens that attention has to see before they are written.
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
-        # What `keys` and `values` have been assigned to, until both have.
-        self._replacement: dict[str, torch.Tensor] = {}
+        self._assigned = Assignment()
 
     # -- setting up ------------------------------------------------------------------------------------------------
 
@@ -277,8 +234,7 @@ class PagedLayer(CacheLayerMixin):
 
         `valid` `[B, T]` is False where a token is padding; without it the mask that `generate` gave is used.
         """
-        if self._replacement:
-            self._finish_replacing()
+        self._assigned.finish(self)
         if self._held is None:
             return
         key, value = self._held
@@ -352,8 +308,12 @@ class PagedLayer(CacheLayerMixin):
 
     def read(self, side: str, num_new: int, exact: ExactStep | None = None) -> torch.Tensor:
         """The dense keys or values `[B, H, L, D]` that the host's mask is made for; `exact` as in `attend`."""
-        if not self._replacement:  # one of the two has been assigned, both are still what they were
+        if not self._assigned.is_pending:  # one of the two has been assigned, both are still what they were
             self.settle(None)
+        return self.read_stored(side, num_new, exact)
+
+    def read_stored(self, side: str, num_new: int = 0, exact: ExactStep | None = None) -> torch.Tensor:
+        """As `read`, without what waits to be written."""
         return self._with_exact(self._read(self._store(side), num_new), side, num_new, exact)
 
     def _with_exact(self, dense: torch.Tensor, side: str, num_new: int, exact: ExactStep | None) -> torch.Tensor:
@@ -419,53 +379,23 @@ class PagedLayer(CacheLayerMixin):
         Tools that prune a cache assign to it, and to `values`: what is stored is then replaced, quantized again, and
         the sequences are as long as the new tensors. (Changing the tensor in place changes nothing in the cache.)
         """
-        return self._stored("key")
+        return self._assigned.read(self, "key")
 
     @keys.setter
     def keys(self, keys: Any) -> None:
-        self._replace("key", keys)
+        self._assigned.take(self, "key", keys)
 
     @property
     def values(self) -> Any:
         """As `keys`."""
-        return self._stored("value")
+        return self._assigned.read(self, "value")
 
     @values.setter
     def values(self, values: Any) -> None:
-        self._replace("value", values)
+        self._assigned.take(self, "value", values)
 
-    def _stored(self, side: str) -> Any:
-        if side in self._replacement:
-            return self._replacement[side]
-        if self.is_empty:
-            return None
-        handle = PagedKV(self, side)
-        return handle if self.shared.is_fused else handle.dense(f"layer.{side}s is read")
-
-    def _replace(self, side: str, new: Any) -> None:
-        if isinstance(new, PagedKV):
-            if new.layer is self and new.side == side and not self._replacement:
-                return  # assigned to itself
-            new = new.dense(f"layer.{side}s is assigned to")
-        if not isinstance(new, torch.Tensor) or self.is_empty and not self._replacement:
-            raise ValueError(
-                f"layer {self.index}: keys and values can only be replaced, once there are any, by tensors [B, H, L, "
-                "D]; call update() for the first ones and reset() to forget them"
-            )
-        if not self._replacement:
-            self.settle(None)
-        self._replacement[side] = new
-        if len(self._replacement) == 2:
-            self.settle(None)
-
-    def _finish_replacing(self) -> None:
-        replacement, self._replacement = self._replacement, {}
-        key, value = (
-            replacement[side]
-            if side in replacement
-            else self._with_exact(self._read(self._store(side), 0), side, 0, None)
-            for side in ("key", "value")
-        )
+    def replace(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store these keys and values `[B, H, L, D]` and nothing else. Raises ValueError if they do not fit."""
         self._check_shapes(key, value)
         self._rewrite(key, value)
         if self.exact is not None:
@@ -489,7 +419,7 @@ class PagedLayer(CacheLayerMixin):
 
     def follow_reset(self) -> None:
         self._held = None
-        self._replacement = {}
+        self._assigned.forget()
         self.is_empty = True
         if self.exact is not None:
             self.exact.clear()

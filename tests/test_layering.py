@@ -19,9 +19,11 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
         {"rotary", "hosts", "pools", "static_pages", "policy", "identity", "query"},
         {"pages", "stores", "reading", "risks"},
         {"offload", "exact"},
+        {"parts"},
     ),
     (
-        {"handle", "report", "skeleton"},
+        {"handle", "report", "shared", "skeleton"},
+        {"assigning"},
         {"layers"},
         {"growing", "fixed"},
         {"hybrid"},

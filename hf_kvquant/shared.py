@@ -1,0 +1,56 @@
+"""What all layers of a cache have in common."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedConfig
+
+from .hosts import is_fused
+from .pages import PageTable
+from .rotary import RotaryLayout
+
+
+@dataclass
+class SharedState:
+    """One object that every layer of a cache refers to.
+
+    Attributes:
+        model_config: the text model's; its attention implementation may change between calls.
+        page_size: tokens per page.
+        rotary: how the model turns the keys of each layer; empty if that is not known.
+        padding_mask: `[B, T]` of the first prompt (True is a token), when `generate` knows it.
+        copies: how many sequences in a row begin with the same prompt (beams); they share its pages.
+        num_prompts: how many prompts there are, each with its copies.
+        prompt_length: tokens of the first prompt, when `generate` knows it; it may come in pieces, or with drafts
+            behind it.
+        model: whose cache it is, if that is known.
+        replaced: table of the layer whose contents were replaced last, for others that become as long.
+    """
+
+    model_config: PreTrainedConfig
+    page_size: int
+    rotary: Sequence[RotaryLayout] = ()
+    padding_mask: torch.Tensor | None = None
+    copies: int = 1
+    num_prompts: int = 0
+    prompt_length: int = 0
+    model: weakref.ref[torch.nn.Module] | None = None
+    replaced: PageTable | None = None
+
+    def copies_of(self, length: int, num_new: int, batch_size: int) -> int:
+        """How many sequences in a row get the same tokens when a layer of `length` gets `num_new` more."""
+        is_prompt = length == 0 or length + num_new <= self.prompt_length
+        return self.copies if is_prompt and batch_size == self.copies * self.num_prompts else 1
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the model's attention reads the pages itself."""
+        return is_fused(self.model_config)
+
+    def copy(self) -> SharedState:
+        """For a copy of the cache: the same model's, so it has to see the configuration that the model goes by."""
+        return replace(self, replaced=None)
