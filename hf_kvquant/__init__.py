@@ -13,7 +13,7 @@ from .cache import QuantizedPagedCache
 from .calibration import Calibration, calibrate
 from .checkpoints import CheckpointScales
 from .config import KVQuantConfig
-from .evaluation import Comparison, ComparisonRow, compare
+from .evaluation import Benchmark, BenchRow, Comparison, ComparisonRow, bench, compare
 from .exporting import WrittenScales, write_scales
 from .pools import OutOfPagesError
 from .prefix import PrefixCache
@@ -22,6 +22,8 @@ from .report import CacheReport, LayerReport
 from .scales import LayerScales
 
 __all__ = [
+    "BenchRow",
+    "Benchmark",
     "CacheReport",
     "Calibration",
     "CheckpointScales",
@@ -35,6 +37,7 @@ __all__ = [
     "QuantizedPagedCache",
     "WrittenScales",
     "__version__",
+    "bench",
     "calibrate",
     "compare",
     "read_scales",

@@ -25,7 +25,13 @@ from .attention import kvquant_attention, kvquant_mask
 from .calibration_data import Batch, batches_of
 from .checkpoints import ModelLayers
 from .formats import StorageFormat, get_format
-from .hosts import disable_fake_quantization, layer_type_names, model_layers, uses_attention_interface
+from .hosts import (
+    attention_by_part,
+    disable_fake_quantization,
+    layer_type_names,
+    model_layers,
+    uses_attention_interface,
+)
 from .ops import reference
 from .rotary import RotaryLayout, rotary_layouts
 from .scales import GRANULARITIES, LayerScales
@@ -302,9 +308,7 @@ class _Gatherer:
                 self._attending = None
             return kvquant_attention(module, query, *args, **kwargs)
 
-        config = self._model.config
-        parts = {"": config, **{part: getattr(config, part, None) for part in config.sub_configs}}
-        before = {part: own._attn_implementation for part, own in parts.items() if own is not None}
+        before = attention_by_part(self._model)
         ALL_ATTENTION_FUNCTIONS[name] = attention
         ALL_MASK_ATTENTION_FUNCTIONS[name] = kvquant_mask
         try:

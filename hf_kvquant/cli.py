@@ -19,7 +19,11 @@ from .calibration import ESTIMATORS, FORMATS, calibrate
 from .checkpoints.layouts import JSON_LAYOUTS, LAYOUTS
 from .doctor import diagnose
 from .evaluation import ComparisonRow, compare
+from .evaluation.benchmark import bench
 from .evaluation.caches import DEFAULT_FORMATS
+from .evaluation.capacity import CapacityRow, measure_capacity
+from .evaluation.random_weights import random_model
+from .evaluation.speed import BenchRow
 from .exporting import WrittenScales, check_export, write_scales
 from .formats import get_format
 from .inspection import inspect_scales
@@ -97,8 +101,20 @@ def _parser() -> argparse.ArgumentParser:
     eval_.add_argument("--num-windows", type=int, default=8, help="most windows (default: 8)")
     eval_.add_argument("--new-tokens", type=int, default=64, help="of the greedy continuations (default: 64)")
     eval_.add_argument("--attention", default="kvquant", help="attention implementation (default: kvquant)")
-    eval_.add_argument(
-        "--json", metavar="FILE", help="save after every cache; if the file is there, what it lacks is measured"
+
+    bench_ = command("bench", _bench, "time generation over each cache, ours and those of transformers, by size")
+    bench_.add_argument("model", help="directory or hub id")
+    bench_.add_argument(
+        "--formats", nargs="+", type=_kv_cache_dtype, default=list(DEFAULT_FORMATS), metavar="FORMAT",
+        help=f"of ours; K,V for a pair (default: {' '.join(DEFAULT_FORMATS)})",
+    )  # fmt: skip
+    bench_.add_argument("--context", type=int, nargs="+", help="of prompts (default: 1024 4096; with --largest 8192)")
+    bench_.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences (default: 1)")
+    bench_.add_argument("--new-tokens", type=int, default=32, help="to generate (default: 32)")
+    bench_.add_argument("--rounds", type=int, default=3, help="of every cache, in turn (default: 3)")
+    bench_.add_argument("--random-weights", action="store_true", help="read the configuration only")
+    bench_.add_argument(
+        "--largest", action="store_true", help="instead, on a GPU: the largest batch and context that its memory holds"
     )
 
     calibrate_ = command("calibrate", _calibrate, "measure scales on text and write them into a checkpoint")
@@ -116,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--data", required=True, help="text, JSON or JSONL file, or name[:config][:split] of a data set"
         )
+    for added in (eval_, bench_):
+        added.add_argument(
+            "--json", metavar="FILE", help="save after every row; if the file is there, what it lacks is measured"
+        )
+    for added in (eval_, bench_, calibrate_):
         added.add_argument(
             "--device", default="auto", type=_device, help="cpu, cuda, ..., or auto: whatever there is (default)"
         )
@@ -180,9 +201,13 @@ def _plan(options: argparse.Namespace) -> None:
     _show(planned, options.json)
 
 
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
 def _load(options: argparse.Namespace, **further: Any) -> Any:
     """The model that is asked for, where it is asked for, in evaluation mode."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = _accelerator()
     device = options.device if options.device != "auto" else accelerator or "cpu"
     spread = options.device == "auto" and accelerator is not None and is_accelerate_available()
     placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
@@ -207,6 +232,25 @@ def _eval(options: argparse.Namespace) -> None:
             on_row=tell,
         )
     )
+
+
+def _bench(options: argparse.Namespace) -> None:
+    def tell(row: BenchRow | CapacityRow) -> None:
+        if not sys.stderr.isatty():  # there is a progress bar
+            print(f"{row}: {row.failed or 'done'}", file=sys.stderr)
+
+    if options.random_weights:
+        device = options.device if options.device != "auto" else _accelerator() or "cpu"
+        model = random_model(options.model, options.dtype, device)
+    else:
+        model = _load(options)
+    name = f"{options.model}{', random weights' if options.random_weights else ''}"
+    sizes = {"formats": options.formats, "contexts": options.context, "batches": options.batch}
+    if options.largest:
+        print(measure_capacity(model, **sizes, name=name, save=options.json, on_row=tell))
+        return
+    amounts = {"new_tokens": options.new_tokens, "rounds": options.rounds}
+    print(bench(model, **sizes, **amounts, name=name, save=options.json, on_row=tell))
 
 
 def _calibrate(options: argparse.Namespace) -> None:

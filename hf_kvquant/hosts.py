@@ -118,6 +118,13 @@ def attention_name(config: PreTrainedConfig) -> str:
     return str(name)
 
 
+def attention_by_part(model: PreTrainedModel) -> dict[str, str | None]:
+    """The attention implementations of the model and its parts, as `set_attn_implementation` takes them."""
+    config = model.config
+    parts = {"": config, **{part: getattr(config, part, None) for part in config.sub_configs}}
+    return {part: own._attn_implementation for part, own in parts.items() if own is not None}
+
+
 def is_fused(config: PreTrainedConfig) -> bool:
     """Whether the model's attention is this package's, so that it reads pages itself."""
     return attention_name(config).startswith("kvquant")

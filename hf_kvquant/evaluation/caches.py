@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, QuantizedCache
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache
 
 from ..cache import QuantizedPagedCache
 from ..config import KVQuantConfig
 
 DENSE = "DynamicCache"
+STATIC = "StaticCache"
 DEFAULT_FORMATS = ("fp8_e4m3", "fp8_e5m2", "int8")
 Formats = Iterable[str | tuple[str, str]] | Mapping[str, Mapping[str, Any]]
 # The host's quantized caches; of the bits that a backend offers, the host's default and, if there is one, 8.
@@ -36,19 +37,23 @@ class Candidate:
         options: what it is made with, as JSON.
         make: makes an empty one, given the tokens that a sequence will reach at most. Raises ImportError where a
             package that it needs is not installed.
+        ours: whether it is this package's.
     """
 
     name: str
     options: dict[str, Any]
     make: Callable[[int], Cache]
+    ours: bool = False
 
 
-def candidates(model: PreTrainedModel, formats: Formats = DEFAULT_FORMATS) -> list[Candidate]:
+def candidates(model: PreTrainedModel, formats: Formats = DEFAULT_FORMATS, reserved: bool = False) -> list[Candidate]:
     """The host's unquantized cache, ours in each format, and the host's quantized ones, installed or not.
 
     Args:
         model: whose caches they are.
         formats: values of `kv_cache_dtype`; or the names of rows and their options, the fields of `KVQuantConfig`.
+        reserved: ours at fixed addresses, as `generate` makes them where it compiles; then the host's unquantized cache
+            of that kind is there too.
 
     Raises TypeError for formats given as one text, ValueError for options that are unknown and names that are taken.
     """
@@ -66,17 +71,25 @@ def candidates(model: PreTrainedModel, formats: Formats = DEFAULT_FORMATS) -> li
 
     def ours(config: KVQuantConfig, length: int) -> Cache:
         # As in `generate`, which knows how long a sequence can get: no memory beyond that.
-        return QuantizedPagedCache.for_generation(model, config, expected_length=length)
+        fixed = reserved and not config.offload and config.num_pages is None
+        return QuantizedPagedCache.for_generation(
+            model, config, expected_length=length, max_cache_len=length if fixed else None
+        )
+
+    def static(length: int) -> Cache:
+        return StaticCache(config=text_config, max_cache_len=length)
 
     def hosts(options: dict[str, Any], _: int) -> Cache:
         return QuantizedCache(config=text_config, **options)
 
     found = [Candidate(DENSE, {}, dense)]
+    if reserved:
+        found.append(Candidate(STATIC, {}, static))
     for name, options in rows.items():
-        if name == DENSE or name in HOST_CACHES:
+        if name in HOST_CACHES or any(name == other.name for other in found if not other.ours):
             raise ValueError(f"formats: {name!r} is the name of a cache of transformers, which has a row anyway")
         config = KVQuantConfig.parse(options)
-        found.append(Candidate(name, json.loads(json.dumps(config.to_dict())), partial(ours, config)))
+        found.append(Candidate(name, json.loads(json.dumps(config.to_dict())), partial(ours, config), ours=True))
     return found + [Candidate(name, options, partial(hosts, options)) for name, options in HOST_CACHES.items()]
 
 

@@ -1,0 +1,114 @@
+"""`bench`: how fast a model generates over each cache, and in how much memory, beside the host's."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from ..hosts import disable_fake_quantization, without_wrapper
+from .attempt import attempt
+from .caches import DEFAULT_FORMATS, Formats
+from .generating import (
+    as_generating,
+    check_amounts,
+    check_length,
+    contexts_for,
+    generating_candidates,
+    generating_setup,
+    random_ids,
+    starting_at,
+)
+from .resume import read_rows, write_json
+from .speed import Benchmark, BenchRow
+from .timing import SETTLING, generate_once
+
+_CONTEXTS = (1024, 4096)
+
+
+def bench(
+    model: PreTrainedModel,
+    *,
+    formats: Formats = DEFAULT_FORMATS,
+    contexts: Sequence[int] | None = None,
+    batches: Sequence[int] = (1,),
+    new_tokens: int = 32,
+    rounds: int = 3,
+    name: str | None = None,
+    save: str | os.PathLike[str] | None = None,
+    on_row: Callable[[BenchRow], None] | None = None,
+) -> Benchmark:
+    """Measure how fast `model` generates over each cache, and with how much memory.
+
+    In every round each cache gets its turn: the host's unquantized one, ours in each format, the host's quantized ones.
+    Ours run under our attention, the others under the model's own, sdpa if that is ours. A first round warms up and
+    does not count. `generate` compiles where it does so by itself: on GPUs over caches at fixed addresses, which ours
+    then are, and the host's `StaticCache` is measured too. A cache that fails (not installed, out of memory) is a row
+    that says so.
+
+    Args:
+        model: a causal language model; random weights will do. It gets its attention and mode back.
+        formats: values of `kv_cache_dtype`; or the names of rows and their options, the fields of `KVQuantConfig`.
+        contexts: tokens of a prompt; they are random, and read in one go. By default 1,024 and 4,096.
+        batches: sequences at a time.
+        new_tokens: how many are generated, at least 6: the first five only set the pace.
+        rounds: how often.
+        name: what the model is called in the result; by default its path.
+        save: a JSON file, written after every run. If it is there, the runs in it are taken over if they belong to the
+            same model, machine, versions and commit; rows that failed are tried again.
+        on_row: called with every row as it is done.
+
+    Raises ValueError for amounts that do not fit, a model without a causal head, and a file of another measurement.
+    """
+    check_amounts(model, {"contexts": contexts or [1], "batches": batches, "rounds": [rounds]})
+    check_amounts(model, {"new_tokens": [new_tokens]}, least=SETTLING + 2)
+    contexts = contexts or contexts_for(model, _CONTEXTS, new_tokens)
+    check_length(model, max(contexts) + new_tokens)
+    compared = generating_candidates(model, formats)
+    setup = {**generating_setup(model, name), "new_tokens": new_tokens}
+    path = None if save is None else Path(save)
+    saved = [] if path is None else read_rows(path, setup, BenchRow.from_dict)
+    notes = disable_fake_quantization(without_wrapper(model))
+    cells = list(product(batches, contexts))
+    rows = {(row.cache, row.batch, row.context): row for row in saved}
+    for (batch, context), candidate in product(cells, compared):
+        place = candidate.name, batch, context
+        found = rows.get(place)
+        if found is None or found.failed or found.options != candidate.options:
+            rows[place] = BenchRow(candidate.name, candidate.options, batch, context, [])
+
+    def result() -> Benchmark:
+        return Benchmark(setup, list(rows.values()), notes)
+
+    with as_generating(model) as attend, tqdm(total=len(cells) * len(compared) * rounds, disable=None) as bar:
+        for batch, context in cells:
+            if model.device.type != "cpu":
+                torch.compiler.reset()  # after a few sizes it would no longer compile for another
+            ids = random_ids(model, batch, context)
+            for index in range(-1, rounds):
+                for candidate in starting_at(index, compared):
+                    place = candidate.name, batch, context
+                    row = rows[place]
+                    bar.set_description(f"{batch} x {context:,} {candidate.name}", refresh=False)
+                    bar.update(index >= 0)
+                    done = len(row.runs)
+                    if row.failed or done >= rounds or done > index >= 0:
+                        continue
+                    attend(candidate)
+                    run, failed = attempt(partial(generate_once, model, candidate.make, ids, new_tokens))
+                    if index < 0 and not failed:
+                        continue
+                    runs = row.runs if run is None else [*row.runs, run]
+                    rows[place] = row = dataclasses.replace(row, runs=runs, failed=failed)
+                    if path is not None:
+                        write_json(path, result().to_dict())
+                    if on_row is not None and (failed or len(runs) == rounds):
+                        on_row(row)
+    return result()

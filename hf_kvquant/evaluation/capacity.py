@@ -1,0 +1,212 @@
+"""`measure_capacity`: the largest batch and the longest context that a GPU's memory holds, for each cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from ..hosts import disable_fake_quantization, without_wrapper
+from ..pools import OutOfPagesError
+from ..tables import table
+from .attempt import attempt
+from .caches import DEFAULT_FORMATS, DENSE, Candidate, Formats
+from .generating import (
+    as_generating,
+    check_amounts,
+    check_length,
+    contexts_for,
+    generating_candidates,
+    generating_setup,
+    longest_sequence,
+    random_ids,
+)
+from .resume import read_rows, write_json
+from .timing import SETTLING, generate_once
+
+_CONTEXTS = (8192,)
+_NEW_TOKENS = SETTLING + 2
+_TOKENS = 256  # contexts are multiples of it
+_MOST = 1 << 20  # of either, where the model sets no bound
+_PRECISION = 32  # the answer is right to one part in so many
+
+
+@dataclass(frozen=True)
+class CapacityRow:
+    """The most that one cache leaves room for.
+
+    Attributes:
+        cache: its name.
+        options: what it was made with, as JSON.
+        batch: sequences; None if that is what was looked for.
+        context: tokens of each prompt; None if that is what was looked for.
+        largest: the largest value found of whichever is None; 0 if none fits.
+        bounded: whether memory ended it, not what the model is made for.
+        failed: the exception that ended it, "" if none did.
+    """
+
+    cache: str
+    options: dict[str, Any]
+    batch: int | None
+    context: int | None
+    largest: int = 0
+    bounded: bool = True
+    failed: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.cache}, {self.question}"
+
+    @property
+    def question(self) -> str:
+        """What was looked for."""
+        if self.batch is None:
+            return f"largest batch at {self.context:,} tokens"
+        return f"longest context at batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Caches side by side. `str(capacity)` is a table.
+
+    Attributes:
+        setup: model, machine and versions that the numbers belong to.
+        rows: one a cache and question.
+        notes: what the user should know of.
+    """
+
+    setup: dict[str, Any]
+    rows: list[CapacityRow]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Capacity:
+        """From what `to_dict` made."""
+        return cls(data["setup"], [CapacityRow(**row) for row in data["rows"]], data["notes"])
+
+    def dense(self, row: CapacityRow) -> CapacityRow | None:
+        """The answer of the host's unquantized cache to the same question, if there is one."""
+        found = (other for other in self.rows if other.cache == DENSE and other.question == row.question)
+        return next((other for other in found if not other.failed and other.largest), None)
+
+    def __str__(self) -> str:
+        rows = [("", "cache", "largest")]
+        for row in self.rows:
+            dense = self.dense(row)
+            ratio = f" ({row.largest / dense.largest:.2f}x)" if dense is not None else ""
+            bound = "" if row.bounded else ", what the model is made for"
+            rows.append((row.question, row.cache, row.failed or f"{row.largest:,}{ratio}{bound}"))
+        line = "{model} ({dtype}) on {machine}, after prompts of random tokens".format(**self.setup)
+        return "\n".join([table(rows), line, *(f"note: {note}" for note in self.notes)])
+
+
+def measure_capacity(
+    model: PreTrainedModel,
+    *,
+    formats: Formats = DEFAULT_FORMATS,
+    contexts: Sequence[int] | None = None,
+    batches: Sequence[int] = (1,),
+    name: str | None = None,
+    save: str | os.PathLike[str] | None = None,
+    on_row: Callable[[CapacityRow], None] | None = None,
+) -> Capacity:
+    """Find the largest batch at each context and the longest context at each batch before a GPU's memory runs out.
+
+    By generating a few tokens after prompts of random ones, twice as many each time, then by bisection, to one part in
+    32. Arguments are those of `bench`; contexts are 8,192 by default.
+
+    Raises ValueError on a CPU, whose memory does not run out but slows everything down, for amounts that do not fit, a
+    model without a causal head, and a file of another measurement.
+    """
+    check_device(model)
+    check_amounts(model, {"contexts": contexts or [1], "batches": batches})
+    contexts = contexts or contexts_for(model, _CONTEXTS, _NEW_TOKENS)
+    check_length(model, max(contexts) + _NEW_TOKENS)
+    compared = generating_candidates(model, formats)
+    setup = {**generating_setup(model, name), "new_tokens": _NEW_TOKENS}
+    path = None if save is None else Path(save)
+    saved = [] if path is None else read_rows(path, setup, lambda row: CapacityRow(**row))
+    notes = disable_fake_quantization(without_wrapper(model))
+    questions = [*((None, context) for context in contexts), *((batch, None) for batch in batches)]
+    rows = [row for row in saved if not row.failed]
+    known = {(row.cache, row.batch, row.context): row.options for row in rows}
+    with as_generating(model) as attend, tqdm(total=len(questions) * len(compared), disable=None) as bar:
+        for batch, context in questions:
+            for candidate in compared:
+                bar.set_description(candidate.name, refresh=False)
+                if known.get((candidate.name, batch, context)) != candidate.options:
+                    attend(candidate)
+                    row = _row(model, candidate, batch, context)
+                    rows.append(row)
+                    if path is not None:
+                        write_json(path, Capacity(setup, rows, notes).to_dict())
+                    if on_row is not None:
+                        on_row(row)
+                bar.update()
+    return Capacity(setup, rows, notes)
+
+
+def check_device(model: PreTrainedModel) -> None:
+    """Raise ValueError where memory does not simply run out."""
+    if model.device.type != "cuda":
+        raise ValueError(
+            f"the model is on {model.device}: how much fits is found by filling a GPU's memory; for other devices "
+            "`hf-kvquant plan MODEL --memory SIZE` computes it"
+        )
+
+
+def _row(model: PreTrainedModel, candidate: Candidate, batch: int | None, context: int | None) -> CapacityRow:
+    unit = 1 if batch is None else _TOKENS
+    longest = longest_sequence(model)
+    most = _MOST if batch is None or longest is None else (longest - _NEW_TOKENS)
+
+    def fits(count: int) -> bool:
+        return _fits(model, candidate, count if batch is None else batch, count if context is None else context)
+
+    largest, failed = attempt(partial(largest_fitting, fits, unit, most))
+    row = CapacityRow(candidate.name, candidate.options, batch, context, largest or 0, failed=failed)
+    return dataclasses.replace(row, bounded=row.largest + unit <= most)
+
+
+def _fits(model: PreTrainedModel, candidate: Candidate, batch: int, context: int) -> bool:
+    if model.device.type != "cpu":
+        torch.compiler.reset()  # after a few sizes it would no longer compile for another
+    try:
+        generate_once(model, candidate.make, random_ids(model, batch, context), _NEW_TOKENS)
+        return True
+    except OutOfPagesError:
+        return False
+    except RuntimeError as error:
+        # Libraries below torch have errors of their own for it.
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error).lower():
+            raise
+        return False
+
+
+def largest_fitting(fits: Callable[[int], bool], unit: int, most: int) -> int:
+    """The largest multiple of `unit`, up to `most`, that fits; 0 if not even `unit` does.
+
+    By doubling, then bisection to one part in 32. What is larger than something that does not fit is not tried.
+    """
+    most -= most % unit
+    below, above = 0, most + unit
+    while above - below > max(unit, below // _PRECISION // unit * unit):
+        doubled = 2 * below or unit
+        middle = (below + above) // 2 // unit * unit
+        trial = min(doubled, most) if above > most else middle
+        if fits(trial):
+            below = trial
+        else:
+            above = trial
+    return below

@@ -1,0 +1,31 @@
+"""A model by its configuration alone, with random weights: its times are those of the real one."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+
+def random_model(
+    source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The model of a directory or hub id as its configuration describes it, the same random weights every time.
+
+    Args:
+        source: where the configuration is; no weights are read, and no scales of a checkpoint will be.
+        dtype: of the weights; "auto" for the configuration's.
+        device: where they are made.
+
+    Raises OSError and ValueError for a source without a configuration that transformers knows.
+    """
+    config = AutoConfig.from_pretrained(source)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # it is about weights in files
+    chosen = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
+    config._name_or_path = ""
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=chosen)
+    return model.eval().requires_grad_(False)
