@@ -45,6 +45,9 @@ class Batch:
         """Without padding."""
         return self._tokens.shape[:2].numel() if self.mask is None else int(self.mask.sum())
 
+# A string that is longer is no file's name nor a data set's.
+_LONGEST_NAME = 1024
+
 
 def batches_of(
     data: Any, model: Any, tokenizer: Any, num_samples: int, max_length: int, batch_size: int
@@ -86,6 +89,17 @@ def batches_of(
     limited = itertools.islice(sequences, num_samples)
     while group := list(itertools.islice(limited, batch_size)):
         yield _padded(group)
+
+
+def tokenizer_beside(model: Any) -> Any:
+    """The tokenizer that lies where `model` was loaded from. Raises ValueError if there is none."""
+    path = getattr(model, "name_or_path", None) or model.config._name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"text needs a tokenizer, and none is found beside the model ({path!r}); give one as tokenizer=..."
+        ) from error
 
 
 def _is_row_of_ids(sample: Mapping[str, Any]) -> bool:
@@ -135,13 +149,7 @@ class _Tokens:
     @property
     def _tokenizer(self) -> Any:
         if self._given_tokenizer is None:
-            path = getattr(self._model, "name_or_path", None) or self._model.config._name_or_path
-            try:
-                self._given_tokenizer = AutoTokenizer.from_pretrained(path)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"text needs a tokenizer, and none is found beside the model ({path!r}); give one as tokenizer=..."
-                ) from error
+            self._given_tokenizer = tokenizer_beside(self._model)
         return self._given_tokenizer
 
     def sequences(self, samples: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -210,6 +218,11 @@ def _with_usual_names(turns: Sequence[Mapping[str, Any]]) -> list[Mapping[str, A
 
 
 def _read_source(source: str | os.PathLike[str]) -> Iterator[Any]:
+    if "\n" in str(source) or len(str(source)) > _LONGEST_NAME:
+        raise ValueError(
+            f"data is a text itself ({len(str(source)):,} characters), not the name of a file or data set; "
+            "give texts as a list, [text]"
+        )
     path = Path(source)
     if path.is_file():
         return _read_file(path)

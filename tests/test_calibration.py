@@ -17,8 +17,8 @@ import torch
 from helpers import QMAX, code_value, nearest_code, prompt, tiny_llama
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-from twins import TWINS
 
+from benchmarks.twins import TWINS
 from hf_kvquant import QuantizedPagedCache, calibrate
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny-python-lm"
@@ -531,6 +531,8 @@ def test_data_that_cannot_be_read(tmp_path: Path, model: PreTrainedModel, monkey
         ("some/texts", ValueError, "pip install datasets"),
         (tmp_path / "none.txt", ValueError, r"none.txt is not a file"),
         (tmp_path, ValueError, "is not a file"),
+        ("def f():\n    pass\n", ValueError, r"data is a text itself .17 characters."),
+        ("word " * 400, ValueError, "data is a text itself"),
         (broken, ValueError, r"broken.jsonl, line 2: not JSON"),
         ([], ValueError, "data is empty"),
         ([torch.empty(0, dtype=torch.int64)], ValueError, "no token was seen"),
