@@ -531,7 +531,7 @@ def test_data_that_cannot_be_read(tmp_path: Path, model: PreTrainedModel, monkey
         ("some/texts", ValueError, "pip install datasets"),
         (tmp_path / "none.txt", ValueError, r"none.txt is not a file"),
         (tmp_path, ValueError, "is not a file"),
-        ("def f():\n    pass\n", ValueError, r"data is a text itself .17 characters."),
+        ("def f():\n    pass\n", ValueError, r"data is a text itself .18 characters."),
         ("word " * 400, ValueError, "data is a text itself"),
         (broken, ValueError, r"broken.jsonl, line 2: not JSON"),
         ([], ValueError, "data is empty"),
