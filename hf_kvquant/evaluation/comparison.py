@@ -2,86 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..calibration_data import tokenizer_beside
 from ..hosts import disable_fake_quantization, without_wrapper
-from ..tables import table
-from .agreement import Agreement
+from .acceptance import PLACES, AcceptanceRun
 from .attempt import attempt
-from .caches import DEFAULT_FORMATS, DENSE, Formats, candidates
-from .quality import Quality, QualityRun
+from .caches import DEFAULT_FORMATS, DENSE, Candidate, Formats, candidates
+from .quality import QualityRun
 from .resume import read_rows, write_json
+from .retrieval import Probe, make_probes, measure_retrieval
+from .rows import Comparison, ComparisonRow
 from .setup import model_setup
 from .windows import windows_of
 
-
-@dataclass(frozen=True)
-class ComparisonRow:
-    """One cache of a comparison.
-
-    Attributes:
-        cache: its name.
-        options: what it was made with, as JSON.
-        quality: its numbers; None if it could not be measured.
-        failed: then the exception that ended it.
-    """
-
-    cache: str
-    options: dict[str, Any]
-    quality: Quality | None = None
-    failed: str = ""
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ComparisonRow:
-        """A row from what `dataclasses.asdict` made of one."""
-        if data["quality"] is None:
-            return cls(**data)
-        agreements = {name: Agreement(**data["quality"][name]) for name in ("steps", "chunks")}
-        return cls(**{**data, "quality": Quality(**{**data["quality"], **agreements})})
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Caches side by side. `str(comparison)` is a table.
-
-    Attributes:
-        setup: model, text and versions that the numbers belong to.
-        rows: one a cache; the first is the host's unquantized one.
-        notes: what the user should know of.
-    """
-
-    setup: dict[str, Any]
-    rows: list[ComparisonRow]
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return dataclasses.asdict(self)
-
-    def __str__(self) -> str:
-        header = (
-            "cache", "scales", "bytes held", "perplexity", "in chunks", "KL", "top-1", "greedy", "differs at",
-            "worst K error", "worst V error", "worst attention error", "clipped",
-        )  # fmt: skip
-        measured = {row.cache: row.quality for row in self.rows if row.quality is not None}
-        dense = measured.get(DENSE)
-        lines = [table([header, *(_cells(name, quality, dense) for name, quality in measured.items())])]
-        lines += [f"{row.cache}: not measured: {row.failed}" for row in self.rows if row.failed]
-        lines.append(
-            "{windows} windows of {context:,} tokens, {model} ({dtype}, attention {attention}) on {device}; KL (nats) "
-            "and top-1 over the last {steps:,}, one by one; greedy over {new_tokens} tokens".format(**self.setup)
-        )
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+__all__ = ["Comparison", "ComparisonRow", "compare"]
 
 
 def compare(
@@ -94,6 +38,8 @@ def compare(
     num_windows: int = 8,
     new_tokens: int = 64,
     steps: int | None = None,
+    retrieval: Sequence[int] = (),
+    speculation: PreTrainedModel | bool = False,
     save: str | os.PathLike[str] | None = None,
     on_row: Callable[[ComparisonRow], None] | None = None,
 ) -> Comparison:
@@ -114,6 +60,10 @@ def compare(
         num_windows: how many windows are read, or fewer if there are not as many.
         new_tokens: length of the greedy continuations, at most half of `context`.
         steps: tokens at the end of each window that are read one by one, the costly part; None for half of `context`.
+        retrieval: lengths in tokens over which facts are to be found again, see `evaluation.retrieval`. The longest may
+            have as many tokens as the windows together, which hide them.
+        speculation: whether to count how many drafted tokens are accepted in the greedy continuations: those of prompt
+            lookup and, if a model is given here, those of this assistant.
         save: a JSON file, written after every row. If it is there, the rows in it are taken over if they belong to the
             same model, text and versions; those that failed are tried again.
         on_row: called with every row as it is done.
@@ -121,10 +71,15 @@ def compare(
     Raises ValueError for no data, data shorter than `context`, options that do not fit, a model without a causal head,
     and a file of another comparison; TypeError for data of an unknown kind.
     """
-    _check_amounts(model, context, num_windows, new_tokens, steps)
+    _check_amounts(model, context, num_windows, new_tokens, steps, retrieval)
     steps = context - context // 2 if steps is None else steps
     compared = candidates(model, formats)
     windows = windows_of(data, model, tokenizer, context, num_windows)
+    probes = _probes(model, windows, tokenizer, retrieval) if retrieval else []
+    assistant = None if isinstance(speculation, bool) else speculation
+    prompts = [window[: context // 2] for window in windows]
+    drafting = AcceptanceRun(model, assistant, prompts, new_tokens) if speculation else None
+    of_assistant = None if assistant is None else candidates(assistant, formats)
     setup = {
         **model_setup(model),
         "text": hashlib.sha256(torch.stack(windows).cpu().numpy().tobytes()).hexdigest(),
@@ -132,67 +87,109 @@ def compare(
         "windows": len(windows),
         "new_tokens": new_tokens,
         "steps": steps,
+        "retrieval": list(retrieval),
+        "speculation": bool(speculation) if assistant is None else model_setup(assistant),
     }
     path = None if save is None else Path(save)
     saved = [] if path is None else read_rows(path, setup, ComparisonRow.from_dict)
     done = {row.cache: row for row in saved if not row.failed}
-    notes = disable_fake_quantization(without_wrapper(model))
+    models = [model] if assistant is None else [model, assistant]
+    notes = [note for each in models for note in disable_fake_quantization(without_wrapper(each))]
     if len(windows) < num_windows:
         notes.append(f"only {len(windows)} of the {num_windows} windows asked for: there is no more data")
     rows: list[ComparisonRow] = []
-    was_training = model.training
-    model.eval()
-    try:
-        run = QualityRun(model, windows, new_tokens, steps)
+    with _evaluating(models):
+        measuring = _Measuring(model, QualityRun(model, windows, new_tokens, steps), context, probes, drafting)
         for index, candidate in enumerate(compared):
             row = done.get(candidate.name)
             if row is None or row.options != candidate.options:
-                quality, failed = attempt(partial(run.measure, partial(candidate.make, context)))
-                row = ComparisonRow(candidate.name, candidate.options, quality, failed)
+                row = measuring.row(candidate, None if of_assistant is None else of_assistant[index])
             rows.append(row)
             if path is not None:
                 later = [done[other.name] for other in compared[index + 1 :] if other.name in done]
                 write_json(path, Comparison(setup, [*rows, *later], notes).to_dict())
             if on_row is not None:
                 on_row(row)
-    finally:
-        model.train(was_training)
     return Comparison(setup, rows, notes)
 
 
-def _check_amounts(model: PreTrainedModel, context: int, num_windows: int, new_tokens: int, steps: int | None) -> None:
+@dataclass(frozen=True)
+class _Measuring:
+    """Everything that is measured of a cache."""
+
+    model: PreTrainedModel
+    quality: QualityRun
+    context: int
+    probes: list[Probe]
+    drafting: AcceptanceRun | None
+
+    def row(self, candidate: Candidate, of_assistant: Candidate | None) -> ComparisonRow:
+        """One cache's numbers, or why there are none."""
+        quality, failed = attempt(lambda: self.quality.measure(lambda: candidate.make(self.context)))
+        row = ComparisonRow(candidate.name, candidate.options, quality, failed=failed)
+        if failed:
+            return row
+        failures = []
+        if self.probes:
+            found, failed = attempt(lambda: measure_retrieval(self.model, self.probes, candidate.make))
+            row = replace(row, retrieval=found or [])
+            failures += [f"retrieval: {failed}"] if failed else []
+        drafting = self.drafting
+        if drafting is not None:
+            make_of_assistant = None if of_assistant is None else of_assistant.make
+            places = PLACES if candidate.name != DENSE else PLACES[-1:]
+            accepted, failed = attempt(lambda: drafting.measure(candidate.make, make_of_assistant, places))
+            row = replace(row, acceptance=accepted or [])
+            failures += [f"speculation: {failed}"] if failed else []
+        return replace(row, failed="; ".join(failures))
+
+
+@contextmanager
+def _evaluating(models: Sequence[PreTrainedModel]) -> Iterator[None]:
+    """Models in evaluation mode, for a while."""
+    were_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, was_training in zip(models, were_training, strict=True):
+            model.train(was_training)
+
+
+def _probes(
+    model: PreTrainedModel, windows: Sequence[torch.Tensor], tokenizer: Any, lengths: Sequence[int]
+) -> list[Probe]:
+    tokenizer = tokenizer_beside(model) if tokenizer is None else tokenizer
+    # Only the first token of a text says that it begins.
+    text = torch.cat([window[int(window[0] == tokenizer.bos_token_id) :] for window in windows])
+    return make_probes(text, tokenizer, lengths)
+
+
+def _check_amounts(
+    model: PreTrainedModel,
+    context: int,
+    num_windows: int,
+    new_tokens: int,
+    steps: int | None,
+    retrieval: Sequence[int],
+) -> None:
     if model.config.is_encoder_decoder or not model.can_generate():
         raise ValueError(f"{type(model).__name__} is not a causal language model, whose next tokens can be compared")
-    amounts = {
-        "context": (context, 16),
-        "num_windows": (num_windows, 1),
-        "new_tokens": (new_tokens, 1),
-        "steps": (1 if steps is None else steps, 1),
-    }
-    for name, (value, least) in amounts.items():
+    lengths = [("context", context), *(("retrieval", length) for length in retrieval)]
+    amounts = [
+        ("num_windows", num_windows, 1),
+        ("new_tokens", new_tokens, 1),
+        ("steps", 1 if steps is None else steps, 1),
+    ]
+    for name, value, least in [*((name, length, 16) for name, length in lengths), *amounts]:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r}; it must be an integer of at least {least}")
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(longest, int) and context > longest:
-        raise ValueError(f"context={context}, but the model is made for {longest} tokens (max_position_embeddings)")
+    for name, value in lengths:
+        if isinstance(longest, int) and value > longest:
+            raise ValueError(f"{name}={value}, but the model is made for {longest} tokens (max_position_embeddings)")
     if new_tokens > context // 2:
         raise ValueError(f"new_tokens={new_tokens}; at most half of context={context}, the other half is the prompt")
     if steps is not None and steps >= context:
         raise ValueError(f"steps={steps}; it must be less than context={context}: what comes before is the prompt")
-
-
-def _cells(name: str, quality: Quality, dense: Quality | None) -> tuple[str, ...]:
-    """A row of the table."""
-    share = f" ({quality.bytes_held / dense.bytes_held:.2f}x)" if dense is not None else ""
-    places = [place for place in quality.first_divergence if place is not None]
-    worst = [
-        max((error for error in errors if error is not None), default=0.0)
-        for errors in (quality.k_error, quality.v_error, quality.attention_error)
-    ]
-    return (
-        name, "-" if quality.scales is None else " / ".join(quality.scales), f"{quality.bytes_held:,}{share}",
-        f"{quality.steps.perplexity:.4f}", f"{quality.chunks.perplexity:.4f}",
-        f"{quality.steps.kl_divergence:.2e}", f"{quality.steps.top1_agreement:.2%}", f"{quality.greedy_match:.2%}",
-        str(min(places)) if places else "-", *(f"{error:.3%}" for error in worst),
-        "-" if quality.clipped is None else f"{sum(quality.clipped):,}",
-    )  # fmt: skip

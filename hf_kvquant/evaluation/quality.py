@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -45,6 +46,11 @@ class Quality:
     clipped: list[int] | None
     bytes_held: int
     scales: list[str] | None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Quality:
+        """From what `dataclasses.asdict` made of one."""
+        return cls(**{**data, "steps": Agreement(**data["steps"]), "chunks": Agreement(**data["chunks"])})
 
 
 class QualityRun:

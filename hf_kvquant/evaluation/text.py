@@ -1,0 +1,88 @@
+"""The rows of a comparison as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..tables import table
+from .caches import DENSE
+from .quality import Quality
+
+if TYPE_CHECKING:
+    from .retrieval import Retrieval
+    from .rows import ComparisonRow
+
+
+def quality_table(rows: Sequence[ComparisonRow]) -> str:
+    """One line a cache that could be measured."""
+    header = (
+        "cache", "scales", "bytes held", "perplexity", "in chunks", "KL", "top-1", "greedy", "differs at",
+        "worst K error", "worst V error", "worst attention error", "clipped",
+    )  # fmt: skip
+    measured = {row.cache: row.quality for row in rows if row.quality is not None}
+    dense = measured.get(DENSE)
+    return table([header, *(_quality_cells(name, quality, dense) for name, quality in measured.items())])
+
+
+def _quality_cells(name: str, quality: Quality, dense: Quality | None) -> tuple[str, ...]:
+    share = f" ({quality.bytes_held / dense.bytes_held:.2f}x)" if dense is not None else ""
+    places = [place for place in quality.first_divergence if place is not None]
+    worst = [
+        max((error for error in errors if error is not None), default=0.0)
+        for errors in (quality.k_error, quality.v_error, quality.attention_error)
+    ]
+    return (
+        name, "-" if quality.scales is None else " / ".join(quality.scales), f"{quality.bytes_held:,}{share}",
+        f"{quality.steps.perplexity:.4f}", f"{quality.chunks.perplexity:.4f}",
+        f"{quality.steps.kl_divergence:.2e}", f"{quality.steps.top1_agreement:.2%}", f"{quality.greedy_match:.2%}",
+        str(min(places)) if places else "-", *(f"{error:.3%}" for error in worst),
+        "-" if quality.clipped is None else f"{sum(quality.clipped):,}",
+    )  # fmt: skip
+
+
+def retrieval_table(rows: Sequence[ComparisonRow]) -> str:
+    """One line a task, length and cache; "" if none was asked for."""
+    lines: dict[tuple[str, int], list[tuple[str, ...]]] = {}
+    expected = {_place(found): found for row in rows if row.cache == DENSE for found in row.retrieval}
+    depths: list[str] = []
+    for row in rows:
+        tasks: dict[tuple[str, int], list[Retrieval]] = {}
+        for found in row.retrieval:
+            tasks.setdefault((found.task, found.length), []).append(found)
+        for task, places in tasks.items():
+            depths = [f"{found.depth:.0%}" for found in places]
+            changes = [
+                found.log_probability - expected[_place(found)].log_probability
+                for found in places
+                if _place(found) in expected
+            ]
+            lines.setdefault(task, []).append((
+                f"{task[0]}, {task[1]:,} tokens", row.cache, " / ".join(f"{found.found:.0%}" for found in places),
+                f"{sum(found.log_probability for found in places) / len(places):.4f}",
+                f"{sum(changes) / len(changes):+.4f} ({max(changes, key=abs):+.4f})" if changes else "-",
+                " / ".join(f"{found.rank:.1f}" for found in places),
+            ))  # fmt: skip
+    if not lines:
+        return ""
+    where = " / ".join(depths)
+    header = ("retrieval", "cache", f"found at depth {where}", "log p", "change (largest)", "rank at those depths")
+    return table([header, *(line for of_task in lines.values() for line in of_task)])
+
+
+def _place(found: Retrieval) -> tuple[str, int, float]:
+    return found.task, found.length, found.depth
+
+
+def acceptance_table(rows: Sequence[ComparisonRow]) -> str:
+    """One line a cache, drafter and place of the cache; "" if none was asked for."""
+    lines = [
+        (
+            found.drafts, row.cache, found.place, f"{found.accepted:,} of {found.proposed:,}",
+            f"{found.accepted / found.proposed:.2%}" if found.proposed else "-", f"{found.same_tokens:.2%}",
+        )
+        for row in rows
+        for found in row.acceptance
+    ]  # fmt: skip
+    header = ("drafts by", "cache", "of", "accepted", "rate", "tokens as without drafts")
+    return table([header, *sorted(lines, key=lambda line: line[0], reverse=True)]) if lines else ""
