@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, LlamaForCausalLM
-from twins import TWINS
 
+from benchmarks.twins import TWINS
 from hf_kvquant import LayerScales, QuantizedPagedCache
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
