@@ -1,8 +1,8 @@
 """Train a tiny model on the text every Python ships, and store FP8 KV-cache scales with it.
 
     python examples/train_tiny_model.py --output examples/tiny-python-lm --minutes 40
-    python examples/train_tiny_model.py --model qwen3 --output examples/tiny-python-qk-norm --minutes 25
-    python examples/train_tiny_model.py --model qwen2 --output examples/tiny-python-key-bias --minutes 25
+    python examples/train_tiny_model.py --model qwen3 --output examples/tiny-python-qk-norm --step-tokens 2048
+    python examples/train_tiny_model.py --model qwen2 --output examples/tiny-python-key-bias
 
 The scales are stored the way llm-compressor stores them in a compressed-tensors checkpoint, so the result
 stands in for a real calibrated model. Checkpoints are written while training; each is complete and usable.
@@ -40,7 +40,6 @@ from transformers import (
 END_OF_TEXT = "<|endoftext|>"
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 EVAL_WINDOW = 1024
-TOKENS_PER_STEP = 4096
 # (share of the time after which it ends, window): short windows train faster, long ones come last.
 WINDOW_SCHEDULE = ((0.45, 256), (0.7, 512), (1.0, 1024))
 KV_QUANTIZATION = {
@@ -99,9 +98,11 @@ def windows(stream: torch.Tensor, length: int, start_id: int) -> torch.Tensor:
     return torch.nn.functional.pad(rows, (1, 0), value=start_id)
 
 
-def sample_batch(stream: torch.Tensor, length: int, start_id: int, generator: torch.Generator) -> torch.Tensor:
+def sample_batch(
+    stream: torch.Tensor, num_tokens: int, length: int, start_id: int, generator: torch.Generator
+) -> torch.Tensor:
     """Draw windows at random places; each begins with the special token, as every prompt does."""
-    offsets = torch.randint(len(stream) - length, (TOKENS_PER_STEP // length, 1), generator=generator)
+    offsets = torch.randint(len(stream) - length, (num_tokens // length, 1), generator=generator)
     batch = stream[offsets + torch.arange(length)]
     batch[:, 0] = start_id
     return batch
@@ -178,16 +179,16 @@ def rate_at(progress: float) -> float:
 
 
 def train(
-    model: PreTrainedModel, stream: torch.Tensor, minutes: float, learning_rate: float, seed: int
+    model: PreTrainedModel, stream: torch.Tensor, minutes: float, num_tokens: int, learning_rate: float, seed: int
 ) -> Iterator[tuple[int, float]]:
-    """Train for a time, yielding the step and its loss after every step."""
+    """Train for a time on `num_tokens` a step, yielding the step and its loss after every step."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = build_optimizer(model, learning_rate)
     start_id = int(model.config.bos_token_id)
     start, step = time.monotonic(), 0
     while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
         length = next(length for end, length in WINDOW_SCHEDULE if progress < end)
-        batch = sample_batch(stream, length, start_id, generator)
+        batch = sample_batch(stream, num_tokens, length, start_id, generator)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rate_at(progress)
         with torch.autocast("cpu", torch.bfloat16):
@@ -287,6 +288,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="llama", help="what to train")
     parser.add_argument("--output", type=Path, required=True, help="directory to save to")
     parser.add_argument("--minutes", type=float, default=40, help="training time")
+    parser.add_argument("--step-tokens", type=int, default=4096, help="tokens of a training step")
     parser.add_argument("--checkpoint-minutes", type=float, default=8, help="time between checkpoints")
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -304,7 +306,7 @@ def main() -> None:
     print(f"{model.num_parameters():,} parameters, {len(stream):,} training tokens, {len(held_out):,} held out")
 
     start = saved = time.monotonic()
-    for step, loss in train(model, stream, args.minutes, args.learning_rate, args.seed):
+    for step, loss in train(model, stream, args.minutes, args.step_tokens, args.learning_rate, args.seed):
         now = time.monotonic()
         if step % 50 == 0:
             print(f"{(now - start) / 60:5.1f} min  step {step}  loss {loss:.3f}", flush=True)
