@@ -1,0 +1,172 @@
+"""Running text through a model and watching what reaches its cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from ..attention import kvquant_attention, kvquant_mask
+from ..calibration_data import Batch
+from ..hosts import attention_by_part, layer_type_names, uses_attention_interface
+from ..rotary import rotary_layouts
+from ..scales import LayerScales
+from .estimating import Estimate
+from .statistics import Statistics
+
+# How many times as large as others channels or heads may be where they share an int8 scale: beyond that those others
+# have fewer than four bits.
+CROWDED = 16
+
+
+class Gatherer:
+    """Runs batches through the model and keeps the statistics of K, V and Q of every cache layer."""
+
+    def __init__(self, model: PreTrainedModel, sample_tokens: int) -> None:
+        self._model = model
+        self._sample_tokens = sample_tokens
+        self._text_config = model.config.get_text_config(decoder=True)
+        template = DynamicCache(config=self._text_config).layers
+        types = layer_type_names(self._text_config, template)
+        self.num_layers = len(template)
+        self.attention_layers = [index for index, layer in enumerate(template) if isinstance(layer, DynamicLayer)]
+        self._rotary = rotary_layouts(model, types)
+        self._statistics: dict[tuple[int, str], Statistics] = {}
+        self._valid: torch.Tensor | None = None  # [B, T] of the batch, None where all are tokens
+        self._attending: int | None = None  # the layer whose keys have just come, until its attention has run
+        self.num_tokens = 0
+        self.num_sequences = 0
+
+    @property
+    def num_unusable(self) -> int:
+        return sum(int(statistics.num_unusable) for statistics in self._statistics.values())
+
+    def run(self, batches: Iterator[Batch], queries: bool, progress: bool) -> bool:
+        """Gather from all batches; returns whether that was interrupted."""
+        parameters = inspect.signature(self._model.forward).parameters
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            with (
+                self._watched_queries() if queries else nullcontext(),
+                torch.inference_mode(),
+                logging.tqdm(desc="calibrating", unit=" tokens", unit_scale=True, disable=not progress) as bar,
+            ):
+                for batch in batches:
+                    self._forward(batch, parameters)
+                    bar.update(batch.num_tokens)
+            return False
+        except KeyboardInterrupt:
+            return True
+        finally:
+            self._model.train(was_training)
+
+    def _forward(self, batch: Batch, parameters: Any) -> None:
+        inputs: dict[str, Any] = {name: value.to(self._model.device) for name, value in batch.inputs.items()}
+        mask = batch.mask
+        self._valid = None if mask is None or bool(mask.all()) else mask
+        if mask is not None and self._valid is not None and not bool(mask[:, 0].all()) and "position_ids" in parameters:
+            # Tokens count from their own beginning, as `generate` has it.
+            positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+            inputs.setdefault("position_ids", positions.to(self._model.device))
+        if "logits_to_keep" in parameters:
+            inputs["logits_to_keep"] = 1
+        cache: Any = _WatchedCache(self._text_config, self)
+        if self._model.config.is_encoder_decoder:
+            cache = EncoderDecoderCache(cache, DynamicCache(config=self._text_config))
+        self._model(**inputs, past_key_values=cache, use_cache=True)
+        self.num_tokens += batch.num_tokens
+        self.num_sequences += batch.num_sequences
+
+    def see(self, layer: int, side: str, x: torch.Tensor) -> None:
+        """Count `[B, H, T, D]` of one layer."""
+        x = x.detach().transpose(1, 2)
+        if self._valid is not None:
+            if self._valid.shape != x.shape[:2]:
+                raise ValueError(
+                    f"layer {layer} caches {list(x.shape[:2])} tokens of a batch whose mask is "
+                    f"{list(self._valid.shape)}, so padding cannot be told from tokens; give batches without padding"
+                )
+            x = x[self._valid.to(x.device)]
+        else:
+            x = x.flatten(0, 1)
+        if len(x):
+            self._statistics.setdefault((layer, side), Statistics(self._sample_tokens)).add(x)
+
+    def see_cached(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        self._attending = layer
+        self.see(layer, "k", key)
+        self.see(layer, "v", value)
+
+    @contextmanager
+    def _watched_queries(self) -> Iterator[None]:
+        """Attention that passes each layer's queries by; the model's own comes back afterwards."""
+        if not uses_attention_interface(self._model.config):
+            raise ValueError("q_scale=True: this model computes its attention itself, its queries cannot be seen")
+        name = "kvquant_calibration"
+
+        def attention(module: torch.nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            # What attends to nothing in this cache (a vision tower, cross-attention) has put no keys into it.
+            if self._attending is not None:
+                self.see(self._attending, "q", query)
+                self._attending = None
+            return kvquant_attention(module, query, *args, **kwargs)
+
+        before = attention_by_part(self._model)
+        ALL_ATTENTION_FUNCTIONS[name] = attention
+        ALL_MASK_ATTENTION_FUNCTIONS[name] = kvquant_mask
+        try:
+            self._model.set_attn_implementation(name)
+            yield
+        finally:
+            self._model.set_attn_implementation(before)
+            del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
+
+    def is_crowded(self, layer: int, granularity: str) -> bool:
+        """Whether numbers of very different size share a scale: outlier channels, or loud and quiet heads."""
+        for side in "kv":
+            if granularity == "channel" or (layer, side) not in self._statistics:
+                continue
+            largest = self._statistics[layer, side].largest
+            of_head = largest.amax(dim=1)
+            heard = of_head[of_head > 0]
+            if (of_head > CROWDED * largest.median(dim=1).values).any():
+                return True
+            if granularity == "tensor" and len(heard) and heard.max() > CROWDED * heard.min():
+                return True
+        return False
+
+    def scales_of(self, layer: int, estimate: Estimate) -> LayerScales | None:
+        """Scales of a layer from what was seen, None if nothing was."""
+        if (layer, "k") not in self._statistics:
+            return None
+        k_scale, k_zero = estimate(self._statistics[layer, "k"], self._rotary[layer])
+        v_scale, v_zero = estimate(self._statistics[layer, "v"])
+        q_scale = None
+        if (layer, "q") in self._statistics:
+            granularity = "tensor" if estimate.granularity == "tensor" else "head"
+            q_scale, _ = replace(estimate, granularity=granularity, symmetric=True)(self._statistics[layer, "q"])
+        return LayerScales(k_scale, v_scale, q_scale, k_zero, v_zero)
+
+
+class _WatchedCache(DynamicCache):
+    """The host's cache, which tells what it is given."""
+
+    def __init__(self, config: Any, gatherer: Gatherer) -> None:
+        super().__init__(config=config)
+        self._gatherer = gatherer
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        self._gatherer.see_cached(layer_idx, key_states, value_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
