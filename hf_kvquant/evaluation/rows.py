@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..tables import table
 from .acceptance import Acceptance
 from .quality import Quality
 from .retrieval import Retrieval
-from .text import acceptance_table, quality_table, retrieval_table
+from .text import acceptance_cells, quality_cells, retrieval_cells
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,18 @@ class Comparison:
         """Everything, ready for JSON."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Comparison:
+        """From what `to_dict` made."""
+        return cls(data["setup"], [ComparisonRow.from_dict(row) for row in data["rows"]], data["notes"])
+
     def __str__(self) -> str:
-        parts = [quality_table(self.rows)]
+        parts = [table(cells) for cells in [quality_cells(self.rows)] if cells]
         parts += [f"{row.cache}: not measured: {row.failed}" for row in self.rows if row.failed]
         parts.append(
             "{windows} windows of {context:,} tokens, {model} ({dtype}, attention {attention}) on {device}; KL (nats) "
             "and top-1 over the last {steps:,}, one by one; greedy over {new_tokens} tokens".format(**self.setup)
         )
-        parts += [f"\n{text}" for text in (retrieval_table(self.rows), acceptance_table(self.rows)) if text]
+        further = (retrieval_cells(self.rows), acceptance_cells(self.rows))
+        parts += [f"\n{table(cells)}" for cells in further if cells]
         return "\n".join(parts + [f"note: {note}" for note in self.notes])

@@ -1,11 +1,10 @@
-"""The rows of a comparison as tables for people."""
+"""The rows of a comparison as the cells of tables, header first; no cells where there is nothing to show."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..tables import table
 from .caches import DENSE
 from .quality import Quality
 
@@ -13,8 +12,10 @@ if TYPE_CHECKING:
     from .retrieval import Retrieval
     from .rows import ComparisonRow
 
+Cells = list[tuple[str, ...]]
 
-def quality_table(rows: Sequence[ComparisonRow]) -> str:
+
+def quality_cells(rows: Sequence[ComparisonRow]) -> Cells:
     """One line a cache that could be measured."""
     header = (
         "cache", "scales", "bytes held", "perplexity", "in chunks", "KL", "top-1", "greedy", "differs at",
@@ -22,7 +23,7 @@ def quality_table(rows: Sequence[ComparisonRow]) -> str:
     )  # fmt: skip
     measured = {row.cache: row.quality for row in rows if row.quality is not None}
     dense = measured.get(DENSE)
-    return table([header, *(_quality_cells(name, quality, dense) for name, quality in measured.items())])
+    return [header, *(_quality_cells(name, quality, dense) for name, quality in measured.items())] if measured else []
 
 
 def _quality_cells(name: str, quality: Quality, dense: Quality | None) -> tuple[str, ...]:
@@ -41,8 +42,8 @@ def _quality_cells(name: str, quality: Quality, dense: Quality | None) -> tuple[
     )  # fmt: skip
 
 
-def retrieval_table(rows: Sequence[ComparisonRow]) -> str:
-    """One line a task, length and cache; "" if none was asked for."""
+def retrieval_cells(rows: Sequence[ComparisonRow]) -> Cells:
+    """One line a task, length and cache."""
     lines: dict[tuple[str, int], list[tuple[str, ...]]] = {}
     expected = {_place(found): found for row in rows if row.cache == DENSE for found in row.retrieval}
     depths: list[str] = []
@@ -64,18 +65,18 @@ def retrieval_table(rows: Sequence[ComparisonRow]) -> str:
                 " / ".join(f"{found.rank:.1f}" for found in places),
             ))  # fmt: skip
     if not lines:
-        return ""
+        return []
     where = " / ".join(depths)
     header = ("retrieval", "cache", f"found at depth {where}", "log p", "change (largest)", "rank at those depths")
-    return table([header, *(line for of_task in lines.values() for line in of_task)])
+    return [header, *(line for of_task in lines.values() for line in of_task)]
 
 
 def _place(found: Retrieval) -> tuple[str, int, float]:
     return found.task, found.length, found.depth
 
 
-def acceptance_table(rows: Sequence[ComparisonRow]) -> str:
-    """One line a cache, drafter and place of the cache; "" if none was asked for."""
+def acceptance_cells(rows: Sequence[ComparisonRow]) -> Cells:
+    """One line a cache, drafter and place of the cache."""
     lines = [
         (
             found.drafts, row.cache, found.place, f"{found.accepted:,} of {found.proposed:,}",
@@ -85,4 +86,4 @@ def acceptance_table(rows: Sequence[ComparisonRow]) -> str:
         for found in row.acceptance
     ]  # fmt: skip
     header = ("drafts by", "cache", "of", "accepted", "rate", "tokens as without drafts")
-    return table([header, *sorted(lines, key=lambda line: line[0], reverse=True)]) if lines else ""
+    return [header, *sorted(lines, key=lambda line: line[0], reverse=True)] if lines else []
