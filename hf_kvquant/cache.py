@@ -27,9 +27,16 @@ from .checkpoints import CheckpointScales
 from .config import KVQuantConfig
 from .fixed import FixedLayer
 from .growing import GrowingLayer, move_to_own_pool
-from .hosts import attention_name, checkpoint_of, disable_fake_quantization, layer_type_names, without_wrapper
+from .hosts import (
+    attention_name,
+    checkpoint_of,
+    disable_fake_quantization,
+    layer_type_names,
+    tokens_to_take_back,
+    without_wrapper,
+)
 from .hybrid import HybridFixedLayer, HybridGrowingLayer
-from .layers import PagedLayer, tokens_to_take_back
+from .layers import PagedLayer
 from .pages import PageTable, PageTables
 from .policy import ROUNDED_QUERIES, asks_for_files, plan_layers
 from .reading import read_scales

@@ -1,4 +1,4 @@
-"""What has to be known of a loaded transformers model: its layers, its files, and who else quantizes its cache."""
+"""What has to be known of transformers and of a loaded model: conventions, layers, files, who else quantizes its cache."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -157,3 +159,15 @@ def _attends_itself(model_class: type) -> bool:
         return False
     classes = re.split(r"^(?=class )", source, flags=re.MULTILINE)
     return any("past_key_values.update(" in text and ".get_interface(" not in text for text in classes)
+
+
+def tokens_to_take_back(tokens_to_remove: int, get_seq_length: Callable[[], Any]) -> int:
+    """What `crop`'s argument means to the installed host.
+
+    Raises ValueError for a positive number from transformers 5.18 on, as the host's own caches do.
+    """
+    if tokens_to_remove <= 0:
+        return -tokens_to_remove
+    if Version(transformers.__version__) >= Version("5.18"):
+        raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the tokens to take back")
+    return max(int(get_seq_length()) - tokens_to_remove, 0)

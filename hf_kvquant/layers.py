@@ -6,12 +6,10 @@ What is the same for pages that grow with the tokens (`growing.py`) and for page
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
@@ -19,7 +17,7 @@ from . import ops
 from .assigning import Assignment
 from .exact import ExactStep, ExactTokens
 from .handle import PagedKV
-from .hosts import attention_name, uses_attention_interface
+from .hosts import attention_name, tokens_to_take_back, uses_attention_interface
 from .pages import PageTable
 from .parts import attend_in_parts, overlay
 from .policy import LayerPlan
@@ -530,15 +528,3 @@ class PagedLayer(CacheLayerMixin):
             return 0
         paged = sum(store.nbytes_allocated + store.scale_nbytes for store in (self.k, self.v))
         return paged + self.exact_nbytes + self.state_nbytes
-
-
-def tokens_to_take_back(tokens_to_remove: int, get_seq_length: Callable[[], Any]) -> int:
-    """What `crop`'s argument means to the installed host.
-
-    Raises ValueError for a positive number from transformers 5.18 on, as the host's own caches do.
-    """
-    if tokens_to_remove <= 0:
-        return -tokens_to_remove
-    if Version(transformers.__version__) >= Version("5.18"):
-        raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the tokens to take back")
-    return max(int(get_seq_length()) - tokens_to_remove, 0)
