@@ -58,6 +58,8 @@ def rows(scales: dict[tuple[str, str], Calibration]) -> dict[str, dict[str, Any]
         "int8 / fp8_e4m3 dynamic": made(("int8", "fp8_e4m3")),
         "fp8_e4m3 / int8 dynamic": made(("fp8_e4m3", "int8")),
         "int8 dynamic, first and last layer unquantized": made("int8", skip_layers=[0, -1]),
+        "int8 dynamic, 16 recent tokens exact": made("int8", recent_tokens=16),
+        "fp8_e4m3 dynamic, 16 recent tokens exact": made("fp8_e4m3", recent_tokens=16),
         "int8 dynamic, 16 first and 128 recent tokens exact": made("int8", sink_tokens=16, recent_tokens=128),
         "fp8_e4m3 dynamic, 16 first and 128 recent tokens exact": made("fp8_e4m3", sink_tokens=16, recent_tokens=128),
         "fp8_e4m3 checkpoint": made("fp8_e4m3", "checkpoint"),
