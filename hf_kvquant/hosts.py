@@ -1,4 +1,4 @@
-"""What has to be known of transformers and of a loaded model: conventions, layers, files, who else quantizes its cache."""
+"""What has to be known of transformers and of a loaded model: conventions, layers, files, fake quantization."""
 
 from __future__ import annotations
 
