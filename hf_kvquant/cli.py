@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .evaluation.benchmark import bench
 from .evaluation.caches import DEFAULT_FORMATS
 from .evaluation.capacity import CapacityRow, measure_capacity
 from .evaluation.random_weights import random_model
+from .evaluation.reporting import write_report
 from .evaluation.speed import BenchRow
 from .exporting import WrittenScales, check_export, write_scales
 from .formats import get_format
@@ -101,6 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     eval_.add_argument("--num-windows", type=int, default=8, help="most windows (default: 8)")
     eval_.add_argument("--new-tokens", type=int, default=64, help="of the greedy continuations (default: 64)")
     eval_.add_argument("--attention", default="kvquant", help="attention implementation (default: kvquant)")
+    eval_.add_argument(
+        "--retrieval", nargs="+", type=int, default=[], metavar="LENGTH",
+        help="also look for facts in contexts of so many tokens",
+    )  # fmt: skip
+    eval_.add_argument(
+        "--speculation", nargs="?", const=True, default=False, metavar="ASSISTANT",
+        help="also count accepted drafts: of prompt lookup and, with a directory or hub id, of that model",
+    )  # fmt: skip
 
     bench_ = command("bench", _bench, "time generation over each cache, ours and those of transformers, by size")
     bench_.add_argument("model", help="directory or hub id")
@@ -116,6 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     bench_.add_argument(
         "--largest", action="store_true", help="instead, on a GPU: the largest batch and context that its memory holds"
     )
+
+    report = command("report", _report_on, "make tables and pictures of what eval and bench saved, as one HTML file")
+    report.add_argument("files", nargs="+", metavar="FILE", help="written by eval --json or bench --json")
+    report.add_argument("--output", required=True, metavar="DIR", help="for report.html and its pictures")
 
     calibrate_ = command("calibrate", _calibrate, "measure scales on text and write them into a checkpoint")
     calibrate_.add_argument("model", help="directory or hub id")
@@ -205,13 +219,13 @@ def _accelerator() -> torch.device | None:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
-def _load(options: argparse.Namespace, **further: Any) -> Any:
-    """The model that is asked for, where it is asked for, in evaluation mode."""
+def _load(options: argparse.Namespace, path: str | None = None, **further: Any) -> Any:
+    """The model that is asked for, or that of another path, where it is asked for, in evaluation mode."""
     accelerator = _accelerator()
     device = options.device if options.device != "auto" else accelerator or "cpu"
     spread = options.device == "auto" and accelerator is not None and is_accelerate_available()
     placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **placed, **further)
+    model = AutoModelForCausalLM.from_pretrained(path or options.model, dtype=options.dtype, **placed, **further)
     return model if spread else model.to(device)
 
 
@@ -219,15 +233,18 @@ def _eval(options: argparse.Namespace) -> None:
     def tell(row: ComparisonRow) -> None:
         print(f"{row.cache}: {row.failed or 'done'}", file=sys.stderr)
 
-    model = _load(options, attn_implementation=options.attention)
+    load = partial(_load, options, attn_implementation=options.attention)
+    speculation = options.speculation if isinstance(options.speculation, bool) else load(path=options.speculation)
     print(
         compare(
-            model,
+            load(),
             options.data,
             formats=options.formats,
             context=options.context,
             num_windows=options.num_windows,
             new_tokens=options.new_tokens,
+            retrieval=options.retrieval,
+            speculation=speculation,
             save=options.json,
             on_row=tell,
         )
@@ -251,6 +268,11 @@ def _bench(options: argparse.Namespace) -> None:
         return
     amounts = {"new_tokens": options.new_tokens, "rounds": options.rounds}
     print(bench(model, **sizes, **amounts, name=name, save=options.json, on_row=tell))
+
+
+def _report_on(options: argparse.Namespace) -> None:
+    page, *pictures = write_report(options.files, options.output)
+    print(f"{page}; beside it {len(pictures)} files of its pictures")
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -43,7 +43,18 @@ HEIGHT = {
     name: (floor, step) for floor, steps in enumerate(FLOORS) for step, names in enumerate(steps) for name in names
 }
 FIRST_FLOOR_WITH_TRANSFORMERS = 3
-THIRD_PARTY = {"datasets", "numpy", "torch", "transformers", "safetensors", "huggingface_hub", "packaging", "triton"}
+THIRD_PARTY = {
+    "datasets",
+    "lm_eval",
+    "matplotlib",
+    "numpy",
+    "torch",
+    "transformers",
+    "safetensors",
+    "huggingface_hub",
+    "packaging",
+    "triton",
+}
 
 
 def _modules() -> dict[str, Path]:
@@ -127,6 +138,10 @@ def test_what_is_imported_from_outside(module: str) -> None:
         assert module in ("hosts", "reading", "risks") or HEIGHT[_unit(module)][0] >= FIRST_FLOOR_WITH_TRANSFORMERS
     if "triton" in outside:
         assert module.startswith("ops.triton")
+    if "lm_eval" in outside:
+        assert module == "evaluation.harness"
+    if "matplotlib" in outside:
+        assert module == "evaluation.pictures"
 
 
 def test_the_reader_of_imports_reads_them() -> None:

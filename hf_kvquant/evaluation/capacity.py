@@ -100,15 +100,32 @@ class Capacity:
         found = (other for other in self.rows if other.cache == DENSE and other.question == row.question)
         return next((other for other in found if not other.failed and other.largest), None)
 
-    def __str__(self) -> str:
-        rows = [("", "cache", "largest")]
+    def table(self) -> list[tuple[str, ...]]:
+        """Cells, the header first."""
+        rows: list[tuple[str, ...]] = [("cache", "looked for", "largest", "ended by")]
         for row in self.rows:
-            dense = self.dense(row)
-            ratio = f" ({row.largest / dense.largest:.2f}x)" if dense is not None else ""
-            bound = "" if row.bounded else ", what the model is made for"
-            rows.append((row.question, row.cache, row.failed or f"{row.largest:,}{ratio}{bound}"))
-        line = "{model} ({dtype}) on {machine}, after prompts of random tokens".format(**self.setup)
-        return "\n".join([table(rows), line, *(f"note: {note}" for note in self.notes)])
+            if not row.failed:
+                dense = self.dense(row)
+                ratio = f" ({row.largest / dense.largest:.2f}x)" if dense is not None else ""
+                rows.append(
+                    (row.cache, row.question, f"{row.largest:,}{ratio}", "memory" if row.bounded else "the model")
+                )
+        return rows
+
+    def failures(self) -> list[tuple[str, str]]:
+        """Which rows there are not, and why."""
+        return [(str(row), row.failed) for row in self.rows if row.failed]
+
+    def caption(self) -> str:
+        """What the numbers are of."""
+        model = "{model} ({dtype})".format(**self.setup)
+        return f"{model}: random prompts and a few new tokens, more until memory ran out; to one part in 32"
+
+    def __str__(self) -> str:
+        lines = [table(self.table())]
+        lines += [f"{what}: not measured: {why}" for what, why in self.failures()]
+        lines += [f"{self.caption()}; on {self.setup['machine']}", *(f"note: {note}" for note in self.notes)]
+        return "\n".join(lines)
 
 
 def measure_capacity(

@@ -145,21 +145,13 @@ class Benchmark:
         rows = [row.to_dict(self.dense(row)) for row in self.rows]
         return {"setup": self.setup, "rows": rows, "notes": self.notes}
 
-    def __str__(self) -> str:
+    def table(self) -> list[tuple[str, ...]]:
+        """Cells, the header first."""
         header = (
-            "batch", "context", "cache", "tokens/s", "first token", "inter-token ms: median", "p90", "p99",
+            "cache", "batch", "context", "tokens/s", "first token, s", "inter-token ms: median", "p90", "p99",
             "bytes held", "peak",
         )  # fmt: skip
-        measured = [row for row in self.rows if row.runs and not row.failed]
-        lines = [table([header, *(self._cells(row) for row in measured)])]
-        lines += [f"{what}: not measured: {why}" for what, why in self.failures()]
-        lines.append(
-            "{model} ({dtype}) on {machine}, {new_tokens} tokens after a prompt of random ones; peers in turn, medians "
-            "of rounds, ratios to {dense}".format(**self.setup, dense=DENSE)
-        )
-        if self.setup["peak_memory"] is not None:
-            lines.append(f"peak: {self.setup['peak_memory']}")
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return [header, *(self._cells(row) for row in self.rows if row.runs and not row.failed)]
 
     def _cells(self, row: BenchRow) -> tuple[str, ...]:
         dense = self.dense(row)
@@ -167,8 +159,22 @@ class Benchmark:
         if dense is not None:
             speed += f" ({row.speed_over(dense):.2f}x)"
             held += f" ({row.cache_bytes / dense.cache_bytes:.2f}x)"
-        peak = "-" if row.peak_bytes is None else size(row.peak_bytes)
         return (
-            str(row.batch), f"{row.context:,}", row.cache + (" compiled" if row.compiled else ""), speed,
-            f"{row.first_token_s:.3f} s", *(f"{row.inter_token_ms(p):.2f}" for p in (50, 90, 99)), held, peak,
+            row.cache + (" compiled" if row.compiled else ""), str(row.batch), f"{row.context:,}", speed,
+            f"{row.first_token_s:.3f}", *(f"{row.inter_token_ms(p):.2f}" for p in (50, 90, 99)), held,
+            "-" if row.peak_bytes is None else size(row.peak_bytes),
         )  # fmt: skip
+
+    def caption(self) -> str:
+        """What the numbers are of."""
+        peak = self.setup["peak_memory"]
+        return (
+            "{model} ({dtype}): {new_tokens} tokens after prompts of random ones, caches in turn; medians of rounds, "
+            "ratios to {dense}, latencies of all rounds together".format(**self.setup, dense=DENSE)
+        ) + (f"; peak: {peak}" if peak else "")
+
+    def __str__(self) -> str:
+        lines = [table(self.table())]
+        lines += [f"{what}: not measured: {why}" for what, why in self.failures()]
+        lines += [f"{self.caption()}; on {self.setup['machine']}", *(f"note: {note}" for note in self.notes)]
+        return "\n".join(lines)
