@@ -134,6 +134,55 @@ def test_attention_equals_the_reference(path: str, name: str, shape: tuple[int, 
     assert error <= 1e-5
 
 
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
+def test_queries_of_16_bits_may_be_split_into_bytes(dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
+    """Over int8, query and weights may be rounded to 16 bits of the row's largest; and no further."""
+    head_dim, heads, groups, length, tokens = shape
+    case = Case(
+        lengths=(length, tokens + 5), num_tokens=tokens, num_kv_heads=heads, groups=groups, head_dim=head_dim,
+        formats=("int8", "int8"), kinds=("equalized", "dynamic"), dtype=dtype,
+    )  # fmt: skip
+    problem = build(case, poisoned=True)
+    tables, scale = (problem.page_table, problem.seq_lens), problem.options["softmax_scale"]
+    lse, expected_lse = (torch.full(problem.query.shape[:3], torch.nan) for _ in range(2))
+    got = problem.run(lse=lse).to(torch.float32)
+    query = problem.query.to(torch.float32)
+    expected = reference.paged_attention(
+        query, *tables, *flat(problem.k), *flat(problem.v), None, 0, None, scale, None, None, True, expected_lse
+    )
+    fp32_error = 1e-5  # what every path is held to
+    assert problem.k.scale is not None
+    unit = problem.k.scale.repeat_interleave(groups, 0)[:, None]
+    for b, (k, v) in enumerate(zip(*problem.numbers, strict=True)):
+        keys = torch.tensor(k, dtype=torch.float32).repeat_interleave(groups, 0)
+        # Half a step in every channel of the query, of which there are 127 * 256 up to its largest.
+        step = scale * (query[b] * unit).abs().amax(-1) / (127 * 256)
+        logit_error = step / 2 * (keys / unit).abs().sum(-1).amax(-1)[:, None] + fp32_error * (
+            1 + expected_lse[b].abs()
+        )
+        assert ((lse[b] - expected_lse[b]).abs() <= logit_error).all()
+        # A weight is off by twice that factor (its sum moves as well), and by half a step of the largest of 65,535.
+        largest_weight = (scale * query[b] @ keys.transpose(1, 2)).amax(-1).sub(expected_lse[b]).exp()
+        weight_error = 2 * logit_error + keys.shape[1] * largest_weight / (2 * 65535)
+        error = weight_error[..., None] * float(np.abs(v).max()) + torch.finfo(dtype).eps * expected[b].abs()
+        assert ((got[b] - expected[b]).abs() <= error).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_queries_that_are_no_numbers_stay_none(number: float, dtype: torch.dtype) -> None:
+    problem = build(Case(lengths=(300,), head_dim=128, groups=4, formats=("int8", "int8"), dtype=dtype), False)
+    clean = problem.run()
+    problem.query[0, 1, 0, 7] = number
+    got = problem.run()
+    assert got[0, 1].isnan().all()
+    assert torch.equal(got[0, [0, 2, 3]], clean[0, [0, 2, 3]])
+
+
 @pytest.mark.parametrize("kind", ["zero_channel", "equalized"])
 @pytest.mark.parametrize("name", [*QUANTIZED, "model"])
 @pytest.mark.parametrize("path", KERNELS)
@@ -327,6 +376,19 @@ def test_a_broken_compiler_is_said_once(
         assert torch.equal(problem.run(), first)
     with pytest.raises(builds.BuildError):
         cpu.use(PATHS[0])
+
+
+@needs_compiler
+@pytest.mark.skipif(len(KERNELS) < 2, reason="needs two instruction sets")
+def test_an_old_compiler_builds_what_it_knows(
+    compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    flag = builds._INSTRUCTIONS[KERNELS[0]][-1]
+    compiler(f'for a; do if [ "$a" = {flag} ]; then exit 1; fi; done; exec $real "$@"')
+    monkeypatch.setattr(cpu, "_libraries", {})
+    monkeypatch.setattr(cpu, "_path", None)
+    assert cpu.use() == KERNELS[1]
+    assert not recwarn.list
 
 
 def test_no_compiler_is_said(compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

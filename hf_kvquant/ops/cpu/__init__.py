@@ -39,22 +39,24 @@ def use(path: str | None = None) -> str:
         raise ValueError(f"path {path!r} is not one of {paths()}")
     problem = None
     with _lock:
-        if path is None:
-            path = build.instruction_sets()[0]
+        for candidate in [*build.instruction_sets(), _TORCH] if path is None else [path]:
             try:
-                _load(path)
-            except build.BuildError as error:
-                path, problem = _TORCH, error
-        _load(path)
-        said, _path = _path == path, path
-    if problem is not None and not said:
+                _load(candidate)
+            except build.BuildError as error:  # a compiler may be too old for the widest set
+                problem = error
+                if path is not None:
+                    raise
+            else:
+                break
+        said, _path = _path == candidate, candidate
+    if problem is not None and candidate == _TORCH and not said:
         warnings.warn(
             "hf_kvquant: attention on the CPU runs on torch operators, several times slower than its kernels, which "
             f"could not be built: {problem}",
             RuntimeWarning,
             stacklevel=2,
         )
-    return path
+    return candidate
 
 
 def _load(path: str) -> None:

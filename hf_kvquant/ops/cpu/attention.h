@@ -1,13 +1,16 @@
 // Attention works on the G query heads of a key/value head together: row t * G + g is token t of head g. An item of
 // work is some rows of one head over a span of tokens:
-//   1. logits of a chunk of tokens, straight from the codes (few rows) or from a tile of numbers (many rows);
+//   1. logits of a chunk of tokens, straight from the codes (few rows), from a tile of numbers (many rows), or in digits
+//      (few rows of 16 bits, int8);
 //   2. softmax over the chunk, a running one over chunks;
-//   3. rows += weights * values, again from the codes or from a tile.
+//   3. rows += weights * values, in the same ways.
 // Scales and zeros of K go into the query and V's into the output, token scales into logits and weights. Spans do not
 // depend on the number of threads, so neither does the result.
 #pragma once
 
+#include "digits.h"
 #include "products.h"
+#include "rows.h"
 #include "runtime.h"
 #include "tables.h"
 
@@ -59,13 +62,11 @@ struct Block {
     int64_t b, h, first, count, start, stop, span, num_spans, first_item, first_part;
 };
 
-// Spans are long enough to be worth their start and short enough for many cores.
+// Spans are long enough to be worth their start, and short and many enough for many cores.
 int64_t span_of(int64_t length, bool few_rows, int64_t num_blocks) {
-    if (few_rows) return std::clamp<int64_t>(round_up(length, 256 * 16) / 16, 256, 4096);
+    if (few_rows) return std::clamp<int64_t>(round_up(length * num_blocks / 128, 512), 512, 4096);
     return num_blocks >= 64 ? std::max<int64_t>(length, 1) : std::max<int64_t>(4096, round_up(length, 8) / 8);
 }
-
-float bfloat_number(uint16_t x) { return float_of(uint32_t(x) << 16); }
 
 // Raw logits of one row over tokens [start, start + count), of which it sees `seen`, to weights; returns their sum.
 // `highest` is the running maximum.
@@ -122,11 +123,16 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
     const int64_t start = block.start + span_index * block.span, stop = std::min(start + block.span, block.stop);
     const bool few = rows <= DIRECT_ROWS;
     const bool k_direct = few && k_dim % W == 0, v_direct = few && v_dim % W == 0;
+    const bool digits = HAS_DIGITS && a.query_format != FLOAT;
+    const bool k_digits = digits && k_direct && a.k.format == INT8, v_digits = digits && v_direct && a.v.format == INT8;
     const int64_t chunk = k_direct && v_direct ? DIRECT_CHUNK : CHUNK, padded = round_up(block.span, W) + PADDING;
 
     float *q, *units, *zeros, *logits, *offsets, *k_scales, *v_scales, *k_tile, *v_tile;
     const char **k_rows, **v_rows;
     const float **k_tile_rows, **v_tile_rows;
+    int64_t* slots;
+    int32_t* codes_tile;
+    Digits q_digits, weight_digits;
     Carver carver{nullptr};
     for (int pass = 0; pass < 2; pass++) {
         if (pass) carver = {workspace.of(carver.used)};
@@ -143,6 +149,10 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
         v_tile = carver.take<float>(v_direct ? 0 : v_padded * CHUNK);
         k_tile_rows = carver.take<const float*>(k_direct ? 0 : k_dim);
         v_tile_rows = carver.take<const float*>(v_direct ? 0 : CHUNK);
+        slots = carver.take<int64_t>(padded);
+        codes_tile = carver.take<int32_t>(std::max(k_digits ? k_dim : 0, v_digits ? v_dim : 0) * DIGIT_CHUNK / 4);
+        q_digits = digits_from(carver, k_digits ? rows : 0, k_dim);
+        weight_digits = digits_from(carver, v_digits ? rows : 0, chunk);
     }
     if (!k_direct)
         for (int64_t d = 0; d < k_dim; d++) k_tile_rows[d] = k_tile + d * CHUNK;
@@ -176,38 +186,30 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
     }
     std::fill(values, values + rows * v_padded, 0.0f);
 
-    const int64_t k_size = size_of(a.k.format) * k_dim, v_size = size_of(a.v.format) * v_dim, total = stop - start;
-    // Divisions are as dear as a token, so there are none below.
-    const Tables& tables = a.tables;
-    int64_t column = start / tables.page_size % tables.num_columns, in_page = start % tables.page_size;
-    for (int64_t t = 0; t < total; in_page = 0) {
-        const int64_t page = tables.page_table[block.b * tables.num_columns + column];
-        if (page < 0 || page >= tables.num_pages) return 1;
-        column = column + 1 < tables.num_columns ? column + 1 : 0;
-        const int64_t slot = (page * tables.num_heads + block.h) * tables.page_size + in_page;
-        const int64_t here = std::min(total - t, tables.page_size - in_page);
-        for (int64_t i = 0; i < here; i++) k_rows[t + i] = a.k.pages + (slot + i) * k_size;
-        for (int64_t i = 0; i < here; i++) v_rows[t + i] = a.v.pages + (slot + i) * v_size;
-        if (a.k.token_scale)
-            for (int64_t i = 0; i < here; i++) k_scales[t + i] = bfloat_number(a.k.token_scale[slot + i]);
-        if (a.v.token_scale)
-            for (int64_t i = 0; i < here; i++) v_scales[t + i] = bfloat_number(a.v.token_scale[slot + i]);
-        t += here;
-    }
-    for (int64_t t = total; t < round_up(total, W) + PADDING && total; t++) {
-        k_rows[t] = k_rows[total - 1];
-        v_rows[t] = v_rows[total - 1];
-        if (a.k.token_scale) k_scales[t] = 0.0f;
-        if (a.v.token_scale) v_scales[t] = 0.0f;
-    }
-    for (int64_t t = 0; t < std::min(total, tokens_ahead(k_size)); t++) prefetch(k_rows[t], k_size);
-    for (int64_t t = 0; t < std::min(total, tokens_ahead(v_size)); t++) prefetch(v_rows[t], v_size);
+    with_format(a.k.format, [&](auto codec) {
+        if constexpr (codec.DIGITS)
+            if (k_digits) split_query(q, k_padded, rows, k_dim, q_digits);
+    });
+
+    const int64_t total = stop - start;
+    if (!find_rows(a.tables, a.k, block.b, block.h, start, total, slots, k_rows, k_scales) ||
+        !find_rows(a.tables, a.v, block.b, block.h, start, total, slots, v_rows, v_scales))
+        return 1;
+    const int64_t k_size = a.k.row_size(), v_size = a.v.row_size();
+    const int64_t k_ahead = k_digits ? DIGIT_CHUNK : tokens_ahead(k_size), v_ahead = v_digits ? 0 : tokens_ahead(v_size);
+    for (int64_t t = 0; t < std::min(total, k_ahead); t++) prefetch(k_rows[t], k_size);
+    for (int64_t t = 0; t < std::min(total, v_ahead); t++) prefetch(v_rows[t], v_size);
 
     for (int64_t t0 = 0; t0 < total; t0 += chunk) {
         const int64_t count = std::min(chunk, total - t0), columns = round_up(count, W);
         with_format(a.k.format, [&](auto codec) {
             typedef decltype(codec) C;
             auto codes = reinterpret_cast<const typename C::T* const*>(k_rows + t0);
+            if constexpr (C::DIGITS)
+                if (k_digits) {
+                    const Ahead next{reinterpret_cast<const uint8_t* const*>(v_rows + t0), v_size};
+                    return dots_of_digits(q_digits, rows, codes, count, k_dim, codes_tile, next, logits, chunk);
+                }
             if (k_direct) return dots_of_rows<C>(q, k_padded, rows, codes, count, k_dim, logits, chunk);
             decode_turned<C>(codes, count, k_dim, k_tile);
             for (int64_t r = 0; r < rows; r++) std::fill(logits + r * chunk, logits + r * chunk + columns, 0.0f);
@@ -231,6 +233,12 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
         with_format(a.v.format, [&](auto codec) {
             typedef decltype(codec) C;
             auto codes = reinterpret_cast<const typename C::T* const*>(v_rows + t0);
+            if constexpr (C::DIGITS)
+                if (v_digits) {
+                    const Ahead next{reinterpret_cast<const uint8_t* const*>(k_rows + t0 + count), k_size};
+                    return accumulate_digits(logits, chunk, rows, codes, count, v_dim, weight_digits, codes_tile, next,
+                                             values, v_padded);
+                }
             if (v_direct)
                 return accumulate_rows<C>(logits, chunk, rows, codes, count, v_dim, values, v_padded, true);
             decode_tile<C>(codes, count, v_dim, v_tile, v_padded);

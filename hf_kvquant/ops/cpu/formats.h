@@ -8,7 +8,7 @@ namespace {
 enum Format { E4M3, E5M2, INT8, FLOAT, BFLOAT, HALF };
 
 // `read` gives W numbers; a stored number is `factor` times what it gives. `read_step` gives STEP times as many, where
-// that is cheaper.
+// that is cheaper. DIGITS: codes are integers, and there is an instruction for products of bytes.
 template <int F>
 struct Codec;
 
@@ -58,6 +58,7 @@ constexpr Bytes E4M3_BYTES = bytes_of(3, 7, false), E5M2_BYTES = bytes_of(2, 15,
 
 template <>
 struct Codec<E4M3> {
+    static constexpr bool DIGITS = false;
     typedef uint8_t T;
 #if defined(__AVX512VBMI__)
     static constexpr int STEP = 4;
@@ -80,6 +81,7 @@ struct Codec<E4M3> {
 };
 template <>
 struct Codec<E5M2> {
+    static constexpr bool DIGITS = false;
     typedef uint8_t T;
     static constexpr float factor = 1.0f;
 #if defined(__AVX512VBMI__)
@@ -94,6 +96,7 @@ struct Codec<E5M2> {
 };
 template <>
 struct Codec<INT8> {
+    static constexpr bool DIGITS = HAS_DIGITS;
     typedef uint8_t T;
     static constexpr int STEP = 1;
     static constexpr float factor = 1.0f;
@@ -101,6 +104,7 @@ struct Codec<INT8> {
 };
 template <>
 struct Codec<FLOAT> {
+    static constexpr bool DIGITS = false;
     static constexpr int STEP = 1;
     typedef float T;
     static constexpr float factor = 1.0f;
@@ -108,6 +112,7 @@ struct Codec<FLOAT> {
 };
 template <>
 struct Codec<BFLOAT> {
+    static constexpr bool DIGITS = false;
     static constexpr int STEP = 1;
     typedef uint16_t T;
     static constexpr float factor = 1.0f;
@@ -115,6 +120,7 @@ struct Codec<BFLOAT> {
 };
 template <>
 struct Codec<HALF> {
+    static constexpr bool DIGITS = false;
     static constexpr int STEP = 1;
     typedef uint16_t T;
     static constexpr float factor = 1.0f;

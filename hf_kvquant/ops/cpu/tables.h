@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "vectors.h"
+#include "formats.h"
 
 namespace {
 
@@ -16,6 +16,7 @@ struct Side {
     int64_t zero_head, zero_channel;
     uint16_t* token_scale;
 
+    int64_t row_size() const { return size_of(format) * dim; }  // bytes of a token
     // Head h's scales and zeros, one a channel; 1 and 0 where there are none.
     void scales_of(int64_t h, float* out) const {
         for (int64_t d = 0; d < dim; d++) out[d] = scale ? scale[h * scale_head + d * scale_channel] : 1.0f;

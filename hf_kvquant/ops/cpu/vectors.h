@@ -18,6 +18,11 @@
 #endif
 #define WIDTH 4
 #endif
+#if WIDTH == 16 && defined(__AVX512VNNI__)
+#define HAS_DIGITS 1
+#else
+#define HAS_DIGITS 0
+#endif
 
 namespace {
 
@@ -34,7 +39,7 @@ typedef int8_t i8 __attribute__((vector_size(W)));
 typedef float quad __attribute__((vector_size(16)));
 
 #define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 template <class V, class T>
 INLINE V load(const T* p) {
