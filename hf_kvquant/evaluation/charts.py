@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .pictures import Picture, bar_style, draw, label_right, line_style
+from .pictures import Picture, bar_style, draw, label_right, line_style, room_for
 
 Points = Sequence[tuple[float, float]]
 Matrix = Sequence[Sequence[float | None]]
+_CELL = 0.44  # inches of a heat map's cell
 _MOST_CELLS = 16  # columns of a heat map that still have room for a number each
 
 
@@ -39,7 +40,7 @@ def lines(
         label_right(axes, ends)
 
     content = {"lines": {label: list(points) for label, points in series.items()}, "axes": [x_label, y_label]}
-    return draw(name, title, caption, content, paint)
+    return draw(name, title, caption, content, paint, size=(room_for(series), 3.9))
 
 
 def points(
@@ -79,21 +80,17 @@ def points(
         if reference is not None:
             axes.axvline(reference[1], color="#444444", linewidth=0.9, linestyle=":")
             axes.set_xlim(right=1.03 * max(reference[1], *(x for x, _ in series.values())))
-            axes.text(
-                reference[1],
-                0.98,
-                reference[0] + " ",
-                transform=axes.get_xaxis_transform(),
-                ha="right",
-                va="top",
-                fontsize=8,
-            )
+            axes.annotate(
+                reference[0], (reference[1], 0.98), (-4, 0), xycoords=axes.get_xaxis_transform(),
+                textcoords="offset points", ha="right", va="top", fontsize=8, zorder=5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )  # fmt: skip
         axes.margins(y=0.12)
         _whole_decades(axes)
         label_right(axes, labels)
 
     content = {"points": dict(series), "axes": [x_label, y_label], "reference": reference}
-    return draw(name, title, caption, content, paint, size=(7.6, max(3.9, 0.9 + 0.235 * len(series))))
+    return draw(name, title, caption, content, paint, size=(room_for(series), max(3.9, 1.1 + 0.2 * len(series))))
 
 
 def bars(
@@ -121,25 +118,21 @@ def bars(
 
 
 def heat_maps(
-    name: str,
-    title: str,
-    caption: str,
-    rows: Sequence[str],
-    panels: Mapping[str, Matrix],
-    x_label: str,
-    formats: Mapping[str, str],
+    name: str, title: str, caption: str, rows: Sequence[str], panels: Mapping[str, Matrix], x_label: str
 ) -> Picture:
     """Panels side by side, of the same rows; darker is more, on a logarithmic scale, each panel for itself.
 
     Args:
         name, title, caption, x_label: in words.
         rows: names of the rows.
-        panels: title of each -> numbers `[rows][columns]`, None where there is none.
-        formats: title of each panel -> how its numbers are written (`%`-style without the sign).
+        panels: title of each -> numbers `[rows][columns]` from 0 up, None where there is none.
     """
+    widths = [
+        max(_CELL * min(len(matrix[0]), _MOST_CELLS), 0.3 + 0.08 * len(label)) for label, matrix in panels.items()
+    ]
 
     def paint(figure: Any) -> None:
-        all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        all_axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
         for axes, (label, matrix) in zip(all_axes, panels.items(), strict=True):
             shades = _shades(matrix)
             axes.pcolormesh(shades, cmap="Greys", vmin=0, vmax=1.25, edgecolors="white", linewidth=0.4)
@@ -148,9 +141,8 @@ def heat_maps(
             if columns <= _MOST_CELLS:
                 for y, row in enumerate(matrix):
                     for x, value in enumerate(row):
-                        text = "-" if value is None else format(value, formats[label])
                         axes.text(
-                            x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=6.5,
+                            x + 0.5, y + 0.5, _cell(value), ha="center", va="center", fontsize=6.5,
                             color="white" if shades[y][x] > 0.7 else "black",
                         )  # fmt: skip
             axes.set_title(label, fontsize=9)
@@ -164,9 +156,17 @@ def heat_maps(
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
 
     content = {"rows": list(rows), "panels": {label: [list(row) for row in matrix] for label, matrix in panels.items()}}
-    columns = sum(min(len(matrix[0]), _MOST_CELLS) for matrix in panels.values())
-    size = (2.2 + max(0.42 * columns, 1.3 * len(panels)), 1.35 + 0.26 * len(rows))
+    size = (0.5 + 0.085 * max(map(len, rows)) + sum(widths), 1.35 + 0.24 * len(rows))
     return draw(name, title, caption, content, paint, size)
+
+
+def _cell(value: float | None) -> str:
+    """A number from 0 up, in five letters."""
+    if value is None:
+        return "-"
+    if value >= 99.5:
+        return f"{value:,.0f}" if value < 10_000 else f"{value / 1000:,.0f}k"
+    return f"{value:.2g}" if value >= 0.001 or value == 0 else "<.001"
 
 
 def _shades(matrix: Matrix) -> list[list[float]]:

@@ -8,13 +8,12 @@ import io
 import json
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Told apart by marker, line and hatch; colours differ in lightness too.
@@ -35,6 +34,7 @@ _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)),
 _HATCHES = ("", "////", "\\\\\\\\", "----", "xxxx", "||||", "++++", "//", "\\\\", "--")
 _FILLS = ("#222222", "#ffffff", "#dddddd", "#ffffff", "#dddddd", "#ffffff", "#dddddd", "#ffffff", "#dddddd", "#ffffff")
 _LETTERS = 16  # of a caption, an inch
+_LETTER = 0.074  # inches, of a label
 _LINE = 0.16  # inches of a label
 _FONT = "DejaVu Sans"  # comes with matplotlib
 _RC: dict[Any, Any] = {
@@ -163,7 +163,7 @@ def bar_style(index: int) -> dict[str, Any]:
     }
 
 
-def label_right(axes: Axes, labels: Sequence[tuple[str, float, float, str]]) -> None:
+def label_right(axes: Any, labels: Sequence[tuple[str, float, float, str]]) -> None:
     """Write labels right of the axes, none over another, each tied to its point by a thin line.
 
     Args:
@@ -183,8 +183,14 @@ def label_right(axes: Axes, labels: Sequence[tuple[str, float, float, str]]) -> 
         axes.annotate(
             text, xy=(x, y), xytext=(1.04, height), textcoords="axes fraction", va="center", ha="left", fontsize=8,
             color=colour, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3,
+                        "relpos": (0, 0.5)},
         )  # fmt: skip
+
+
+def room_for(labels: Iterable[str]) -> float:
+    """Inches of a figure's width that leave its axes their usual width beside these labels."""
+    return max(7.6, 6.0 + _LETTER * max(map(len, labels), default=0))
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:

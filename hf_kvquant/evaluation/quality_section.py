@@ -105,15 +105,13 @@ def _by_layer(rows: Mapping[str, Quality], name: str, caption: str) -> list[Pict
         for which, label in _ERRORS.items()
     }
     panels = {label: matrix for label, matrix in panels.items() if any(e is not None for row in matrix for e in row)}
-    formats = dict.fromkeys(panels, ".2g")
     clipped = [quality.clipped for quality in rows.values()]
     if any(sum(each) for each in clipped if each is not None):
         layers = next(len(each) for each in clipped if each is not None)
         panels["clipped numbers"] = [each if each is not None else [None] * layers for each in clipped]
-        formats["clipped numbers"] = ",d"
     if not panels:
         return []
-    return [charts.heat_maps(f"{name}-layers", "Layer by layer", caption, list(rows), panels, "layer", formats)]
+    return [charts.heat_maps(f"{name}-layers", "Layer by layer", caption, list(rows), panels, "layer")]
 
 
 def _percent(errors: Sequence[Sequence[float | None]]) -> charts.Matrix:
