@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ from transformers import (
 import hf_kvquant
 from hf_kvquant import Comparison, ComparisonRow, LayerScales, compare
 from hf_kvquant.cli import main
+from hf_kvquant.evaluation.attempt import attempt
 from hf_kvquant.evaluation.caches import DENSE
 from hf_kvquant.evaluation.quality import Quality
+from hf_kvquant.evaluation.retrieval import DEPTHS, TASKS
 from hf_kvquant.evaluation.windows import chunk_sizes
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-python-lm"
@@ -211,6 +215,8 @@ def test_a_row_that_fails_is_a_row() -> None:
     assert rows["too small"].quality is None
     assert rows["too small"].failed.startswith("OutOfPagesError: ")
     assert {"transformers fp8", "transformers quanto 4 bit", "transformers hqq 8 bit"} <= set(rows)
+    if importlib.util.find_spec("hqq") is None:
+        assert rows["transformers hqq 8 bit"].failed.startswith("ImportError: ")
     assert all((row.quality is None) == bool(row.failed) for row in rows.values())
     text = str(result())
     assert f"too small: not measured: {rows['too small'].failed}" in text
@@ -280,6 +286,75 @@ def test_a_file_that_is_no_comparison(content: str, tmp_path: Path) -> None:
     assert path.read_text() == content
 
 
+# -- what is measured beside quality -----------------------------------------------------------------------------------
+
+
+def test_retrieval_and_speculation_are_parts_of_a_row(tmp_path: Path) -> None:
+    """One that fails leaves the others; a run that is taken up again tries it again."""
+    path, tokenizer = tmp_path / "numbers.json", AutoTokenizer.from_pretrained(TINY)
+    model = tiny_llama("sdpa", vocab_size=len(tokenizer))
+    formats = {"int8": FORMATS["int8"], "few pages": {"kv_cache_dtype": "int8", "num_pages": 4}}
+    options = {"formats": formats, "tokenizer": tokenizer, "retrieval": [95], "speculation": True, "save": path}
+    found = compared(model, **options)
+    rows = {row.cache: row for row in found.rows}
+    for name in (DENSE, "int8", "few pages"):
+        assert rows[name].quality is not None
+        assert [(each.drafts, each.place) for each in rows[name].acceptance] == [("prompt lookup", "target")]
+    for name in (DENSE, "int8"):
+        places = [(each.task, each.length, each.depth) for each in rows[name].retrieval]
+        assert places == [(task, 95, depth) for task in TASKS for depth in DEPTHS]
+    assert rows["few pages"].retrieval == []
+    assert rows["few pages"].failed.startswith("retrieval: OutOfPagesError: ")
+    text = str(found)
+    assert f"few pages: not measured: {rows['few pages'].failed}" in text
+    assert "needle, 95 tokens" in text
+    assert "prompt lookup" in text
+
+    saved = json.loads(path.read_text())
+    saved["rows"][1]["retrieval"][0]["rank"] = 17.25  # to know it again
+    path.write_text(json.dumps(saved))
+    again = []
+    compared(model, **options, on_row=again.append)
+    assert again[1].retrieval[0].rank == 17.25
+    assert again[1].acceptance == rows["int8"].acceptance
+    assert again[2].acceptance == rows["few pages"].acceptance
+    assert again[2].failed == rows["few pages"].failed
+    with pytest.raises(ValueError, match="differs in retrieval, speculation;"):
+        compared(model, tokenizer=tokenizer, formats=formats, save=path)
+
+
+def test_an_assistant() -> None:
+    model = tiny_llama("kvquant").train()
+    assistant = tiny_llama("kvquant").train()
+    found = compared(model, prompt(2, CONTEXT), formats=["model"], speculation=assistant)
+    assert [each.place for each in found.rows[0].acceptance] == ["target", "both"]
+    assert [each.place for each in found.rows[1].acceptance] == ["target", "target", "assistant", "both"]
+    # It drafts what the model would say.
+    assert all(each.accepted == each.proposed > 0 for each in found.rows[1].acceptance if each.drafts == "assistant")
+    assert found.setup["speculation"]["weights"] == found.setup["weights"]
+    assert model.training
+    assert assistant.training
+
+
+def test_a_failure_lets_go_of_its_memory() -> None:
+    kept: list[Any] = []
+
+    def fail() -> None:
+        large = torch.zeros(17)
+        kept.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("out of memory\nand how")
+
+    assert attempt(fail) == (None, "OutOfMemoryError: out of memory")
+    assert kept[0]() is None
+    assert attempt(lambda: 17) == (17, "")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(interrupt)
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +371,10 @@ def test_a_file_that_is_no_comparison(content: str, tmp_path: Path) -> None:
         (prompt(1, CONTEXT), {"steps": 0}, "steps=0; it must be an integer of at least 1"),
         (prompt(1, CONTEXT), {"num_windows": 0}, "num_windows=0"),
         (prompt(1, CONTEXT), {"num_windows": True}, "num_windows=True"),
+        (prompt(1, CONTEXT), {"retrieval": [63, 0]}, "retrieval=0; it must be an integer of at least 16"),
+        (prompt(1, CONTEXT), {"retrieval": [1000]}, r"retrieval=1000, but the model is made for 512 tokens"),
+        (prompt(1, CONTEXT), {"retrieval": [63]}, "text needs a tokenizer, and none is found beside the model"),
+        (prompt(1, CONTEXT), {"speculation": tiny_llama(vocab_size=90)}, "the assistant has a vocabulary of 90 tokens"),
         (prompt(1, CONTEXT), {"formats": ["int9"]}, "unknown storage format 'int9'"),
         (prompt(1, CONTEXT), {"formats": {"x": {"kv_dtype": "int8"}}}, "unknown cache_config key.* kv_dtype"),
         (prompt(1, CONTEXT), {"formats": {DENSE: {}}}, "has a row anyway"),
@@ -339,6 +418,7 @@ def test_eval(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     data, path = tmp_path / "text.txt", tmp_path / "numbers.json"
     data.write_text(TEXT[:2000], encoding="utf-8")
     arguments = ["eval", str(TINY), "--data", str(data), "--formats", "int8", "fp8,int8", "--json", str(path),
+                 "--retrieval", "47", "--speculation",
                  "--context", "63", "--num-windows", "1", "--new-tokens", "7", "--device", "cpu"]  # fmt: skip
     assert main(arguments) == 0
     captured = capsys.readouterr()
@@ -348,6 +428,8 @@ def test_eval(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert f"\n{row['cache']}  " in captured.out or captured.out.startswith(f"cache  {row['cache']}")
         assert f"{row['cache']}: done" in captured.err
         assert f"{row['quality']['steps']['perplexity']:.4f}" in captured.out
+        assert {found["length"] for found in row["retrieval"]} == {47}
+        assert [found["drafts"] for found in row["acceptance"]] == ["prompt lookup"]
     assert main([*arguments[:-6], "--context", "1000", "--new-tokens", "7", "--device", "cpu"]) == 1
     assert "hf-kvquant: the data is shorter than the context" in capsys.readouterr().err
     data.write_text("")

@@ -6,7 +6,8 @@ others.
 """
 
 from .benchmark import bench
-from .comparison import Comparison, ComparisonRow, compare
+from .comparison import compare
+from .rows import Comparison, ComparisonRow
 from .speed import Benchmark, BenchRow
 
 __all__ = ["BenchRow", "Benchmark", "Comparison", "ComparisonRow", "bench", "compare"]

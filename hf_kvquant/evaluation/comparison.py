@@ -25,8 +25,6 @@ from .rows import Comparison, ComparisonRow
 from .setup import model_setup
 from .windows import windows_of
 
-__all__ = ["Comparison", "ComparisonRow", "compare"]
-
 
 def compare(
     model: PreTrainedModel,
