@@ -48,9 +48,9 @@ def grid(quick: bool, tiny: bool) -> Iterator[tuple[int, int]]:
 
 def attention_seconds(
     results: Results, shape: Shape, batch: int, context: int, format_name: str, scales: str, num_tokens: int = 1,
-    shuffled: bool = True,
+    shuffled: bool = True, attend: Callable[[torch.Tensor, Pages], torch.Tensor] | None = None,
 ) -> tuple[float, int]:  # fmt: skip
-    """Seconds of a call whose pages are not in the cache, and the bytes that it has to read."""
+    """Seconds of a call (`attend`, or the operator) whose pages are not in the cache, and the bytes it has to read."""
     device = results.device
     make = functools.partial(
         make_pages, shape, batch, context, format_name, scales, device, DTYPE, shuffled=shuffled
@@ -60,12 +60,12 @@ def attention_seconds(
     sets += [make() for _ in range(rotation(nbytes, device) - 1)]
     query = make_query(shape, batch, num_tokens, device, DTYPE)
 
-    def call(pages: Pages) -> Callable[[], torch.Tensor]:
-        return lambda: paged_attention(
-            query, pages.k, pages.v, pages.page_table, pages.seq_lens, softmax_scale=shape.head_dim**-0.5
-        )
+    def operator(query: torch.Tensor, pages: Pages) -> torch.Tensor:
+        tables = (pages.page_table, pages.seq_lens)
+        return paged_attention(query, pages.k, pages.v, *tables, softmax_scale=shape.head_dim**-0.5)
 
-    return replay_seconds([call(pages) for pages in sets], device), nbytes
+    calls = [functools.partial(attend or operator, query, pages) for pages in sets]
+    return replay_seconds(calls, device), nbytes
 
 
 def peer_seconds(results: Results, shape: Shape, batch: int, context: int, make_call: Callable[..., Any]) -> float:

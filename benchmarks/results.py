@@ -66,6 +66,15 @@ class Results:
         self._part, self._start = "", 0.0
         self._columns: tuple[str, ...] = ()
 
+    def take(self, path: Path) -> None:
+        """Add the parts of another file that this one does not have. Raises ValueError for another device's."""
+        other = json.loads(path.read_text(encoding="utf-8"))
+        theirs, ours = other["about"]["device"], self.data["about"]["device"]
+        if theirs != ours:
+            raise ValueError(f"{path} was measured on {theirs}, not on {ours}; rows of two devices are no table")
+        self.data["parts"] = {**other["parts"], **self.data["parts"]}
+        self.write()
+
     def part(self, name: str, title: str) -> None:
         """Begin a part; its former rows are replaced."""
         self._part, self._columns, self._start = name, (), time.perf_counter()

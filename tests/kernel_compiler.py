@@ -41,7 +41,10 @@ class Device:
 DEVICES = {
     "sm_80": Device(GPUTarget("cuda", 80, 32), 108, (8, 0), shared=164 * 1024),
     "sm_90": Device(GPUTarget("cuda", 90, 32), 132, (9, 0), shared=228 * 1024),
+    "sm_100": Device(GPUTarget("cuda", 100, 32), 148, (10, 0), shared=228 * 1024),
+    "sm_120": Device(GPUTarget("cuda", 120, 32), 188, (12, 0), shared=100 * 1024),
     "gfx942": Device(GPUTarget("hip", "gfx942", 64), 304),
+    "gfx950": Device(GPUTarget("hip", "gfx950", 64), 256),
 }
 
 
@@ -68,7 +71,7 @@ def compiling(device: Device) -> Iterator[dict[str, list[Any]]]:
         patch(torch.version, "hip", None if major_minor else "6.4")
         patch(torch.cuda, "get_device_capability", lambda *_: major_minor)
         patch(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=device.cores))
-        for name in ("instruction_set", "can_chain", "num_multiprocessors"):
+        for name in ("instruction_set", "can_chain", "least_rows", "has_tensor_memory", "num_multiprocessors"):
             answer = getattr(tuning, name).__wrapped__(torch.device("cuda"))
             patch(tuning, name, lambda _, answer=answer: answer)
         driver = SimpleNamespace(
@@ -89,6 +92,83 @@ def compiling(device: Device) -> Iterator[dict[str, list[Any]]]:
         for name in ("_attention_plans", "_write_plans"):
             patch(kernels, name, {})
         yield launched
+
+
+# -- what is compiled -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A call of `paged_attention` with 8 key/value heads and pages of 16 tokens."""
+
+    device: str = "sm_90"
+    format: str = "fp8_e4m3"
+    is_dynamic: bool = False
+    num_tokens: int = 1
+    head_dim: int = 128
+    groups: int = 4
+    mask: str | None = None  # key, bool or float
+    options: bool = False  # softcap, sinks, zeros, a window and the log-sum-exp
+
+    def __str__(self) -> str:
+        words = [self.device, self.format, "dynamic" if self.is_dynamic else "static", f"t{self.num_tokens}"]
+        words += [f"d{self.head_dim}", self.mask or "", "options" if self.options else ""]
+        return "-".join(word for word in words if word)
+
+    @property
+    def element_size(self) -> int:
+        return 2 if self.format == "model" else 1
+
+    @property
+    def padded_dim(self) -> int:
+        """Channels of a tile."""
+        return 1 << (self.head_dim - 1).bit_length()
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def a_side(shape: Shape) -> list[Any]:
+    """K or V in a pool of more than 2^31 elements: pages, format, scale, zero, token_scale."""
+    num_pages, num_heads, page_size = 2**18, 8, 16
+    is_quantized = shape.format != "model"
+    dtype = torch.uint8 if is_quantized else torch.bfloat16
+    numbers = empty(num_heads, 1, dtype=torch.float32) if is_quantized else None
+    return [
+        empty(num_pages, num_heads, page_size, shape.head_dim, dtype=dtype),
+        shape.format,
+        None if shape.is_dynamic else numbers,
+        numbers if shape.options else None,
+        empty(num_pages, num_heads, page_size, dtype=torch.bfloat16) if shape.is_dynamic else None,
+    ]
+
+
+def compile_attention(shape: Shape, tiles: tuning.Tiles | None = None) -> tuple[Any, tuple[Any, ...], tuning.Tiles]:
+    """The attention kernel for a call, those that merge its splits, and its tiles: the table's, or `tiles`."""
+    batch_size, num_columns, num_q_heads = 8, 512, 8 * shape.groups
+    mask = None
+    if shape.mask is not None:
+        dtype = torch.float32 if shape.mask == "float" else torch.bool
+        size = (batch_size, 1, 1 if shape.mask == "key" else shape.num_tokens, num_columns * 16)
+        mask = empty(*size, dtype=dtype).expand(-1, -1, shape.num_tokens, -1)
+    used: list[tuning.Tiles] = []
+    table = tuning.attention_tiles
+
+    def look_up(*arguments: Any) -> tuning.Tiles:
+        used.append(tiles or table(*arguments))
+        return used[-1]
+
+    with compiling(DEVICES[shape.device]) as compiled, mock.patch.object(tuning, "attention_tiles", look_up):
+        kernels.paged_attention(
+            empty(batch_size, num_q_heads, shape.num_tokens, shape.head_dim, dtype=torch.bfloat16),
+            empty(batch_size, num_columns, dtype=torch.int32), empty(batch_size, dtype=torch.int32),
+            *a_side(shape), *a_side(shape),
+            mask, 0, empty(num_q_heads, dtype=torch.float32) if shape.options else None,
+            0.1, 30.0 if shape.options else None, 1000 if shape.options else None, True,
+            empty(batch_size, num_q_heads, shape.num_tokens, dtype=torch.float32) if shape.options else None,
+        )  # fmt: skip
+    return compiled["attention"][0], tuple(compiled["merge"]), used[0]
 
 
 # -- what came out -----------------------------------------------------------------------------------------------------

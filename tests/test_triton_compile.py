@@ -7,7 +7,6 @@ Every guard prints its figures (`pytest -s`).
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import Any
 
@@ -19,79 +18,21 @@ kernel_compiler = pytest.importorskip("kernel_compiler")
 if not kernel_compiler.CUOBJDUMP.exists():
     pytest.skip(f"this Triton has no {kernel_compiler.CUOBJDUMP}", allow_module_level=True)
 
-from kernel_compiler import DEVICES, Binary, Code, buffers, compiling, disassemble  # noqa: E402
+from kernel_compiler import (  # noqa: E402
+    DEVICES,
+    Binary,
+    Code,
+    Shape,
+    a_side,
+    buffers,
+    compile_attention,
+    compiling,
+    disassemble,
+    empty,
+)
 
 from hf_kvquant.ops import triton as kernels  # noqa: E402
 from hf_kvquant.ops.triton import tuning  # noqa: E402
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A call of `paged_attention` with 8 key/value heads and pages of 16 tokens."""
-
-    device: str = "sm_90"
-    format: str = "fp8_e4m3"
-    is_dynamic: bool = False
-    num_tokens: int = 1
-    head_dim: int = 128
-    groups: int = 4
-    mask: str | None = None  # key, bool or float
-    options: bool = False  # softcap, sinks, zeros and a window
-
-    def __str__(self) -> str:
-        words = [self.device, self.format, "dynamic" if self.is_dynamic else "static", f"t{self.num_tokens}"]
-        words += [f"d{self.head_dim}", self.mask or "", "options" if self.options else ""]
-        return "-".join(word for word in words if word)
-
-    @property
-    def element_size(self) -> int:
-        return 2 if self.format == "model" else 1
-
-
-def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def a_side(shape: Shape) -> list[Any]:
-    """K or V in a pool of more than 2^31 elements: pages, format, scale, zero, token_scale."""
-    num_pages, num_heads, page_size = 2**18, 8, 16
-    is_quantized = shape.format != "model"
-    dtype = torch.uint8 if is_quantized else torch.bfloat16
-    numbers = empty(num_heads, 1, dtype=torch.float32) if is_quantized else None
-    return [
-        empty(num_pages, num_heads, page_size, shape.head_dim, dtype=dtype),
-        shape.format,
-        None if shape.is_dynamic else numbers,
-        numbers if shape.options else None,
-        empty(num_pages, num_heads, page_size, dtype=torch.bfloat16) if shape.is_dynamic else None,
-    ]
-
-
-def compile_attention(shape: Shape) -> tuple[Any, tuple[Any, ...], tuning.Tiles]:
-    """The attention kernel for a call, those that merge its splits, and its tiles."""
-    batch_size, num_columns, num_q_heads = 8, 512, 8 * shape.groups
-    mask = None
-    if shape.mask is not None:
-        dtype = torch.float32 if shape.mask == "float" else torch.bool
-        size = (batch_size, 1, 1 if shape.mask == "key" else shape.num_tokens, num_columns * 16)
-        mask = empty(*size, dtype=dtype).expand(-1, -1, shape.num_tokens, -1)
-    tiles: list[tuning.Tiles] = []
-    table = tuning.attention_tiles
-
-    def look_up(*arguments: Any) -> tuning.Tiles:
-        tiles.append(table(*arguments))
-        return tiles[-1]
-
-    with compiling(DEVICES[shape.device]) as compiled, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "attention_tiles", look_up)
-        kernels.paged_attention(
-            empty(batch_size, num_q_heads, shape.num_tokens, shape.head_dim, dtype=torch.bfloat16),
-            empty(batch_size, num_columns, dtype=torch.int32), empty(batch_size, dtype=torch.int32),
-            *a_side(shape), *a_side(shape),
-            mask, 0, empty(num_q_heads, dtype=torch.float32) if shape.options else None,
-            0.1, 30.0 if shape.options else None, 1000 if shape.options else None, True, None,
-        )  # fmt: skip
-    return compiled["attention"][0], tuple(compiled["merge"]), tiles[0]
 
 
 class Guards:
@@ -126,7 +67,8 @@ def instructions_per_number(loop: Code, binary: Binary, tiles: tuning.Tiles, sha
 
 def most_instructions(shape: Shape) -> float | None:
     """An H200 issues 7.8 thread-instructions in the time that a byte comes; these leave most of that to waiting."""
-    if (shape.device, shape.head_dim, shape.groups, shape.num_tokens) != ("sm_90", 128, 4, 1) or shape.options:
+    usual = (shape.head_dim, shape.groups, shape.num_tokens) == (128, 4, 1) and not shape.options
+    if shape.device not in ("sm_90", "sm_100") or not usual:
         return None
     return {"fp8_e4m3": 3.0, "fp8_e5m2": 3.0, "int8": 3.4}.get(shape.format)
 
@@ -137,7 +79,7 @@ def check_nvidia(shape: Shape, compiled: Any, tiles: tuning.Tiles, guards: Guard
     # Tiles that need no mask of positions, then those at the edges; under a mask by rows there are only these.
     names = ["edges"] if shape.mask in ("bool", "float") else ["loop", "edges"]
     assert len(loops) == len(names), [loop.counts for loop in binary.loops]
-    bytes_per_tile = tiles.block_n * 2 * shape.head_dim * shape.element_size
+    bytes_per_tile = tiles.block_n * 2 * shape.padded_dim * shape.element_size
     for name, loop in zip(names, loops, strict=True):
         covered = loop.count(r"LDGSTS\..*\.128") * 16 * binary.threads
         guards.hold(f"{name}: bytes by 128-bit copies", f"{covered} of {bytes_per_tile}", abs(covered - bytes_per_tile))
@@ -151,16 +93,20 @@ def check_nvidia(shape: Shape, compiled: Any, tiles: tuning.Tiles, guards: Guard
         guards.hold(f"{name}: spills", spills, spills)
         figure, most = instructions_per_number(loop, binary, tiles, shape), most_instructions(shape)
         guards.hold(f"{name}: instructions", f"{figure:.2f}", 0 if most is None else figure - most)
-    width = shape.head_dim * shape.element_size // 2
+    width = shape.padded_dim * shape.element_size // 2
     ahead = [max(buffers(compiled, *tile, bits=16)) for tile in ((tiles.block_n, width), (width, tiles.block_n))]
     if "loop" in names:
         guards.hold("buffers", min(ahead), 2 - min(ahead) if tiles.num_stages >= 3 else 0)
-    if shape.device == "sm_90":  # the table is made for it
-        programs = binary.programs(device)
+    programs = binary.programs(device)
+    if shape.device in ("sm_90", "sm_100"):  # the table is made for what they have room for
         guards.hold("programs", f"{programs} of {tiles.programs}", tiles.programs - programs)
-        if tiles.block_m >= 64:
-            wide = min(loop.count("HGMMA") for loop in loops)
-            guards.hold("HGMMA", wide, 1 - wide)
+    else:
+        guards.figures.append(f"programs {programs}")
+    if shape.device == "sm_90" and tiles.block_m >= 64:
+        wide = min(loop.count("HGMMA") for loop in loops)
+        guards.hold("HGMMA", wide, 1 - wide)
+    in_memory = binary.code.count("UTC.*MMA")
+    guards.hold("products in tensor memory", in_memory, in_memory)
     guards.figures.append(f"{binary.registers} registers, {binary.shared} bytes")
 
 
@@ -169,7 +115,7 @@ def check_amd(shape: Shape, compiled: Any, tiles: tuning.Tiles, guards: Guards) 
     spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", code)
     assert spilled
     guards.hold("spills", int(spilled[1]), int(spilled[1]))
-    wide = len(re.findall(r"\b(?:buffer|global)_load_dwordx4", code))
+    wide = len(re.findall(r"\b(?:buffer|global)_load_(?:lds_)?dwordx4", code))
     threads = DEVICES[shape.device].target.warp_size * tiles.num_warps
     # One tile of K and V is loaded by the widest instructions at least.
     least = tiles.block_n * 2 * shape.head_dim * shape.element_size // (16 * threads)
@@ -187,9 +133,13 @@ def known(shape: Shape, tiles: tuning.Tiles) -> dict[str, tuple[float, str]]:
         result["programs"] = (1, "on a device the number of splits follows what the compiled kernel occupies")
     if shape.device == "sm_90" and shape.head_dim == 64 and tiles.block_n == 32:
         result["HGMMA"] = (1, "32 tokens and 32 pairs of channels do not fill the instruction's 64 rows")
+    if tiles.block_m >= 32:
+        result |= {"edges: spills": (8, "few tiles are at the edges")}
     if tiles.block_m >= 64:
         result |= {"loop: spills": (4, "a few words beyond the 255 registers of a thread")}
-        result |= {"edges: spills": (8, "a prompt has few tiles at its edges")}
+    if shape.device == "sm_100" and shape.head_dim > 128:
+        reason = "the registers of two warps for 256 channels; four would be multiplied in tensor memory"
+        result |= {"loop: spills": (40, reason), "edges: spills": (60, reason)}
     if shape.options:
         result["edges: spills"] = (140, "softcap, sinks, zeros, a window and a mask at once are rare")
     if shape.device == "sm_80" and shape.format == "fp8_e4m3":
@@ -213,6 +163,7 @@ QUICK = [
     Shape(),
     Shape(format="int8", is_dynamic=True),
     Shape(device="sm_80", format="int8", is_dynamic=True),
+    Shape(device="sm_100", format="int8", is_dynamic=True),
     Shape(device="gfx942"),
 ]
 KINDS = [("fp8_e4m3", False), ("fp8_e4m3", True), ("int8", False), ("int8", True), ("model", False)]
@@ -221,10 +172,18 @@ MANY = [
     *(Shape("sm_90", *kind, t, d) for d in (64, 128, 256) for t in (1, 4, 8, 16, 32) for kind in KINDS),
     *(Shape("sm_90", "fp8_e5m2", is_dynamic, t) for t in (1, 32) for is_dynamic in (False, True)),
     *(Shape("sm_90", *kind, t, mask="key") for t in (1, 32) for kind in KINDS),
+    *(Shape("sm_90", *kind, head_dim=d, groups=g) for d, g in ((80, 1), (96, 8), (112, 4)) for kind in KINDS[1:4:2]),
     *(Shape("sm_90", "int8", True, t, mask=mask, options=True) for t in (8, 32) for mask in ("bool", "float")),
     *(Shape(d, *kind, t) for d in ("sm_80", "gfx942") for t in (1, 4, 8, 16, 32) for kind in KINDS),
     *(Shape(d, *kind, head_dim=h) for d in ("sm_80", "gfx942") for h in (64, 256) for kind in KINDS),
     *(Shape(d, "fp8_e4m3", True, mask="key", options=True) for d in ("sm_80", "gfx942")),
+    # Every line of the table for the tensor cores with a memory of their own; elsewhere a few of each.
+    *(Shape("sm_100", *kind, t, d) for d in (64, 128, 256) for t in (1, 4, 8) for kind in KINDS),
+    *(Shape("sm_100", "fp8_e5m2", is_dynamic) for is_dynamic in (False, True)),
+    *(Shape("sm_100", "int8", True, t, mask=mask, options=True) for t in (1, 8) for mask in ("key", "bool", "float")),
+    *(Shape(d, *kind, t) for d in ("sm_120", "gfx950") for t in (1, 4, 32) for kind in KINDS),
+    *(Shape(d, *kind, head_dim=h) for d in ("sm_120", "gfx950") for h in (64, 256) for kind in KINDS[1::2]),
+    *(Shape(d, "fp8_e4m3", True, mask="key", options=True) for d in ("sm_100", "sm_120", "gfx950")),
 ]
 
 

@@ -65,7 +65,8 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     device = Played()
     monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", device)
-    caches = [kernels.tuning.num_multiprocessors, kernels.tuning.can_chain, kernels.tuning.instruction_set]
+    names = ("num_multiprocessors", "can_chain", "least_rows", "has_tensor_memory", "instruction_set")
+    caches = [getattr(kernels.tuning, name) for name in names]
     for cache in caches:
         cache.cache_clear()
     yield device

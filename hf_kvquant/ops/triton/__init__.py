@@ -217,11 +217,18 @@ def _plan_attention(
     if tiles is None:
         element_size = max(k_dtype.itemsize, v_dtype.itemsize, 4 if dtype == torch.float32 else 1)
         is_dynamic = not (k_static and v_static)
-        tiles = tuning.attention_tiles(num_rows, max(k_block, v_block), element_size, is_dynamic, mask_kind > 0)
+        tiles = tuning.attention_tiles(
+            num_rows, max(k_dim, v_dim), element_size, is_dynamic, mask_kind > 0, tuning.least_rows(device),
+            tuning.has_tensor_memory(device),
+        )  # fmt: skip
     num_programs = -(-num_rows // tiles.block_m) * num_heads * batch_size
-    max_tiles = -(-num_columns * page_size // tiles.block_n)
+    max_tiles = max(1, -(-num_columns * page_size // tiles.block_n))
+    tile_bytes = tiles.block_n * (k_dim * k_dtype.itemsize + v_dim * v_dtype.itemsize)
+    partial_bytes = 4 * all_rows * (v_block + 2)
     num_cores = tuning.num_multiprocessors(device)
-    given, splits = splits, splits or tuning.num_splits(num_programs, max_tiles, tiles.programs, num_cores)
+    given = splits
+    if splits is None:
+        splits = tuning.num_splits(num_programs, max_tiles, tile_bytes, partial_bytes, tiles.programs, num_cores)
     chained = splits > 1 and tuning.can_chain(device)
     constants = (
         num_heads, group, page_size, tiles.block_m, tiles.block_n,
@@ -237,7 +244,8 @@ def _plan_attention(
     if splits > 1:
         programs = None if given else kernel.programs_at_once(arguments(torch.float32, splits))
         if programs is not None:  # what the compiler made of the kernel says it better than the table
-            splits = max(2, tuning.num_splits(num_programs, max_tiles, programs, num_cores))
+            splits = tuning.num_splits(num_programs, max_tiles, tile_bytes, partial_bytes, programs, num_cores)
+            splits = max(2, splits)
         block_s = min(_padded(splits, 1), max(1, 8192 // v_block))
         merge_constants = (
             num_heads, group, v_dim, v_block, v_format != "model", v_scale, v_zero, sinks_dtype is not None, has_lse,
@@ -247,7 +255,7 @@ def _plan_attention(
         merge = _merge.prepare(device, merge_constants, merge_options, types)
     return _AttentionPlan(
         (num_programs // batch_size * splits, batch_size, 1), kernel, splits,
-        all_rows * splits * (v_block + 2), (all_rows, 1, 1), merge,
+        splits * partial_bytes // 4, (all_rows, 1, 1), merge,
     )  # fmt: skip
 
 
