@@ -3,8 +3,8 @@
     python -m hf_kvquant.evaluation.harness --model kvquant \\
         --model_args pretrained=MODEL,kv_cache_dtype=int8 --tasks hellaswag,gsm8k
 
-takes the arguments of `lm_eval`. The harness's own `hf` model scores a text in one forward pass without a cache: keys and
-values are never stored, and quantizing them could not show.
+takes the arguments of `lm_eval`. The harness's own `hf` model scores a text in one forward pass without a cache: keys
+and values are never stored, and quantizing them could not show.
 """
 
 from __future__ import annotations
