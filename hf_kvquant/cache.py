@@ -38,7 +38,7 @@ from .hosts import (
 from .hybrid import HybridFixedLayer, HybridGrowingLayer
 from .layers import PagedLayer
 from .pages import PageTable, PageTables
-from .policy import ROUNDED_QUERIES, asks_for_files, plan_layers
+from .policy import ROUNDED_QUERIES, SAFER, asks_for_files, minds_key_biases, plan_layers
 from .reading import read_scales
 from .report import CacheReport, LayerReport
 from .risks import large_key_biases
@@ -91,6 +91,8 @@ class QuantizedPagedCache(DynamicCache):
         plans, plan_notes = plan_layers(kvquant, names, checkpoint, key_biases)
         if ROUNDED_QUERIES in plan_notes:
             logger.warning_once(f"{ROUNDED_QUERIES}.")
+        if warned := [note for note in plan_notes if SAFER in note]:
+            logger.warning_once(f"{warned[0]}; `report()` has all notes ({len(warned)} such).")
         self.notes = [*notes, *(checkpoint.notes if checkpoint is not None else ()), *plan_notes]
         self._layer_types = names
         self.shared = SharedState(text_config, kvquant.page_size)
@@ -147,7 +149,7 @@ class QuantizedPagedCache(DynamicCache):
         kvquant = options_for(model, options, max_cache_len)
         notes: list[str] = []
         checkpoint = _find_checkpoint(model, kvquant, notes) if asks_for_files(kvquant) else None
-        biases = large_key_biases(model) if checkpoint is not None else None
+        biases = large_key_biases(model) if checkpoint is not None or minds_key_biases(kvquant) else None
         cache = cls(
             model.config, kvquant, checkpoint=checkpoint, notes=notes, expected_length=expected_length,
             key_biases=biases,

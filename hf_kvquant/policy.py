@@ -84,6 +84,8 @@ ROUNDED_QUERIES = (
     "serving engines does; that costs accuracy and is not faster here, so leave it out unless you compare with them or "
     "the model was trained with it"
 )
+# Said of a layer that is stored as was asked, against better knowledge.
+SAFER = "kv_cache_dtype='auto' with scales='auto' would store it as int8 with dynamic scales"
 # A scale of fp8 that stands for numbers beyond 224: they come from outlier channels.
 LARGE_FP8_SCALE = 0.5
 
@@ -103,8 +105,8 @@ def plan_layers(
         key_biases: layers whose keys have a bias too large for fp8 or a shared static scale, and how large.
 
     Where neither the format nor the source of scales was chosen, a layer that does not suit the checkpoint's choice
-    gets dynamic int8 instead. Raises ValueError if `config` asks for scales that are not there, or for layers that do
-    not exist.
+    gets dynamic int8 instead; a choice stays, and a note says what it meets. Raises ValueError if `config` asks for
+    scales that are not there, or for layers that do not exist.
     """
     formats = _choose_formats(config, checkpoint)
     skipped = _skipped_layers(config, layer_types)
@@ -124,7 +126,7 @@ def plan_layers(
             else:
                 plan = _plan_without_scales(config, name)
             bias = (key_biases or {}).get(index) if side == "k" else None
-            if checkpoint is not None and (risk := _risk(plan, bias)):
+            if (checkpoint is not None or bias is not None) and (risk := _risk(plan, bias)):
                 plan = _safer(config, plan, f"layer {index}: {side.upper()} in {name}: {risk}", notes)
             sides.append(plan)
         k, v = sides
@@ -156,7 +158,8 @@ def _query_plan(
 def _risk(plan: SidePlan, bias: float | None) -> str | None:
     """Why what a checkpoint asks for may not suit this side, None if it may well."""
     is_fp8 = plan.format.startswith("fp8")
-    is_coarse = plan.scale is not None and granularity_of(plan.scale) != "channel"
+    granularity = plan.granularity if plan.scale is None else granularity_of(plan.scale)
+    is_coarse = plan.kind in ("static", "first_batch") and granularity != "channel"
     if bias is not None and (is_fp8 or is_coarse):
         return f"the bias of its projection reaches {bias:.0f}"
     if plan.scale is not None and plan.format == "fp8_e4m3" and is_coarse:
@@ -169,7 +172,7 @@ def _risk(plan: SidePlan, bias: float | None) -> str | None:
 
 def _safer(config: KVQuantConfig, plan: SidePlan, risk: str, notes: list[str]) -> SidePlan:
     if config.kv_cache_dtype != "auto" or config.scales != "auto":
-        notes.append(f"{risk}; kv_cache_dtype='auto' with scales='auto' would store it as int8 with dynamic scales")
+        notes.append(f"{risk}; {SAFER}")
         return plan
     notes.append(f"{risk}; it is stored as int8 with dynamic scales instead")
     return _plan_without_scales(config, "int8")
@@ -280,6 +283,14 @@ def _plan_without_scales(config: KVQuantConfig, name: str) -> SidePlan:
         )
     equalize = config.equalizes(name)
     return SidePlan(name, "dynamic", "dynamic, equalized channels" if equalize else "dynamic", equalize=equalize)
+
+
+def minds_key_biases(config: KVQuantConfig) -> bool:
+    """Whether what is asked without a checkpoint's scales may not suit large key biases, as dynamic int8 does."""
+    choice = config.kv_cache_dtype
+    name = choice if isinstance(choice, str) else choice[0]
+    is_dynamic = isinstance(config.scales, str) and config.scales in ("auto", "dynamic")
+    return name != "model" and not (is_dynamic and name in ("auto", "int8"))
 
 
 def asks_for_files(config: KVQuantConfig) -> bool:

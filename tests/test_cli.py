@@ -245,6 +245,33 @@ def test_large_key_biases_where_scales_are_dynamic(tmp_path: Path) -> None:
     assert any("layer 0: K in fp8_e4m3: the bias of its projection reaches 99" in note for note in said.notes)
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"kv_cache_dtype": "fp8", "scales": "dynamic"}, True),
+        ({"kv_cache_dtype": ("fp8_e5m2", "int8")}, True),
+        ({"kv_cache_dtype": "fp8", "scales": "unit"}, True),
+        ({"kv_cache_dtype": "int8", "scales": "first_batch"}, True),
+        ({"kv_cache_dtype": "int8", "scales": "first_batch", "granularity": "channel"}, False),
+        ({"kv_cache_dtype": ("int8", "fp8_e4m3")}, False),
+        ({"kv_cache_dtype": ("model", "fp8_e4m3")}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_what_large_key_biases_meet_without_a_checkpoint_is_noted(
+    tmp_path: Path, options: dict[str, Any], warned: bool
+) -> None:
+    """The choice holds."""
+    directory = qwen_with_biases(tmp_path / "qwen", {1: 150.0})
+    cache = QuantizedPagedCache.from_model(load_plain(directory), **options)
+    noted = [note for note in cache.report().notes if "the bias of its projection reaches 150; kv_cache_dtype" in note]
+    assert [note.startswith("layer 1: K in ") for note in noted] == [True] * warned
+    assert [layer.kv_cache_dtype for layer in diagnose(directory, options).layers] == [
+        layer.kv_cache_dtype for layer in cache.report().layers
+    ]
+
+
 def test_biases_that_do_no_harm(tmp_path: Path) -> None:
     directory = qwen_with_biases(tmp_path / "small", {0: 20.0}, Scales((0.4, 0.03), (0.4, 0.01)))
     assert {layer.kv_cache_dtype for layer in diagnose(directory).layers} == {("fp8_e4m3", "fp8_e4m3")}
