@@ -137,10 +137,10 @@ class PageStore:
     @torch.no_grad()
     def observe(self, x: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Take what the plan needs from the first real tokens `[B, H, T, D]`; `valid` `[B, T]` is False for padding."""
-        largest = torch.where(x.isfinite(), x, 0).to(torch.float32).abs()
+        largest = x.nan_to_num(0.0, 0.0, 0.0).abs()
         if valid is not None:
             largest = largest * valid[:, None, :, None]
-        largest = largest.amax(dim=(0, 2))  # [H, D]
+        largest = largest.amax(dim=(0, 2)).to(torch.float32)  # [H, D]
         if self.rotary is not None and (partners := self.rotary.partners(largest.shape[1])):
             largest = torch.maximum(largest, largest[:, partners])
         if self.plan.kind == "first_batch":
