@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 # Threads that spin while they wait slow down whoever shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test kernels lint format gpu clean
+.PHONY: help demo test kernels lint format gpu readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -39,6 +39,9 @@ format: $(STAMP) ## rewrite the sources in the project's style
 
 gpu: ## on a machine with a GPU and torch: test there and measure (RESULT=file, ARGS=--only ...); installs nothing
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --json $(RESULT) $(ARGS)
+
+readme: $(STAMP) ## write the README's tables and the pages and pictures of results from benchmarks/results
+	@$(BIN)/python benchmarks/readme.py
 
 clean: ## remove the virtual environments and everything generated
 	@rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,29 +1,28 @@
-"""Write the README's tables from committed results, so that no number is typed by hand.
+"""Write the README's tables, docs/gpu.md, docs/quality.md and their pictures from committed results (`make readme`).
 
-python benchmarks/readme.py                                        # of `examples/demo.py --json`
-python benchmarks/readme.py --gpu benchmarks/results/<device>.json  # of `benchmarks.gpu --json`, docs/gpu.md as well
+So no number is typed by hand, and a test holds them together.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import quality_tables
+
+from hf_kvquant.evaluation.pictures import Picture
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-RESULT = ROOT / "benchmarks" / "results" / "demo-cpu.json"
-GPU_RESULT = ROOT / "benchmarks" / "results" / "h200-2026-11-20.json"
-TABLE = re.compile(r"(?<=<!-- demo-table -->\n).*?(?=<!-- /demo-table -->)", re.DOTALL)
-GPU_TABLE = re.compile(r"(?<=<!-- gpu-table -->\n).*?(?=<!-- /gpu-table -->)", re.DOTALL)
+RESULTS = ROOT / "benchmarks" / "results"
+DEMO, GPU = RESULTS / "demo-cpu.json", RESULTS / "h200-2026-11-20.json"
+QUALITY = RESULTS / "quality-2026-11-20.json"
 
 
-def table(result: dict[str, Any]) -> str:
-    """The measured table in Markdown, with what it was measured on."""
+def demo_table(result: dict[str, Any]) -> str:
+    """What `examples/demo.py` measured in Markdown, with what it was measured on."""
     dense = result["results"][0]
     lines = [
         "| cache | bytes held | tokens/s | perplexity | same greedy token |",
@@ -45,31 +44,38 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render(readme: str, result: dict[str, Any]) -> str:
-    """`readme` with the table put in its place."""
-    return TABLE.sub(lambda _: table(result), readme)
+def put(text: str, name: str, table: str) -> str:
+    """`text` with the table put between the marks of its name. Raises ValueError without exactly one such place."""
+    marks = re.compile(rf"(?<=<!-- {name}-table -->\n).*?(?=<!-- /{name}-table -->)", re.DOTALL)
+    text, count = marks.subn(lambda _: table, text)
+    if count != 1:
+        raise ValueError(f"{count} places for the table {name!r}; there must be one")
+    return text
 
 
-def render_gpu(readme: str, result: dict[str, Any]) -> str:
-    """`readme` with the short table of a GPU in its place, if it has one."""
-    return GPU_TABLE.sub(lambda _: gpu_tables.readme_table(result), readme)
-
-
-def write_gpu(path: Path) -> None:
-    """docs/gpu.md, its plots and the README's table from a result of `benchmarks.gpu`."""
-    result = json.loads(path.read_text(encoding="utf-8"))
-    images = gpu_tables.plots(result)
-    for name, text in images.items():
-        (ROOT / "docs" / name).write_text(text, encoding="utf-8")
-    (ROOT / "docs" / "gpu.md").write_text(gpu_tables.document(result, list(images)), encoding="utf-8")
-    README.write_text(render_gpu(README.read_text(encoding="utf-8"), result), encoding="utf-8")
+def documents() -> tuple[dict[Path, str], dict[Path, Picture]]:
+    """All that is written: texts, and pictures as SVG."""
+    demo, gpu, quality = (json.loads(path.read_text(encoding="utf-8")) for path in (DEMO, GPU, QUALITY))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = {
+        "demo": demo_table(demo),
+        "gpu": gpu_tables.readme_table(gpu),
+        "quality": quality_tables.readme_table(quality),
+    }
+    for name, table in tables.items():
+        readme = put(readme, name, table)
+    of_gpu, of_models = gpu_tables.pictures(gpu), quality_tables.pictures(quality)
+    texts = {
+        ROOT / "README.md": readme,
+        ROOT / "docs" / "gpu.md": gpu_tables.document(gpu, of_gpu),
+        ROOT / "docs" / "quality.md": quality_tables.document(quality, of_models),
+    }
+    drawn = [*of_gpu, *(picture for of_model in of_models.values() for picture in of_model)]
+    return texts, {ROOT / "docs" / f"{picture.name}.svg": picture for picture in drawn}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gpu", type=Path, help="result of benchmarks.gpu to write docs/gpu.md and the README's from")
-    arguments = parser.parse_args()
-    if arguments.gpu is None:
-        README.write_text(render(README.read_text(encoding="utf-8"), json.loads(RESULT.read_text())), encoding="utf-8")
-    else:
-        write_gpu(arguments.gpu)
+    texts, pictures = documents()
+    for path, content in [*texts.items(), *((path, picture.svg()) for path, picture in pictures.items())]:
+        path.write_text(content, encoding="utf-8")
+        print(path.relative_to(ROOT))

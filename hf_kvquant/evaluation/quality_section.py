@@ -53,6 +53,12 @@ def perplexity_increase(quality: Quality, dense: Quality) -> float:
     return 100 * (quality.chunks.perplexity / dense.chunks.perplexity - 1)
 
 
+def divergence(quality: Quality) -> str:
+    """From the unquantized cache's predictions, in nats."""
+    found = quality.chunks.kl_divergence
+    return f"{found:.1e}" if found >= _LEAST_KL else f"<{_LEAST_KL:.0e}"
+
+
 def quality_table(rows: Mapping[str, Quality]) -> Table:
     """One line a cache."""
     dense = rows.get(DENSE)
@@ -65,7 +71,7 @@ def quality_table(rows: Mapping[str, Quality]) -> Table:
         worst = (max((e for e in getattr(quality, which) if e is not None), default=None) for which in _ERRORS)
         lines.append((
             cache, "-" if quality.scales is None else " / ".join(quality.scales), f"{quality.bytes_held:,}{share}",
-            f"{quality.chunks.perplexity:.4f}{increase}", f"{quality.chunks.kl_divergence:.1e}",
+            f"{quality.chunks.perplexity:.4f}{increase}", divergence(quality),
             f"{quality.chunks.top1_agreement:.2%}", f"{quality.greedy_match:.2%}",
             *("-" if error is None else f"{error:.2%}" for error in worst),
             "-" if quality.clipped is None else f"{sum(quality.clipped):,}",
@@ -85,11 +91,11 @@ def _pictures(rows: Mapping[str, Quality], context: int, name: str, caption: str
     places = {cache: bytes_per_token(quality, context) for cache, quality in others.items()}
     x_label = f"bytes per token, over {context:,} tokens"
     reference = None if dense is None else (DENSE, bytes_per_token(dense, context))
-    divergence = {
+    divergences = {
         cache: (places[cache], max(quality.chunks.kl_divergence, _LEAST_KL)) for cache, quality in others.items()
     }
     title, y_label = "Divergence against memory", f"KL divergence (nats, at least {_LEAST_KL:g})"
-    pictures = [charts.points(f"{name}-kl", title, caption, divergence, x_label, y_label, reference)]
+    pictures = [charts.points(f"{name}-kl", title, caption, divergences, x_label, y_label, reference)]
     if dense is not None:
         increase = {cache: (places[cache], perplexity_increase(quality, dense)) for cache, quality in others.items()}
         title, y_label = "Perplexity against memory", f"perplexity over {DENSE}'s (%)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -67,22 +68,21 @@ def sections_of(file: Path, name: str) -> list[Section]:
         ) from error
 
 
-def record_sections(record: Mapping[str, Any], name: str) -> list[Section]:
-    """Of a record of several models' comparisons."""
+def comparisons_of(record: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Comparison]]:
+    """The entries of a record of several models, and their comparisons with the record's machine and commit."""
+    origin = {"machine": record["machine"], "commit": record["git_commit"]}
+    found = [(entry, Comparison.from_dict(entry["comparison"])) for entry in record["models"]]
     return [
-        quality_section(
-            # Who saved it knows machine and commit of all.
-            Comparison.from_dict({**entry["comparison"], "setup": {**entry["comparison"]["setup"], **_origin(record)}}),
-            f"{name}-{_plain(entry['name'])}",
-            entry["name"],
-            entry["description"],
-        )
-        for entry in record["models"]
+        (entry, dataclasses.replace(comparison, setup={**comparison.setup, **origin})) for entry, comparison in found
     ]
 
 
-def _origin(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"machine": record["machine"], "commit": record["git_commit"]}
+def record_sections(record: Mapping[str, Any], name: str) -> list[Section]:
+    """Of a record of several models' comparisons."""
+    return [
+        quality_section(comparison, f"{name}-{_plain(entry['name'])}", entry["name"], entry["description"])
+        for entry, comparison in comparisons_of(record)
+    ]
 
 
 def _maker(content: Any) -> Callable[[Any, str], list[Section]] | None:

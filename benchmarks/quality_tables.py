@@ -1,0 +1,142 @@
+"""The record of `benchmarks.quality` in Markdown: a short table for the README, all of it for docs/quality.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_kvquant.evaluation.caches import DENSE
+from hf_kvquant.evaluation.pictures import Picture
+from hf_kvquant.evaluation.quality import Quality
+from hf_kvquant.evaluation.quality_section import divergence, perplexity_increase, quality_section
+from hf_kvquant.evaluation.reporting import comparisons_of
+from hf_kvquant.evaluation.rows import Comparison
+from hf_kvquant.evaluation.sections import Table, provenance
+
+# Of the README: our defaults, and what transformers has.
+_SHORT = (
+    "auto", "int8 dynamic", "fp8_e4m3 dynamic", "transformers fp8", "transformers hqq 8 bit", "transformers hqq 4 bit",
+    "transformers quanto 4 bit",
+)  # fmt: skip
+_PICTURES = ("kl", "perplexity")  # of a model that is no twin; `hf-kvquant report` draws more
+
+Qualities = dict[str, Quality]
+
+
+def readme_table(record: dict[str, Any]) -> str:
+    """Bytes, and perplexity over the unquantized cache's, of a few caches, with what it was measured on."""
+    plain, twins = _parted(record)
+    first = next(iter(plain.values()))
+    header = ["cache", "bytes held", *plain]
+    if twins:
+        header.append("worst of their outlier twins")
+    lines = []
+    for cache in (cache for cache in _SHORT if cache in first):
+        increases = [_increase(qualities, cache) for qualities in plain.values()]
+        line = [
+            _full_name(cache),
+            f"{first[cache].bytes_held / first[DENSE].bytes_held:.2f}x",
+            *map(_percent, increases),
+        ]
+        if twins:
+            line.append(_worst(twins, cache))
+        lines.append(line)
+    setup = _setup(record)
+    return (
+        Table(header, lines).markdown()
+        + f"\nPerplexity over that of `DynamicCache`, windows of {setup['context']:,} tokens of unseen text in growing "
+        "chunks, the repository's models in fp32 (trained to be small, one of each kind); bytes as held for a model in "
+        f"bf16. Twins compute the same with a few channels or heads made large. {provenance(setup)}.\n"
+    )
+
+
+def document(record: dict[str, Any], images: dict[str, list[Picture]]) -> str:
+    """All models and caches. `images` are the pictures of each model, by its name."""
+    plain, _ = _parted(record)
+    everything = {entry["name"]: _qualities(comparison) for entry, comparison in comparisons_of(record)}
+    lines = [
+        "# What each cache costs in quality",
+        "",
+        "`python -m benchmarks.quality` on the repository's models and their outlier twins, which compute the same "
+        "with a few channels or heads of keys or values made large; written by `make readme`. Rows are caches: formats "
+        "of K and V (one name if they are the same), where scales come from, and for static ones how many share one. "
+        "`model` is our cache without quantization, `auto` what it does by itself with the scales of the checkpoint. "
+        "`hf-kvquant report` makes a page of the same file, with errors by layer.",
+        "",
+        f"{provenance(_setup(record))}.",
+        "",
+        "## Perplexity over that of DynamicCache, in percent",
+        "",
+        _overview(everything, lambda qualities, cache: _percent(_increase(qualities, cache), "")),
+        "",
+        "## KL divergence from DynamicCache, in nats",
+        "",
+        _overview(everything, lambda qualities, cache: divergence(qualities[cache])),
+        "",
+    ]
+    for entry, comparison in comparisons_of(record):
+        section = quality_section(comparison, "", entry["name"], entry["description"])
+        is_twin = entry["name"] not in plain
+        lines += [f"## {entry['name']}", "", section.caption, ""]
+        lines += [f"![{picture.title}]({picture.name}.svg)\n" for picture in images.get(entry["name"], [])]
+        body = [table.markdown() for table in section.tables] + [f"- {note}" for note in section.notes]
+        lines += ["<details><summary>All rows</summary>\n", *body, "\n</details>"] if is_twin else body
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def pictures(record: dict[str, Any]) -> dict[str, list[Picture]]:
+    """Name of each model that is no twin -> its pictures."""
+    plain, _ = _parted(record)
+    sections = {
+        entry["name"]: quality_section(comparison, f"quality-{entry['name']}", entry["name"])
+        for entry, comparison in comparisons_of(record)
+        if entry["name"] in plain
+    }
+    return {
+        name: [picture for picture in section.pictures if picture.name.rpartition("-")[2] in _PICTURES]
+        for name, section in sections.items()
+    }
+
+
+def _parted(record: dict[str, Any]) -> tuple[dict[str, Qualities], dict[str, Qualities]]:
+    """Models, and twins, which are called `model/twin`."""
+    found = {entry["name"]: _qualities(comparison) for entry, comparison in comparisons_of(record)}
+    plain = {name: qualities for name, qualities in found.items() if "/" not in name}
+    return plain, {name: qualities for name, qualities in found.items() if "/" in name}
+
+
+def _qualities(comparison: Comparison) -> Qualities:
+    return {row.cache: row.quality for row in comparison.rows if row.quality is not None}
+
+
+def _setup(record: dict[str, Any]) -> dict[str, Any]:
+    return next(comparison.setup for _, comparison in comparisons_of(record))
+
+
+def _increase(qualities: Qualities, cache: str) -> float | None:
+    return perplexity_increase(qualities[cache], qualities[DENSE]) if cache in qualities else None
+
+
+def _worst(twins: dict[str, Qualities], cache: str) -> str:
+    found = {name: _increase(qualities, cache) for name, qualities in twins.items()}
+    return _percent(max((value for value in found.values() if value is not None), default=None))
+
+
+def _percent(value: float | None, unit: str = " %") -> str:
+    if value is None:
+        return ""
+    return f"{value:+,.0f}{unit}" if abs(value) >= 100 else f"{value:+.3f}{unit}"
+
+
+def _overview(everything: dict[str, Qualities], cell: Any) -> str:
+    """Caches down, models across."""
+    caches = dict.fromkeys(cache for qualities in everything.values() for cache in qualities if cache != DENSE)
+    lines = [
+        [cache, *(cell(qualities, cache) if cache in qualities else "" for qualities in everything.values())]
+        for cache in caches
+    ]
+    return Table(["cache", *everything], lines).markdown()
+
+
+def _full_name(cache: str) -> str:
+    return cache if cache.startswith("transformers") else f"kvquant {cache}"
