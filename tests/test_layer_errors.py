@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from helpers import prompt, tiny_llama
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_kvquant import OutOfPagesError, QuantizedPagedCache
 from hf_kvquant.evaluation.errors import LayerErrors, layer_errors
 
+TINY = Path(__file__).parents[1] / "examples" / "tiny-python-lm"
 PIECES = [15, 1, 17, 30]
 # One scale a token and head, whatever came before: what is stored does not depend on the pieces.
 PLAIN = {"kv_cache_dtype": "int8", "scales": "dynamic", "equalize": False, "page_size": 4}
@@ -66,6 +69,26 @@ def test_the_numbers(dtypes: tuple[str, str], attention: str) -> None:
         assert attention_error > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("model_type", "storing"),
+    [
+        ("bloom", [0, 1]),  # an attention of its own
+        ("gpt2", [0, 1]),
+        ("deepseek_v3", [0, 1]),  # keys are made of what is stored
+        ("gemma3n_text", [0, 1]),  # the last two layers read what these store
+        ("falcon_h1", [0, 1]),  # each layer keeps a linear-attention state as well
+        ("qwen3_next", [1]),  # the first keeps a linear-attention state only
+    ],
+)
+def test_models_of_many_kinds(model_type: str, storing: list[int]) -> None:
+    model = families.build(model_type)
+    ids = prompt(1, 33, vocab_size=90)[0].split([8, 1, 24])
+    found = layer_errors(model, ids, QuantizedPagedCache.from_model(model, kv_cache_dtype="int8"))
+    for side in (found.key, found.value, found.attention):
+        assert [index for index, error in enumerate(side) if error is not None] == storing
+        assert all(1e-4 < side[index] < 0.05 for index in storing)
+
+
 def test_every_layer_by_itself() -> None:
     """What the layer before did to its keys changes nothing."""
     model = tiny_llama("sdpa", num_hidden_layers=3)
@@ -80,7 +103,18 @@ def test_a_cache_that_fails_leaves_the_model_as_it_was(dtype: str) -> None:
     model = tiny_llama("kvquant")
     with pytest.raises(OutOfPagesError):
         errors(model, kv_cache_dtype=dtype, page_size=4, num_pages=5)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_where_compressed_tensors_hands_on_a_wrapper_of_the_cache() -> None:
+    """The repository's model as a user with that package loads it."""
+    pytest.importorskip("compressed_tensors")
+    model = AutoModelForCausalLM.from_pretrained(TINY, attn_implementation="kvquant")
+    assert any(module._forward_pre_hooks for module in model.modules())
+    found = errors(model, **PLAIN)
+    for error in (*found.key, *found.value, *found.attention):
+        assert error is not None
+        assert 1e-3 < error < 0.05
 
 
 def test_caches_are_left_as_they_were() -> None:

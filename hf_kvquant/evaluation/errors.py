@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,48 +47,61 @@ def layer_errors(model: PreTrainedModel, pieces: Sequence[torch.Tensor], cache: 
     """
     dense = DynamicCache(config=model.config.get_text_config(decoder=True))
     put, held = _returned_last(dense), _returned_last(cache)
-    sums = [_Squares() for _ in dense.layers]
-    counts = False
-
-    def run_beside(squares: _Squares) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            # Models differ in what they call the argument.
-            instead = [cache if argument is dense else argument for argument in args]
-            named = {name: cache if argument is dense else argument for name, argument in kwargs.items()}
-            if any(argument is cache for argument in (*instead, *named.values())):
-                beside = module.forward(*instead, **named)
-                if counts:
-                    squares.add(_first(output), _first(beside))
-
-        return hook
-
     core = without_wrapper(model)
     modules = dict(core.named_modules())
+    paths = attention_paths(core, len(dense.layers))
     # Where an attention module lies within another, the outer one.
-    hooks = [
-        modules[path].register_forward_hook(run_beside(squares), with_kwargs=True)
-        for squares, paths in zip(sums, attention_paths(core, len(sums)), strict=True)
-        for path in paths[:1]
-    ]
+    watched = {index: _Beside(modules[of_layer[0]], dense, cache) for index, of_layer in enumerate(paths) if of_layer}
     try:
         for piece in pieces:
             model(input_ids=piece[None], past_key_values=dense, use_cache=True)
-            counts = True
+            for beside in watched.values():
+                beside.counts = True
     finally:
-        for handle in hooks:
-            handle.remove()
+        for beside in watched.values():
+            beside.remove()
         del cache.update, dense.update  # type: ignore[method-assign]
     # Under our attention `update` does not return dense tensors, but iterating does.
     contents = dict(enumerate(cache)) if isinstance(cache, QuantizedPagedCache) else held
-    sides = [
-        [
-            _stored_error(put[layer][side], contents[layer][side]) if layer in held else None
-            for layer in range(len(sums))
-        ]
-        for side in (0, 1)
-    ]
-    attention = [squares.relative_error() if index in held else None for index, squares in enumerate(sums)]
+    layers = [index if index in held else None for index in range(len(dense.layers))]
+    sides = [[None if i is None else _stored_error(put[i][side], contents[i][side]) for i in layers] for side in (0, 1)]
+    attention = [None if i is None else watched[i].squares.relative_error() for i in layers]
     return LayerErrors(sides[0], sides[1], attention)
+
+
+class _Beside:
+    """Runs a module once more, whenever it is given one cache, over another, and compares what comes out."""
+
+    def __init__(self, module: torch.nn.Module, cache: Cache, other: Cache) -> None:
+        self.squares = _Squares()
+        self.counts = False  # whether outputs are compared
+        self._cache, self._other = cache, other
+        self._instead: tuple[list[Any], dict[str, Any]] | None = None
+        self._hooks = [
+            # First of all: other hooks (compressed-tensors has one) may put a wrapper around the cache.
+            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
+            module.register_forward_hook(self._after),
+        ]
+
+    def _before(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Models differ in what they call the argument.
+        has_cache = any(value is self._cache for value in (*args, *kwargs.values()))
+        named = {name: self._other if value is self._cache else value for name, value in kwargs.items()}
+        self._instead = (
+            ([self._other if value is self._cache else value for value in args], named) if has_cache else None
+        )
+
+    def _after(self, module: torch.nn.Module, _: tuple[Any, ...], output: Any) -> None:
+        if self._instead is None:
+            return
+        args, kwargs = self._instead
+        beside = module(*args, **kwargs)  # comes through these hooks again, without the first cache
+        if self.counts:
+            self.squares.add(_first(output), _first(beside))
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
 
 class _Squares:

@@ -30,14 +30,14 @@ def _quality_cells(name: str, quality: Quality, dense: Quality | None) -> tuple[
     share = f" ({quality.bytes_held / dense.bytes_held:.2f}x)" if dense is not None else ""
     places = [place for place in quality.first_divergence if place is not None]
     worst = [
-        max((error for error in errors if error is not None), default=0.0)
+        max((error for error in errors if error is not None), default=None)
         for errors in (quality.k_error, quality.v_error, quality.attention_error)
     ]
     return (
         name, "-" if quality.scales is None else " / ".join(quality.scales), f"{quality.bytes_held:,}{share}",
         f"{quality.steps.perplexity:.4f}", f"{quality.chunks.perplexity:.4f}",
         f"{quality.steps.kl_divergence:.2e}", f"{quality.steps.top1_agreement:.2%}", f"{quality.greedy_match:.2%}",
-        str(min(places)) if places else "-", *(f"{error:.3%}" for error in worst),
+        str(min(places)) if places else "-", *("-" if error is None else f"{error:.3%}" for error in worst),
         "-" if quality.clipped is None else f"{sum(quality.clipped):,}",
     )  # fmt: skip
 
