@@ -312,12 +312,13 @@ def test_retrieval_and_speculation_are_parts_of_a_row(tmp_path: Path) -> None:
 
     saved = json.loads(path.read_text())
     saved["rows"][1]["retrieval"][0]["rank"] = 17.25  # to know it again
+    saved["rows"][2]["acceptance"][0]["proposed"] = 171717
     path.write_text(json.dumps(saved))
     again = []
     compared(model, **options, on_row=again.append)
     assert again[1].retrieval[0].rank == 17.25
     assert again[1].acceptance == rows["int8"].acceptance
-    assert again[2].acceptance == rows["few pages"].acceptance
+    assert again[2].acceptance[0].proposed == 171717
     assert again[2].failed == rows["few pages"].failed
     with pytest.raises(ValueError, match="differs in retrieval, speculation;"):
         compared(model, tokenizer=tokenizer, formats=formats, save=path)

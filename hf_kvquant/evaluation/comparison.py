@@ -63,7 +63,7 @@ def compare(
         speculation: whether to count how many drafted tokens are accepted in the greedy continuations: those of prompt
             lookup and, if a model is given here, those of this assistant.
         save: a JSON file, written after every row. If it is there, the rows in it are taken over if they belong to the
-            same model, text and versions; those that failed are tried again.
+            same model, text and versions; what failed is tried again.
         on_row: called with every row as it is done.
 
     Raises ValueError for no data, data shorter than `context`, options that do not fit, a model without a causal head,
@@ -89,8 +89,7 @@ def compare(
         "speculation": bool(speculation) if assistant is None else model_setup(assistant),
     }
     path = None if save is None else Path(save)
-    saved = [] if path is None else read_rows(path, setup, ComparisonRow.from_dict)
-    done = {row.cache: row for row in saved if not row.failed}
+    saved = {} if path is None else {row.cache: row for row in read_rows(path, setup, ComparisonRow.from_dict)}
     models = [model] if assistant is None else [model, assistant]
     notes = [note for each in models for note in disable_fake_quantization(without_wrapper(each))]
     if len(windows) < num_windows:
@@ -99,12 +98,13 @@ def compare(
     with _evaluating(models):
         measuring = _Measuring(model, QualityRun(model, windows, new_tokens, steps), context, probes, drafting)
         for index, candidate in enumerate(compared):
-            row = done.get(candidate.name)
+            row = saved.get(candidate.name)
             if row is None or row.options != candidate.options:
-                row = measuring.row(candidate, None if of_assistant is None else of_assistant[index])
+                row = ComparisonRow(candidate.name, candidate.options)
+            row = measuring.completed(row, candidate, None if of_assistant is None else of_assistant[index])
             rows.append(row)
             if path is not None:
-                later = [done[other.name] for other in compared[index + 1 :] if other.name in done]
+                later = [saved[other.name] for other in compared[index + 1 :] if other.name in saved]
                 write_json(path, Comparison(setup, [*rows, *later], notes).to_dict())
             if on_row is not None:
                 on_row(row)
@@ -121,19 +121,20 @@ class _Measuring:
     probes: list[Probe]
     drafting: AcceptanceRun | None
 
-    def row(self, candidate: Candidate, of_assistant: Candidate | None) -> ComparisonRow:
-        """One cache's numbers, or why there are none."""
-        quality, failed = attempt(lambda: self.quality.measure(lambda: candidate.make(self.context)))
-        row = ComparisonRow(candidate.name, candidate.options, quality, failed=failed)
+    def completed(self, row: ComparisonRow, candidate: Candidate, of_assistant: Candidate | None) -> ComparisonRow:
+        """The row of a cache with what it lacks, or with the reason why it still does."""
+        quality, failed = row.quality, ""
+        if quality is None:
+            quality, failed = attempt(lambda: self.quality.measure(lambda: candidate.make(self.context)))
         if failed:
-            return row
-        failures = []
-        if self.probes:
+            return replace(row, failed=failed)
+        row, failures = replace(row, quality=quality), []
+        if self.probes and not row.retrieval:
             found, failed = attempt(lambda: measure_retrieval(self.model, self.probes, candidate.make))
             row = replace(row, retrieval=found or [])
             failures += [f"retrieval: {failed}"] if failed else []
         drafting = self.drafting
-        if drafting is not None:
+        if drafting is not None and not row.acceptance:
             make_of_assistant = None if of_assistant is None else of_assistant.make
             places = PLACES if candidate.name != DENSE else PLACES[-1:]
             accepted, failed = attempt(lambda: drafting.measure(candidate.make, make_of_assistant, places))
