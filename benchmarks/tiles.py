@@ -32,13 +32,12 @@ def calls(tiny: bool) -> Iterator[tuple[Shape, int, int, int, list[tuple[str, st
     yield Shape(head_dim=64), 8, 32768, 1, [FP8, INT8], [(WIDE, 8), None, ((8, 128, 4, 3), None), (WIDE, None)]
     yield Shape(32, 32, 80), 8, 8192, 1, [FP8, INT8], [(WIDE, 2), None, (WIDE, None)]
     yield Shape(num_kv_heads=4, head_dim=96), 8, 32768, 1, [FP8, INT8], [(WIDE, 16), None, (WIDE, None)]
+    yield usual, 8, 32768, 1, [FP8, INT8, ("fp8_e5m2", "dynamic"), ("model", "")], [(WIDE, 8), None, (WIDE, None)]
     for batch, splits in ((8, 4), (12, 2), (40, 1)):
         yield usual, batch, 8192, 1, [FP8], [(WIDE, splits), None]
-    yield usual, 8, 32768, 1, [FP8, INT8, ("fp8_e5m2", "dynamic")], [(WIDE, 8), None, (NARROW, None)]
+    yield usual, 1, 1024, 1, [FP8], [(WIDE, 8), None, (NARROW, 8)]
+    yield usual, 1, 32768, 1, [FP8], [(WIDE, 33), None, (NARROW, 33), (NARROW, 132)]
     yield usual, 8, 32768, 4, [FP8, INT8], [((16, 64, 2, 3), 6), None]
-    for splits in (16, 33, 66):
-        yield usual, 1, 32768, 1, [FP8], [(WIDE, splits)]
-    yield usual, 1, 32768, 1, [FP8], [None]
     yield usual, 8, 32768, 8, [("model", "")], [None, ((32, 64, 2, 2), None), ((32, 32, 2, 3), None)]
 
 

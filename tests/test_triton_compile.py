@@ -128,8 +128,8 @@ def check_amd(shape: Shape, compiled: Any, tiles: tuning.Tiles, guards: Guards) 
 def known(shape: Shape, tiles: tuning.Tiles) -> dict[str, tuple[float, str]]:
     """What does not hold, by how much, and why that is put up with."""
     result: dict[str, tuple[float, str]] = {}
-    if shape.format == "model" or shape.is_dynamic:
-        # wgmma needs registers and buffers of its own, and which Triton takes it for 8 rows differs by version.
+    if shape.format == "model" and shape.head_dim > 128:
+        # wgmma needs buffers of its own, and which Triton takes it for 8 rows differs by version.
         result["programs"] = (1, "on a device the number of splits follows what the compiled kernel occupies")
     if shape.device == "sm_90" and shape.head_dim == 64 and tiles.block_n == 32:
         result["HGMMA"] = (1, "32 tokens and 32 pairs of channels do not fill the instruction's 64 rows")

@@ -116,9 +116,9 @@ def test_a_kernel_is_launched_with_addresses_and_sizes(played: Played) -> None:
 def test_splits_fill_the_device_once(played: Played, batch_size: int, context: int) -> None:
     """No second wave of programs, and none without a tile."""
     made, _ = plan(batch_size, context // 16)
-    threads = 128
+    threads, block_n = 64, 64
     programs = min(65536 // (-(-REGISTERS // 8) * 8 * threads), 2048 // threads)
     assert made.grid[0] * made.grid[1] <= 132 * programs
-    assert made.grid[0] * made.grid[1] > 132 * programs // 4 or made.splits * 128 >= context
-    assert made.splits * 128 <= max(context, 128)
+    assert made.grid[0] * made.grid[1] > 132 * programs // 4 or made.splits * block_n >= context
+    assert made.splits * block_n <= max(context, block_n)
     assert (made.merge is None) == (made.splits == 1)

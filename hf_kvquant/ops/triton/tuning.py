@@ -19,8 +19,8 @@ _IS_3_5 = Version(triton.__version__) >= Version("3.5")
 
 # Of an H200: bytes of tiles that the programs of a multiprocessor have to hold for the memory to be busy; how long it
 # takes to merge a split more, in the time of a tile, beside reading and writing it.
-_BUSY = 70_000
-_MERGE = 0.04
+_BUSY = 60_000
+_MERGE = 0.06
 _MOST_SPLITS = 128
 
 
@@ -41,33 +41,28 @@ class Tiles:
     programs: int
 
 
-def attention_tiles(
-    num_rows: int, head_dim: int, element_size: int, is_dynamic: bool, is_masked: bool, least_rows: int,
-    tensor_memory: bool,
-) -> Tiles:  # fmt: skip
-    """Tiles for `num_rows` rows over pages of `element_size` bytes, with a scale per token or not, on a device of
-    `least_rows` and `has_tensor_memory`."""
+def attention_tiles(num_rows: int, head_dim: int, element_size: int, least_rows: int, tensor_memory: bool) -> Tiles:
+    """Tiles for `num_rows` rows over pages of `element_size` bytes on a device of `least_rows` and `has_tensor_memory`.
+
+    Two warps multiply in fewer instructions than a group of four, and what Triton makes of them is the same in all its
+    versions (3.9 turns four warps and 8 rows into other products, with fewer programs at once).
+    """
     if element_size == 4:  # fp32 is multiplied as such, without tensor cores
         return Tiles(16, 32, 4, 2, 2)
+    is_wide = head_dim > 128
+    if num_rows <= 8 and least_rows <= 8 and not is_wide:
+        # As fast as (8, 128, 4, 2) at 128 channels of 8 bits, where both were measured; predicted for others.
+        return Tiles(8, 64, 2, 3, 5 if element_size == 1 else 3)
     if tensor_memory:
-        return _two_warps(num_rows, head_dim, element_size)
+        return _in_registers(num_rows, is_wide, element_size)
     if num_rows <= 8 and least_rows <= 8:
-        if head_dim > 128:
-            return Tiles(8, 64, 4, 3, 2)
-        if element_size == 2:
-            return Tiles(8, 128, 4, 2, 2)
-        # Scales of tokens and a mask need registers; with both, smaller programs leave room for more of them. So they
-        # do where a tile has fewer bytes than at 128: waiting then takes longer than reading (predicted).
-        if is_dynamic and not is_masked and head_dim == 128:
-            return Tiles(8, 128, 4, 2, 4)
-        return Tiles(8, 64, 2, 3, 5 if is_dynamic else 6)
+        return Tiles(8, 64, 4, 3, 2)
     if num_rows <= 16:
-        return Tiles(16, 64, 2, 3, 3) if head_dim <= 128 else Tiles(16, 64, 4, 2, 1)
-    if head_dim > 128:
+        return Tiles(16, 64, 4, 2, 1) if is_wide else Tiles(16, 64, 2, 3, 3)
+    if is_wide:
         return Tiles(32, 32, 4, 2, 1)
-    # Two warps multiply in fewer instructions than a group of four, and twice as many programs find room; for 64 rows
-    # even where both halves read the same past (predicted: 0.65 and 0.8 of the time).
     if num_rows <= 64 and element_size == 1:
+        # Predicted: 0.7 of the time of four warps, and for 64 rows 0.8, even where both halves read the same past.
         return Tiles(32, 64, 2, 3, 4)
     if num_rows <= 32:
         return Tiles(32, 64, 4, 2, 2)
@@ -76,19 +71,17 @@ def attention_tiles(
     return Tiles(64, 64, 4, 3 if element_size == 1 else 2, 2)
 
 
-def _two_warps(num_rows: int, head_dim: int, element_size: int) -> Tiles:
-    """Tiles that Triton multiplies in registers on a device with memory for tensor cores (found by compiling, not
-    measured).
+def _in_registers(num_rows: int, is_wide: bool, element_size: int) -> Tiles:
+    """Tiles that are multiplied in registers on a device whose tensor cores have a memory (compiled, not measured).
 
     Products of four and eight warps go through that memory: what is converted in registers is stored there first, in
     several times the instructions (Triton 3.5, 3.6), or the compiler fails (3.5, 3.9).
     """
-    num_stages = 2 if element_size == 2 or head_dim > 128 else 3
-    if num_rows <= 8:
-        return Tiles(8, 64 if element_size == 1 or head_dim <= 128 else 32, 2, num_stages, 5)
+    block_n = 32 if is_wide and element_size == 2 else 64
+    num_stages = 2 if is_wide or element_size == 2 else 3
     if num_rows <= 16:
-        return Tiles(16, 64 if element_size == 1 or head_dim <= 128 else 32, 2, num_stages, 4)
-    return Tiles(32, 64 if element_size == 1 and head_dim <= 128 else 32, 2, num_stages, 4)
+        return Tiles(8 if num_rows <= 8 else 16, block_n, 2, num_stages, 4)
+    return Tiles(32, 32 if is_wide or element_size == 2 else 64, 2, num_stages, 4)
 
 
 def num_splits(
