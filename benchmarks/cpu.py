@@ -1,7 +1,7 @@
 """What the operators for CPUs give against the host's own caches: in one process, peers in turn, medians of ratios.
 
     python -m benchmarks.cpu --json benchmarks/results/cpu-epyc.json
-    python -m benchmarks.cpu --only attention
+    python -m benchmarks.cpu --only attention --rows 0,2  # the first and the third row
     python -m benchmarks.cpu --tiny                       # try the program itself
 
 Other work on the machine slows all peers of a round alike, so ratios are of one round. Waiting threads must not spin
@@ -31,9 +31,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_kvquant import KVQuantConfig, QuantizedPagedCache
 from hf_kvquant.attention import kvquant_attention
+from hf_kvquant.evaluation.timing import Clock
 from hf_kvquant.ops import cpu
 
-from .generation import Clock
 from .models import fill
 from .results import Results
 
@@ -124,13 +124,27 @@ def llama(layers: int, q_heads: int, kv_heads: int, head_dim: int) -> LlamaConfi
     )  # fmt: skip
 
 
-def measure_attention(results: Results, tiny: bool) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """What of a part is measured, and how long a row may take."""
+
+    tiny: bool
+    rows: frozenset[int] | None  # None: all
+    seconds: float
+
+    def of(self, rows: list[Any], tiny: list[Any]) -> list[Any]:
+        """Those that were chosen."""
+        rows = tiny if self.tiny else rows
+        return [row for index, row in enumerate(rows) if self.rows is None or index in self.rows]
+
+
+def measure_attention(results: Results, plan: Plan) -> None:
     """`update` and attention of one layer and one new token: 32 query heads, 8 of K and V, head_dim 128."""
     results.part("attention", "a layer's step, 32/8 heads, head_dim 128, ms; x: times as long as kvquant int8")
     config = llama(1, 32, 8, 128)
     module = SimpleNamespace(num_key_value_groups=4, is_causal=True, training=False, scaling=128**-0.5)
     sizes = [(1, 512), (1, 4096), (1, 32768), (8, 512), (8, 4096), (8, 32768)]
-    for batch, context in [(2, 65)] if tiny else sizes:
+    for batch, context in plan.of(sizes, [(2, 65)]):
 
         def measured(batch: int = batch, context: int = context) -> dict[str, Any]:
             ways = ways_for(config, without_compiler=True)
@@ -147,7 +161,7 @@ def measure_attention(results: Results, tiny: bool) -> None:
                 way.update_seconds.append(middle - start)
                 way.seconds.append(time.perf_counter() - start)
 
-            speeds = in_turn(ways, step, 60, 3 if tiny else 100)
+            speeds = in_turn(ways, step, min(60, plan.seconds), 3 if plan.tiny else 100)
             times = ratios(ways)
             row: dict[str, Any] = {"rounds": len(speeds), "load average": os.getloadavg()[0]}
             for way in ways:
@@ -165,12 +179,12 @@ def measure_attention(results: Results, tiny: bool) -> None:
         gc.collect()
 
 
-def measure_prompt(results: Results, tiny: bool) -> None:
+def measure_prompt(results: Results, plan: Plan) -> None:
     """A prompt's `update` and attention: alone, and after a stored past."""
     results.part("prompt", "a layer's prompt, 32/8 heads, head_dim 128, ms; x: times as long as kvquant int8")
     config = llama(1, 32, 8, 128)
     module = SimpleNamespace(num_key_value_groups=4, is_causal=True, training=False, scaling=128**-0.5)
-    for past, tokens in [(0, 5), (65, 5)] if tiny else [(0, 512), (0, 2048), (4096, 64), (4096, 512)]:
+    for past, tokens in plan.of([(0, 512), (0, 2048), (4096, 64), (4096, 512)], [(0, 5), (65, 5)]):
 
         def measured(past: int = past, tokens: int = tokens) -> dict[str, Any]:
             new = [torch.randn(1, tokens, 8, 128, dtype=DTYPE).transpose(1, 2) for _ in range(2)]
@@ -193,7 +207,7 @@ def measure_prompt(results: Results, tiny: bool) -> None:
                 way.attend(module, query, key, value, mask)
                 way.seconds.append(time.perf_counter() - start)
 
-            speeds = in_turn(ways, step, 20, 3 if tiny else 20)
+            speeds = in_turn(ways, step, min(20, plan.seconds), 3 if plan.tiny else 20)
             times = ratios(ways)
             row: dict[str, Any] = {"rounds": len(speeds), "load average": os.getloadavg()[0]}
             for way, name in zip(ways, names, strict=True):
@@ -203,12 +217,12 @@ def measure_prompt(results: Results, tiny: bool) -> None:
         results.row({"past": past, "new": tokens}, measured)
 
 
-def measure_generate(results: Results, tiny: bool) -> None:
+def measure_generate(results: Results, plan: Plan) -> None:
     """`generate` with a model of SmolLM2-135M's shape over a random past."""
     results.part("generate", "135M shape, 30 layers, 9/3 heads, head_dim 64: tokens/s; x: kvquant int8 over it")
-    config = llama(2, 3, 1, 64) if tiny else llama(30, 9, 3, 64)
+    config = llama(2, 3, 1, 64) if plan.tiny else llama(30, 9, 3, 64)
     model = LlamaForCausalLM._from_config(config, dtype=DTYPE, attn_implementation="sdpa").eval()
-    for context in [65] if tiny else [512, 4096, 16384]:
+    for context in plan.of([512, 4096, 16384], [65]):
 
         def measured(context: int = context) -> dict[str, Any]:
             ways = [way for way in ways_for(model.config, True) if way.name != "DynamicCache, packed"]
@@ -227,7 +241,7 @@ def measure_generate(results: Results, tiny: bool) -> None:
                 steps = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
                 way.seconds.append(statistics.median(steps))
 
-            speeds = in_turn(ways, step, 120, 3 if tiny else 20)
+            speeds = in_turn(ways, step, min(120, plan.seconds), 3 if plan.tiny else 20)
             times = ratios(ways)
             row: dict[str, Any] = {"rounds": len(speeds), "load average": os.getloadavg()[0]}
             for way in ways:
@@ -244,6 +258,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--only", default=",".join(parts), help=f"parts, of {','.join(parts)}")
+    parser.add_argument("--rows", help="rows of the parts, from 0 on; all by default")
+    parser.add_argument("--seconds", type=float, default=120.0, help="the most that a row's rounds may take")
     parser.add_argument("--tiny", action="store_true", help="sizes that say nothing, to try the program")
     parser.add_argument("--threads", type=int, help="by default torch's own choice")
     arguments = parser.parse_args()
@@ -252,6 +268,8 @@ def main() -> None:
         parser.error(f"unknown part(s) {', '.join(unknown)}; choose of {', '.join(parts)}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    rows = None if arguments.rows is None else frozenset(map(int, arguments.rows.split(",")))
+    plan = Plan(arguments.tiny, rows, arguments.seconds)
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
@@ -261,7 +279,7 @@ def main() -> None:
     about["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY")
     print(about["device"], about["threads"], "threads", about["path"], about["versions"], about["git_commit"])
     for name in chosen:
-        parts[name](results, arguments.tiny)
+        parts[name](results, plan)
 
 
 if __name__ == "__main__":

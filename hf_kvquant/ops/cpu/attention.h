@@ -123,7 +123,7 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
     const int64_t start = block.start + span_index * block.span, stop = std::min(start + block.span, block.stop);
     const bool few = rows <= DIRECT_ROWS;
     const bool k_direct = few && k_dim % W == 0, v_direct = few && v_dim % W == 0;
-    const bool digits = HAS_DIGITS && a.query_format != FLOAT;
+    const bool digits = HAS_DIGITS && a.query_format != FLOAT && rows > 1;  // one row waits for memory anyway
     const bool k_digits = digits && k_direct && a.k.format == INT8, v_digits = digits && v_direct && a.v.format == INT8;
     const int64_t chunk = k_direct && v_direct ? DIRECT_CHUNK : CHUNK, padded = round_up(block.span, W) + PADDING;
 
