@@ -93,3 +93,13 @@ def test_saved_session(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in (tmp_path / "new").iterdir()) == size < 0.55 * dense
     assert len(set(re.findall(r"(\d+ of \d+) tokens to compute", output))) == 1
     assert "same tokens: True" in output
+
+
+def test_choose_format() -> None:
+    output = run("choose_format.py", "--context", "64", "--windows", "1", "--most", "1e-2")
+    name = re.search(r"^smallest with a KL divergence of at most 0.01: (.+)$", output, re.MULTILINE)[1]
+    sizes = re.findall(r"^(\S.*?)  .*? ([\d,]+) \(", output, re.MULTILINE)
+    held = {cache: int(size.replace(",", "")) for cache, size in sizes}
+    assert len(held) >= 5
+    assert held[name] < 0.6 * held["DynamicCache"]
+    assert "needle, 64 tokens" in output
