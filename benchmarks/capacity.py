@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_kvquant.evaluation.memory import free, synchronize
+
 from .models import CAPACITY_WAYS, Way, build_model, cache_bytes, fill
 from .results import Results
-from .timing import free, synchronize
 
 _SECONDS_A_ROW = 60.0
 

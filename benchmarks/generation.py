@@ -12,29 +12,18 @@ import time
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteriaList
+
+from hf_kvquant.evaluation.memory import free, synchronize
+from hf_kvquant.evaluation.timing import Clock
 
 from .bandwidth import ceilings
 from .models import WAYS, Way, build_model, cache_bytes, fill, weight_bytes
 from .results import Results
-from .timing import free, synchronize
 
 # (batch, context) and how many of the ways, in the order of importance: compiling takes time.
 CELLS = [(8, 32768, len(WAYS)), (1, 1024, len(WAYS)), (32, 8192, 5)]
 _WARMUP = 8
-
-
-class Clock(StoppingCriteria):
-    """Notes when each step was done; never stops."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        synchronize(self.device)  # the host would wait for the token in any case
-        self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def run(model: PreTrainedModel, way: Way, batch: int, context: int, new_tokens: int) -> dict[str, Any]:

@@ -23,9 +23,10 @@ from pathlib import Path
 
 import torch
 
+from hf_kvquant.evaluation.memory import free
+
 from . import bandwidth, capacity, decode, generation, gpu_tests, prefill, small, tiles, write
 from .results import Results
-from .timing import free
 
 # Parts of a call, in the order of their worth. A name with `:quick` takes fewer rows.
 GROUPS = {

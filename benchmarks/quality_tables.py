@@ -75,12 +75,7 @@ def document(record: dict[str, Any], images: dict[str, list[Picture]]) -> str:
     ]
     for entry, comparison in comparisons_of(record):
         section = quality_section(comparison, "", entry["name"], entry["description"])
-        is_twin = entry["name"] not in plain
-        lines += [f"## {entry['name']}", "", section.caption, ""]
-        lines += [f"![{picture.title}]({picture.name}.svg)\n" for picture in images.get(entry["name"], [])]
-        body = [table.markdown() for table in section.tables] + [f"- {note}" for note in section.notes]
-        lines += ["<details><summary>All rows</summary>\n", *body, "\n</details>"] if is_twin else body
-        lines.append("")
+        lines.append(section.markdown(images.get(entry["name"], []), folded=entry["name"] not in plain))
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Write the README's tables, docs/gpu.md, docs/quality.md and their pictures from committed results (`make readme`).
+"""`make readme`: the README's tables, docs/cpu.md, docs/gpu.md, docs/quality.md and their pictures, from results.
 
 So no number is typed by hand, and a test holds them together.
 """
@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import cpu_tables
 import gpu_tables
 import quality_tables
 
@@ -18,6 +19,7 @@ from hf_kvquant.evaluation.pictures import Picture
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO, GPU = RESULTS / "demo-cpu.json", RESULTS / "h200-2026-11-20.json"
+CPU, CPU_OPERATORS = RESULTS / "bench-cpu-2026-11-20.json", RESULTS / "cpu-epyc.json"
 QUALITY = RESULTS / "quality-2026-11-20.json"
 
 
@@ -55,7 +57,8 @@ def put(text: str, name: str, table: str) -> str:
 
 def documents() -> tuple[dict[Path, str], dict[Path, Picture]]:
     """All that is written: texts, and pictures as SVG."""
-    demo, gpu, quality = (json.loads(path.read_text(encoding="utf-8")) for path in (DEMO, GPU, QUALITY))
+    paths = (DEMO, CPU, CPU_OPERATORS, GPU, QUALITY)
+    demo, cpu, operators, gpu, quality = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tables = {
         "demo": demo_table(demo),
@@ -64,13 +67,15 @@ def documents() -> tuple[dict[Path, str], dict[Path, Picture]]:
     }
     for name, table in tables.items():
         readme = put(readme, name, table)
+    of_cpu = cpu_tables.pictures(cpu)
     of_gpu, of_models = gpu_tables.pictures(gpu), quality_tables.pictures(quality)
     texts = {
         ROOT / "README.md": readme,
+        ROOT / "docs" / "cpu.md": cpu_tables.document(cpu, operators, of_cpu),
         ROOT / "docs" / "gpu.md": gpu_tables.document(gpu, of_gpu),
         ROOT / "docs" / "quality.md": quality_tables.document(quality, of_models),
     }
-    drawn = [*of_gpu, *(picture for of_model in of_models.values() for picture in of_model)]
+    drawn = [*of_cpu, *of_gpu, *(picture for of_model in of_models.values() for picture in of_model)]
     return texts, {ROOT / "docs" / f"{picture.name}.svg": picture for picture in drawn}
 
 

@@ -15,8 +15,7 @@ import torch
 import transformers
 
 from hf_kvquant.evaluation.machine import device_name, git_commit, output_of
-
-from .timing import free
+from hf_kvquant.evaluation.memory import free
 
 
 def describe(device: torch.device) -> dict[str, Any]:

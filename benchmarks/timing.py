@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -11,22 +10,10 @@ from typing import Any
 
 import torch
 
+from hf_kvquant.evaluation.memory import synchronize
+
 # What a timed graph should take at least. Calls that the host needs longer for than the device are counted instead.
 _GRAPH_SECONDS, _HOST_BOUND_SECONDS, _CALLS = 4e-3, 2e-4, 128
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for everything that was given to the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def free(device: torch.device) -> None:
-    """Give back memory that nothing refers to."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
 
 
 def l2_bytes(device: torch.device) -> int:

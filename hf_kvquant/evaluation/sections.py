@@ -46,6 +46,16 @@ class Section:
     pictures: list[Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def markdown(self, pictures: Sequence[Picture], folded: bool = False) -> str:
+        """For a document beside which `pictures` lie as SVG files; `folded` tables are hidden until asked for."""
+        parts = [f"## {self.title}\n", f"{self.caption}\n"]
+        parts += [f"![{picture.title}]({picture.name}.svg)\n" for picture in pictures]
+        body = [table.markdown() for table in self.tables]
+        if self.notes:
+            body.append("".join(f"- {note}\n" for note in self.notes))
+        parts += ["<details><summary>All rows</summary>\n", *body, "</details>\n"] if folded else body
+        return "\n".join(parts)
+
 
 def provenance(setup: Mapping[str, Any]) -> str:
     """Device, versions and commit, in words."""
