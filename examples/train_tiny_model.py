@@ -1,7 +1,7 @@
 """Train a tiny model on the text every Python ships, and store FP8 KV-cache scales with it.
 
     python examples/train_tiny_model.py --output examples/tiny-python-lm --minutes 40
-    python examples/train_tiny_model.py --model qwen3 --output examples/tiny-python-qk-norm --step-tokens 2048
+    python examples/train_tiny_model.py --model qwen3 --output examples/tiny-python-qk-norm
     python examples/train_tiny_model.py --model qwen2 --output examples/tiny-python-key-bias
 
 The scales are stored the way llm-compressor stores them in a compressed-tensors checkpoint, so the result
