@@ -86,6 +86,9 @@ def main() -> None:
     about = results.data["about"]
     print(about["device"], about["driver"], about["versions"], about["git_commit"], sep=" | ")
     for name in filter(None, chosen):
+        if time.monotonic() > end:  # what the file has of it stays
+            print(f"-- {name}: no time left")
+            continue
         start = time.perf_counter()
         results.budget = left()
         part = name.removesuffix(":quick")

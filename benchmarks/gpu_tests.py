@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,27 +47,36 @@ def run(
             with Path(folder, f"output-{worker}").open("w", encoding="utf-8") as output:
                 processes.append(_pytest("-v", "--tb=short", "-m", mark, f"@{chosen}", stdout=output))
         for process in processes:
-            try:
-                process.wait(max(0.0, start + seconds - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _wait(process, start + seconds - time.monotonic())
         outputs = [
             Path(folder, f"output-{worker}").read_text(encoding="utf-8", errors="replace") for worker in range(workers)
         ]
     outcomes = {name: outcome for text in outputs for name, outcome in _OUTCOME.findall(text)}
     failures = [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")]
     for process, text in zip(processes, outputs, strict=True):
-        if process.returncode not in (0, -9):
+        if process.returncode != 0:
             print(text[-4000:])
     counts = Counter(outcome.lower() for outcome in outcomes.values())
     not_run = len(names) - sum(name in outcomes for name in names)
     # A process that dies takes the rest of its tests with it: its code says so.
-    died = [process.returncode for process in processes if process.returncode not in (0, 1, -9)]
+    died = [process.returncode for process in processes if process.returncode not in (0, 1, 2)]
     return {
         **counts, "not run": not_run, "seconds": round(time.monotonic() - start), **({"died": died} if died else {}),
         **({"failures": failures[:100]} if failures else {}),
     }  # fmt: skip
+
+
+def _wait(process: subprocess.Popen[str], seconds: float) -> None:
+    """Until the process ends, or has been stopped."""
+    try:
+        process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it then still says what failed, and its code is 2
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _pytest(*arguments: str, stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:

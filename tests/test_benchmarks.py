@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PARTS = ["bandwidth", "decode", "small", "write", "prefill", "generate", "capacity"]
@@ -83,3 +84,21 @@ def test_a_failing_row_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypa
     rows = kept.rows("some")
     assert [row.get("b") for row in rows] == [None, 2.5, None]
     assert "not started" in rows[2]["error"]
+
+
+def test_parts_of_another_call_are_taken_in(tmp_path: Path) -> None:
+    from benchmarks.results import Results
+
+    first = Results(tmp_path / "first.json", torch.device("cpu"), budget=10)
+    first.part("decode", "...")
+    first.row({"what": "a"}, lambda: {"us": 1.0})
+    second = Results(tmp_path / "second.json", torch.device("cpu"), budget=10)
+    second.part("write", "...")
+    second.take(tmp_path / "first.json")
+    saved = json.loads((tmp_path / "second.json").read_text())
+    assert sorted(saved["parts"]) == ["decode", "write"]
+    assert saved["parts"]["decode"]["rows"][0]["us"] == 1.0
+    saved["about"]["device"] = "another"
+    (tmp_path / "third.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="measured on another"):
+        second.take(tmp_path / "third.json")
