@@ -45,6 +45,7 @@ class Batch:
         """Without padding."""
         return self._tokens.shape[:2].numel() if self.mask is None else int(self.mask.sum())
 
+
 # A string that is longer is no file's name nor a data set's.
 _LONGEST_NAME = 1024
 
