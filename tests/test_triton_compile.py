@@ -180,7 +180,8 @@ MANY = [
     # Every line of the table for the tensor cores with a memory of their own; elsewhere a few of each.
     *(Shape("sm_100", *kind, t, d) for d in (64, 128, 256) for t in (1, 4, 8) for kind in KINDS),
     *(Shape("sm_100", "fp8_e5m2", is_dynamic) for is_dynamic in (False, True)),
-    *(Shape("sm_100", "int8", True, t, mask=mask, options=True) for t in (1, 8) for mask in ("key", "bool", "float")),
+    *(Shape("sm_100", "int8", True, t, mask=mask, options=True) for t in (1, 8) for mask in ("key", "float")),
+    Shape("sm_100", "int8", True, 8, mask="bool", options=True),
     *(Shape(d, *kind, t) for d in ("sm_120", "gfx950") for t in (1, 4, 32) for kind in KINDS),
     *(Shape(d, *kind, head_dim=h) for d in ("sm_120", "gfx950") for h in (64, 256) for kind in KINDS[1::2]),
     *(Shape(d, "fp8_e4m3", True, mask="key", options=True) for d in ("sm_100", "sm_120", "gfx950")),
