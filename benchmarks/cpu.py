@@ -87,7 +87,8 @@ def ways_for(config: LlamaConfig, without_compiler: bool) -> list[Way]:
 def in_turn(ways: list[Way], step: Callable[[Way], None], seconds: float, rounds: int) -> list[float]:
     """Let every way make a step, again and again; returns how fast memory was read in each round, bytes a second.
 
-    The order changes from round to round: the first after the read finds its cache empty.
+    The read comes before each step, so that every way finds the processor's caches alike, with nothing left to be written
+    back for the one before it.
     """
     memory = torch.ones(1 << 25 if rounds > 3 else 1 << 15, dtype=torch.int64)
     speeds = []
@@ -97,12 +98,14 @@ def in_turn(ways: list[Way], step: Callable[[Way], None], seconds: float, rounds
             for way in ways:
                 way.seconds, way.update_seconds = [], []
             start = time.perf_counter()
+        reads = []
         for way in random.sample(ways, len(ways)):
             cpu.use(way.path)
+            begin = time.perf_counter()
+            memory.sum()
+            reads.append(time.perf_counter() - begin)
             step(way)
-        begin = time.perf_counter()
-        memory.sum()
-        speeds.append(memory.nbytes / (time.perf_counter() - begin))
+        speeds.append(memory.nbytes / statistics.median(reads))
         if index >= 3 and time.perf_counter() - start > seconds:
             break
     cpu.use()
