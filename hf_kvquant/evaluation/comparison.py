@@ -18,6 +18,7 @@ from ..hosts import disable_fake_quantization, without_wrapper
 from .acceptance import PLACES, AcceptanceRun
 from .attempt import attempt
 from .caches import DEFAULT_FORMATS, DENSE, Candidate, Formats, candidates
+from .machine import git_commit
 from .quality import QualityRun
 from .resume import read_rows, write_json
 from .retrieval import Probe, make_probes, measure_retrieval
@@ -90,6 +91,7 @@ def compare(
     }
     path = None if save is None else Path(save)
     saved = {} if path is None else {row.cache: row for row in read_rows(path, setup, ComparisonRow.from_dict)}
+    setup["commit"] = git_commit()  # to be told, not compared: rows are taken over from one to the next
     models = [model] if assistant is None else [model, assistant]
     notes = [note for each in models for note in disable_fake_quantization(without_wrapper(each))]
     if len(windows) < num_windows:
