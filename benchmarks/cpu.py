@@ -87,8 +87,8 @@ def ways_for(config: LlamaConfig, without_compiler: bool) -> list[Way]:
 def in_turn(ways: list[Way], step: Callable[[Way], None], seconds: float, rounds: int) -> list[float]:
     """Let every way make a step, again and again; returns how fast memory was read in each round, bytes a second.
 
-    The read comes before each step, so that every way finds the processor's caches alike, with nothing left to be written
-    back for the one before it.
+    The read comes before each step, so that every way finds the processor's caches alike, and none waits for what the
+    one before it left to be written.
     """
     memory = torch.ones(1 << 25 if rounds > 3 else 1 << 15, dtype=torch.int64)
     speeds = []
