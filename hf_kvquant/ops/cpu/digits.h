@@ -33,7 +33,7 @@ struct Ahead {
     int64_t dim, offset = 0;
 
     INLINE void fetch_line() {
-        __builtin_prefetch(*row + offset, 0, 2);
+        __builtin_prefetch(*row + offset, 0, 3);
         offset += 64;
         row += offset >= dim;
         offset = offset >= dim ? 0 : offset;
