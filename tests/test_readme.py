@@ -42,6 +42,7 @@ def test_documents_are_the_committed_results(monkeypatch: pytest.MonkeyPatch) ->
     for path, picture in pictures.items():
         assert digest_in(path.read_text(encoding="utf-8")) == picture.digest, f"{path.name}: run `make readme`"
         assert any(f"({path.name})" in text for text in texts.values())
+    assert set((ROOT / "docs").glob("*.svg")) == set(pictures)
 
 
 def test_a_table_has_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
