@@ -81,9 +81,10 @@ def compiling(device: Device) -> Iterator[dict[str, list[Any]]]:
             get_current_stream=lambda _: 0,
         )
         config = triton.runtime.driver
-        before = config._active
+        active = "_active" if hasattr(config, "_active") else "active"  # Triton 3.4
+        before = getattr(config, active)
         config.set_active(driver)
-        stack.callback(setattr, config, "_active", before)
+        stack.callback(setattr, config, active, before)
         launched = {}
         for name in ("_attention", "_merge", "_write", "_read"):
             kernel = _Kernel(getattr(kernels, name).kernel)

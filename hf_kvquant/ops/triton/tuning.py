@@ -49,13 +49,13 @@ def attention_tiles(num_rows: int, head_dim: int, element_size: int, least_rows:
     """
     if element_size == 4:  # fp32 is multiplied as such, without tensor cores
         return Tiles(16, 32, 4, 2, 2)
-    is_wide = head_dim > 128
-    if num_rows <= 8 and least_rows <= 8 and not is_wide:
+    num_rows, is_wide = max(num_rows, least_rows), head_dim > 128
+    if num_rows <= 8 and not is_wide:
         # As fast as (8, 128, 4, 2) at 128 channels of 8 bits, where both were measured; predicted for others.
         return Tiles(8, 64, 2, 3, 5 if element_size == 1 else 3)
     if tensor_memory:
         return _in_registers(num_rows, is_wide, element_size)
-    if num_rows <= 8 and least_rows <= 8:
+    if num_rows <= 8:
         return Tiles(8, 64, 4, 3, 2)
     if num_rows <= 16:
         return Tiles(16, 64, 4, 2, 1) if is_wide else Tiles(16, 64, 2, 3, 3)
