@@ -137,6 +137,9 @@ def known(shape: Shape, tiles: tuning.Tiles) -> dict[str, tuple[float, str]]:
         result |= {"edges: spills": (8, "few tiles are at the edges")}
     if tiles.block_m >= 64:
         result |= {"loop: spills": (4, "a few words beyond the 255 registers of a thread")}
+    if shape.device == "sm_120" and tiles.block_m >= 64:
+        reason = "without products of warp groups their operands are in registers"
+        result |= {"loop: spills": (10, reason), "edges: spills": (10, reason)}
     if shape.device == "sm_100" and shape.head_dim > 128:
         reason = "the registers of two warps for 256 channels; four would be multiplied in tensor memory"
         result |= {"loop: spills": (40, reason), "edges: spills": (60, reason)}
