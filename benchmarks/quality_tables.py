@@ -14,8 +14,8 @@ from hf_kvquant.evaluation.sections import Table, provenance
 
 # Of the README: our defaults, and what transformers has.
 _SHORT = (
-    "auto", "int8 dynamic", "fp8_e4m3 dynamic", "transformers fp8", "transformers hqq 8 bit", "transformers hqq 4 bit",
-    "transformers quanto 4 bit",
+    "auto", "int8 dynamic", "int8 dynamic, 16 recent tokens exact", "fp8_e4m3 dynamic", "transformers fp8",
+    "transformers hqq 8 bit", "transformers hqq 4 bit", "transformers quanto 4 bit",
 )  # fmt: skip
 _PICTURES = ("kl", "perplexity")  # of a model that is no twin; `hf-kvquant report` draws more
 
