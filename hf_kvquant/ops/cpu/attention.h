@@ -150,6 +150,7 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
         k_tile_rows = carver.take<const float*>(k_direct ? 0 : k_dim);
         v_tile_rows = carver.take<const float*>(v_direct ? 0 : CHUNK);
         slots = carver.take<int64_t>(padded);
+        // Behind the rows: where K and V differ in size, fetching ahead looks at pointers beyond them, at most so many.
         codes_tile = carver.take<int32_t>(std::max(k_digits ? k_dim : 0, v_digits ? v_dim : 0) * DIGIT_CHUNK / 4);
         q_digits = digits_from(carver, k_digits ? rows : 0, k_dim);
         weight_digits = digits_from(carver, v_digits ? rows : 0, chunk);
