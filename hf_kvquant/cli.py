@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     eval_.add_argument("--context", type=int, default=1024, help="tokens of a window (default: 1024)")
     eval_.add_argument("--num-windows", type=int, default=8, help="most windows (default: 8)")
     eval_.add_argument("--new-tokens", type=int, default=64, help="of the greedy continuations (default: 64)")
+    eval_.add_argument("--steps", type=int, help="tokens of a window read one by one (default: half of it)")
     eval_.add_argument("--attention", default="kvquant", help="attention implementation (default: kvquant)")
     eval_.add_argument(
         "--retrieval", nargs="+", type=int, default=[], metavar="LENGTH",
@@ -243,6 +244,7 @@ def _eval(options: argparse.Namespace) -> None:
             context=options.context,
             num_windows=options.num_windows,
             new_tokens=options.new_tokens,
+            steps=options.steps,
             retrieval=options.retrieval,
             speculation=speculation,
             save=options.json,

@@ -419,11 +419,13 @@ def test_eval(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     data, path = tmp_path / "text.txt", tmp_path / "numbers.json"
     data.write_text(TEXT[:2000], encoding="utf-8")
     arguments = ["eval", str(TINY), "--data", str(data), "--formats", "int8", "fp8,int8", "--json", str(path),
-                 "--retrieval", "47", "--speculation",
+                 "--retrieval", "47", "--speculation", "--steps", "5",
                  "--context", "63", "--num-windows", "1", "--new-tokens", "7", "--device", "cpu"]  # fmt: skip
     assert main(arguments) == 0
     captured = capsys.readouterr()
-    rows = json.loads(path.read_text())["rows"]
+    saved = json.loads(path.read_text())
+    rows = saved["rows"]
+    assert saved["setup"]["steps"] == 5
     assert [row["cache"] for row in rows[:3]] == [DENSE, "kvquant int8", "kvquant fp8 / int8"]
     for row in rows[:3]:
         assert f"\n{row['cache']}  " in captured.out or captured.out.startswith(f"cache  {row['cache']}")
