@@ -119,6 +119,20 @@ def test_unquantized_pages_give_the_same_text(model_type: str, attention: str) -
             assert not dense, way
 
 
+@pytest.mark.parametrize(
+    "model_type",
+    [name for name in ("t5", "gpt_oss", "gemma3n_text", "bamba", "deepseek_v3") if name in available(FAMILIES)],
+)
+def test_tokens_that_are_all_kept_exactly_give_the_same_text(model_type: str) -> None:
+    """Over 8-bit pages, of which then nothing is seen: position biases, sinks, shared keys, states, latents and all."""
+    options = {"kv_cache_dtype": "int8", "page_size": PAGE_SIZE, "sink_tokens": 3, "recent_tokens": 200}
+    outputs = _runs(_fused(model_type), cache_implementation="kvquant", cache_config=options)
+    for way, expected in _expected(model_type).items():
+        assert outputs[way].sequences.tolist() == expected.sequences.tolist(), way
+        for ours, theirs in zip(outputs[way].logits, expected.logits, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=_ROUNDING * _scale(expected), msg=way)
+
+
 @pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
 @pytest.mark.parametrize("model_type", TYPES)
 def test_quantized_pages_lose_what_rounding_loses(
