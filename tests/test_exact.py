@@ -395,7 +395,8 @@ def test_first_tokens_behind_padding_are_found() -> None:
     assert output.past_key_values.layers[0].exact.num_first == 20
 
 
-def test_a_compiled_model_goes_on_as_an_eager_one() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_model_goes_on_as_an_eager_one(backend: str) -> None:
     model = tiny_llama()
     ids = prompt(2, 21)
     cache_config = {"kv_cache_dtype": "fp8", "scales": "unit", "sink_tokens": 2, "recent_tokens": 5}
@@ -404,7 +405,7 @@ def test_a_compiled_model_goes_on_as_an_eager_one() -> None:
     for compiled in (False, True):
         torch.compiler.reset()
         cache = QuantizedPagedCache.from_model(model, **cache_config)
-        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        forward = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
         logits = [model(ids, past_key_values=cache).logits[:, -1]]
         for _ in range(8):
             logits.append(forward(logits[-1].argmax(-1, keepdim=True), past_key_values=cache).logits[:, -1])

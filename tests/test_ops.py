@@ -756,9 +756,9 @@ def test_opcheck_paged_attention(name: str, lse: bool) -> None:
     arguments = (
         p.query, p.page_table, p.seq_lens, *_flat(p.k), *_flat(p.v),
         o.get("attn_mask"), o["mask_start"], o.get("sinks"), o["softmax_scale"], o["softcap"], o["window"], o["causal"],
-        torch.zeros(p.query.shape[:3]) if lse else None,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.hf_kvquant.paged_attention, arguments)
+    operators = torch.ops.hf_kvquant
+    torch.library.opcheck(operators.paged_attention_lse if lse else operators.paged_attention, arguments)
 
 
 @pytest.mark.parametrize("kind", ["zero_channel", "equalized"])

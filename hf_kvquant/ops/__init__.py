@@ -15,8 +15,10 @@ missing. Inside attention: q·k · softmax_scale -> softcap -> mask -> softmax w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -53,24 +55,39 @@ _LIBRARY.define(
     " Tensor(c!) v_pages, str v_format, Tensor? v_scale, Tensor? v_zero, Tensor(d!)? v_token_scale,"
     " Tensor(e!)? clipped) -> ()"
 )
-_LIBRARY.define(
-    "paged_attention(Tensor query, Tensor page_table, Tensor seq_lens,"
+_ATTENTION = (
+    "(Tensor query, Tensor page_table, Tensor seq_lens,"
     " Tensor k_pages, str k_format, Tensor? k_scale, Tensor? k_zero, Tensor? k_token_scale,"
     " Tensor v_pages, str v_format, Tensor? v_scale, Tensor? v_zero, Tensor? v_token_scale,"
-    " Tensor? attn_mask, int mask_start, Tensor? sinks, float softmax_scale, float? softcap, int? window, bool causal,"
-    " Tensor(a!)? lse=None) -> Tensor"
+    " Tensor? attn_mask, int mask_start, Tensor? sinks, float softmax_scale, float? softcap, int? window, bool causal)"
 )
+_LIBRARY.define(f"paged_attention{_ATTENTION} -> Tensor")
+# Apart, because compilers take no operator that both returns a tensor and writes to one.
+_LIBRARY.define(f"paged_attention_lse{_ATTENTION} -> (Tensor, Tensor)")
 _LIBRARY.define(
     "read_pages(Tensor page_ids, Tensor pages, str format, Tensor? scale, Tensor? zero, Tensor? token_scale,"
     " ScalarType dtype) -> Tensor"
 )
+
+
+def _with_lse(attend: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    def paged_attention_lse(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        return attend(query, *args, lse), lse
+
+    return paged_attention_lse
+
+
 _LIBRARY.impl("write_kv", reference.write_kv, "CompositeExplicitAutograd")
 _LIBRARY.impl("paged_attention", reference.paged_attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("paged_attention_lse", _with_lse(reference.paged_attention), "CompositeExplicitAutograd")
 _LIBRARY.impl("read_pages", reference.read_pages, "CompositeExplicitAutograd")
 _LIBRARY.impl("write_kv", cpu.write_kv, "CPU")
 _LIBRARY.impl("paged_attention", cpu.paged_attention, "CPU")
+_LIBRARY.impl("paged_attention_lse", _with_lse(cpu.paged_attention), "CPU")
 _LIBRARY.impl("write_kv", gpu.write_kv, "CUDA")
 _LIBRARY.impl("paged_attention", gpu.paged_attention, "CUDA")
+_LIBRARY.impl("paged_attention_lse", _with_lse(gpu.paged_attention), "CUDA")
 _LIBRARY.impl("read_pages", gpu.read_pages, "CUDA")
 
 
@@ -84,6 +101,14 @@ def _(query: torch.Tensor, page_table: object, seq_lens: object, *args: object) 
     v_pages = args[5]
     assert isinstance(v_pages, torch.Tensor)  # noqa: S101 - position in the schema above
     return query.new_empty(*query.shape[:3], v_pages.shape[-1])
+
+
+@torch.library.register_fake("hf_kvquant::paged_attention_lse")
+def _(query: torch.Tensor, *args: object) -> tuple[torch.Tensor, torch.Tensor]:
+    v_pages = args[7]
+    assert isinstance(v_pages, torch.Tensor)  # noqa: S101 - position in the schema above
+    output = query.new_empty(*query.shape[:3], v_pages.shape[-1])
+    return output, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("hf_kvquant::read_pages")
@@ -173,13 +198,19 @@ def paged_attention(
     Raises ValueError naming the argument for shapes and dtypes that do not go together.
     """
     check_attention(query, k, v, page_table, seq_lens, attn_mask, sinks, lse)
-    attend = getattr(_eager(query), "paged_attention", torch.ops.hf_kvquant.paged_attention)
-    return attend(
+    arguments = (
         query, page_table, seq_lens,
         k.pages, k.format, k.scale, k.zero, k.token_scale,
         v.pages, v.format, v.scale, v.zero, v.token_scale,
-        attn_mask, mask_start, sinks, softmax_scale, softcap, window, causal, lse,
+        attn_mask, mask_start, sinks, softmax_scale, softcap, window, causal,
     )  # fmt: skip
+    if (implementation := _eager(query)) is not None:
+        return implementation.paged_attention(*arguments, lse)
+    if lse is None:
+        return torch.ops.hf_kvquant.paged_attention(*arguments)
+    output, computed = torch.ops.hf_kvquant.paged_attention_lse(*arguments)
+    lse.copy_(computed)
+    return output
 
 
 def read_pages(side: PagedTensor, page_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,6 +1,6 @@
 // Attention works on the G query heads of a key/value head together: row t * G + g is token t of head g. An item of
 // work is some rows of one head over a span of tokens:
-//   1. logits of a chunk of tokens, straight from the codes (few rows), from a tile of numbers (many rows), or in digits
+//   1. logits of a chunk of tokens, straight from the codes (few rows), from a tile of numbers (many rows), in digits
 //      (few rows of 16 bits, int8);
 //   2. softmax over the chunk, a running one over chunks;
 //   3. rows += weights * values, in the same ways.
@@ -197,7 +197,8 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
         !find_rows(a.tables, a.v, block.b, block.h, start, total, slots, v_rows, v_scales))
         return 1;
     const int64_t k_size = a.k.row_size(), v_size = a.v.row_size();
-    const int64_t k_ahead = k_digits ? DIGIT_CHUNK : tokens_ahead(k_size), v_ahead = v_digits ? 0 : tokens_ahead(v_size);
+    const int64_t k_ahead = k_digits ? DIGIT_CHUNK : tokens_ahead(k_size);
+    const int64_t v_ahead = v_digits ? 0 : tokens_ahead(v_size);
     for (int64_t t = 0; t < std::min(total, k_ahead); t++) prefetch(k_rows[t], k_size);
     for (int64_t t = 0; t < std::min(total, v_ahead); t++) prefetch(v_rows[t], v_size);
 

@@ -1,6 +1,6 @@
 // Products of a few rows with int8 codes by the instruction that multiplies and adds bytes, four at a time: half the
-// arithmetic of float32. Rows become integers of 16 bits, relative to their largest number, in two digits of 8 bits; the
-// sums of products are exact. That is for queries of 16 bits: outputs are rounded to 8 or 11 bits, which hides it.
+// arithmetic of float32. Rows become integers of 16 bits, relative to their largest number, in two digits of 8 bits;
+// the sums of products are exact. That is for queries of 16 bits: outputs are rounded to 8 or 11 bits, which hides it.
 //
 // A tile is `[depth, columns]` groups: of four codes that are neighbours in the direction of the sum.
 #pragma once
@@ -165,7 +165,7 @@ INLINE void plain_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim, 
 #define KEEP_LOOPS __attribute__((optimize("no-tree-pre")))
 #endif
 
-// out[r][c] = row r of the query . column c of the tile, or, with weights, that much more; N rows, M vectors of columns.
+// out[r][c] = row r of the query . column c of the tile, or, with weights, that much more; N rows, M vectors wide.
 template <int N, int M, bool QUERY>
 KEEP_LOOPS void multiply(const Digits& digits, int64_t row, const int32_t* tile, int64_t tile_stride, int64_t depth,
                          Ahead* ahead, float* out, int64_t out_stride) {

@@ -11,8 +11,8 @@ namespace {
 
 float bfloat_number(uint16_t x) { return float_of(uint32_t(x) << 16); }
 
-// Tokens [start, start + count) of one head of sequence b, and their scales, and PADDING more, or a few more, that repeat
-// the last one. `slots` is room for as many numbers. Returns false if the page table names no page of the pool.
+// Tokens [start, start + count) of one head of sequence b, and their scales, and PADDING more, or a few more, that
+// repeat the last one. `slots` is room for as many numbers. Returns false if the page table names no page of the pool.
 bool find_rows(const Tables& tables, const Side& side, int64_t b, int64_t h, int64_t start, int64_t count,
                int64_t* slots, const char** rows, float* scales) {
     if (!count) return true;

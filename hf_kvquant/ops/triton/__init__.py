@@ -135,7 +135,7 @@ def paged_attention(
     softcap: float | None,
     window: int | None,
     causal: bool,
-    lse: torch.Tensor | None,
+    lse: torch.Tensor | None = None,
     tiles: tuning.Tiles | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
