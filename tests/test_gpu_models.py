@@ -83,6 +83,18 @@ def test_compiled_equals_eager(name: str, kv_cache_dtype: str) -> None:
     assert model.__dict__.get("_compiled_call") is not None, "generate did not compile"
 
 
+@pytest.mark.parametrize("name", ["head_dim_64", "sliding"])
+def test_tokens_in_the_models_dtype(name: str) -> None:
+    """Attention in two parts: eager as on a CPU, and compiled as eager."""
+    model, ids = MODELS[name](), prompt(2, 21)
+    config = {"kv_cache_dtype": "fp8", "scales": "unit", "sink_tokens": 3, "recent_tokens": 6, "page_size": 4}
+    options = {"max_new_tokens": 24, "cache_config": config}
+    expected = generate(model, ids, disable_compile=True, **options)
+    model, ids = model.cuda(), ids.cuda()
+    assert torch.equal(generate(model, ids, disable_compile=True, **options).cpu(), expected)
+    assert torch.equal(generate(model, ids, **options).cpu(), expected)
+
+
 @contextmanager
 def no_synchronization() -> Iterator[None]:
     """The host may not wait for the device."""
