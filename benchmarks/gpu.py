@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --only decode,small --quick
     python -m benchmarks.gpu --device cpu --tiny          # try the programs themselves
 
-Where a GPU is there for minutes only, three calls do what matters most first, nine minutes each: `--only first`, `--only
-second` and `--only third`.
+With a GPU for minutes only, three calls do what matters most first, nine minutes each: `--only first`, `--only second`
+and `--only third`.
 
 Rows are printed and written as they are made; parts of the file that are not measured again stay, and those of another
 file can be taken in (`--take`). Where the checkout has no .git, `--commit` or GIT_COMMIT says what was measured.
