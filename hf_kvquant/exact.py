@@ -48,7 +48,9 @@ class ExactStep:
         if num_newest + behind > newest.shape[2] and self.before is not None and self.new is not None:
             newest = torch.cat([self.before[side][:, :, self.num_first :], self.new[side]], dim=2)
         end = newest.shape[2] - behind
-        return torch.cat([held[:, :, : self.num_first], newest[:, :, end - num_newest : end]], dim=2)
+        start = end - num_newest
+        assert start >= 0  # noqa: S101 - the handles of a step know its own tokens
+        return torch.cat([held[:, :, : self.num_first], newest[:, :, start:end]], dim=2)
 
 
 class ExactTokens:
