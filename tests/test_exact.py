@@ -376,9 +376,14 @@ def test_speculation_does_not_change_the_tokens(padded: bool) -> None:
         "cache_implementation": "kvquant", "attention_mask": mask, "max_new_tokens": 60,
         "cache_config": {"kv_cache_dtype": "fp8", "scales": "unit", "recent_tokens": 3, "sink_tokens": 2},
     }  # fmt: skip
-    assert torch.equal(
-        generate(model, ids, **options), generate(model, ids, prompt_lookup_num_tokens=4, **options)
-    )  # fmt: skip
+    expected = generate(model, ids, **options)
+    lengths: list[int] = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
+    assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=4, **options), expected)
+    hook.remove()
+    assert max(lengths[1:]) > 1, "nothing was drafted"
+    assert len(lengths) < 60, "no draft was accepted"
+    assert sum(lengths) > 21 + 60, "no draft was taken back"
 
 
 def test_first_tokens_behind_padding_are_found() -> None:

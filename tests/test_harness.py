@@ -121,6 +121,7 @@ def test_unquantized_pages_give_the_harness_own_scores(harness: Any) -> None:
     model = tiny_llama("sdpa")
     ids = prompt(2, 63)
     found = language_model(harness, model, kv_cache_dtype="model")._model_call(ids)
+    # fp32 sums in another order; the same in int8 is off by more than 1e-3 (test_scores_come_from_the_pages).
     torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-4)
 
 

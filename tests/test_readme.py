@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,21 @@ def test_documents_are_the_committed_results(monkeypatch: pytest.MonkeyPatch) ->
         assert digest_in(path.read_text(encoding="utf-8")) == picture.digest, f"{path.name}: run `make readme`"
         assert any(f"({path.name})" in text for text in texts.values())
     assert set((ROOT / "docs").glob("*.svg")) == set(pictures)
+
+
+def test_what_recent_tokens_are_said_to_give_is_in_the_record() -> None:
+    said = "`recent_tokens=16` leaves about a third of int8's KL\ndivergence, and a tenth where keys have large biases"
+    assert said in README.read_text(encoding="utf-8")
+    record = json.loads((ROOT / "benchmarks" / "results" / "quality-2026-11-20.json").read_text(encoding="utf-8"))
+    left = {}
+    for model in record["models"]:
+        rows = {row["cache"]: row["quality"] for row in model["comparison"]["rows"]}
+        exact, plain = (
+            rows[f"int8 dynamic{more}"]["chunks"]["kl_divergence"] for more in (", 16 recent tokens exact", "")
+        )
+        left[model["name"]] = round(exact / plain, 1)
+    assert {left["tiny-python-lm"], left["tiny-python-qk-norm"]} <= {0.3, 0.4}
+    assert left["tiny-python-key-bias"] == 0.1
 
 
 def test_a_table_has_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
