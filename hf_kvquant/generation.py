@@ -22,11 +22,10 @@ from transformers.utils import logging
 from .cache import QuantizedPagedCache, options_for
 from .config import KVQuantConfig
 from .encoder_decoder import QuantizedEncoderDecoderCache
-from .hosts import is_fused
+from .hosts import CACHE_NAMES, is_fused
 from .policy import asks_for_files
 
 CACHE_IMPLEMENTATION = "kvquant"
-_CACHE_NAMES = ("past_key_values", "cache_params")
 _COMPILED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _NAMES = "ALL_CACHE_IMPLEMENTATIONS"
 _METHOD = "_prepare_cache_for_generation"
@@ -69,7 +68,7 @@ def _extended(prepare_cache: Any) -> Any:
         chosen = generation_config.cache_implementation
         asked = chosen == CACHE_IMPLEMENTATION
         fused = is_fused(self.config.get_text_config(decoder=True))
-        given = [model_kwargs[name] for name in _CACHE_NAMES if model_kwargs.get(name) is not None]
+        given = [model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None]
         for cache in given:
             if isinstance(cache, QuantizedPagedCache):
                 _describe_prompt(self, model_kwargs, cache)
@@ -97,7 +96,7 @@ def _extended(prepare_cache: Any) -> Any:
         # The host makes a DynamicCache, with all it knows about models; ours takes its place.
         with _without_name(generation_config):
             result = prepare_cache(self, generation_config, *arguments)
-        for name in _CACHE_NAMES:
+        for name in CACHE_NAMES:
             if name in model_kwargs:
                 model_kwargs[name] = _replace(self, model_kwargs[name], generation_config, *arguments)
         return result
@@ -161,13 +160,14 @@ def _take_adapters_prefix(model: Any, cache: QuantizedPagedCache) -> None:
     @functools.wraps(wrapped)
     def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
         inputs = wrapped(*args, **kwargs)
-        prefix = inputs.get("past_key_values")
-        if type(prefix) is DynamicCache and cache.get_seq_length() == 0:
-            cache.shared.padding_mask = None  # the first tokens are the adapter's
-            for index, layer in enumerate(prefix.layers):
-                if layer.is_initialized:
-                    cache.update(layer.keys, layer.values, index)
-            inputs["past_key_values"] = cache
+        for name in CACHE_NAMES:
+            prefix = inputs.get(name)
+            if type(prefix) is DynamicCache and cache.get_seq_length() == 0:
+                cache.shared.padding_mask = None  # the first tokens are the adapter's
+                for index, layer in enumerate(prefix.layers):
+                    if layer.is_initialized:
+                        cache.update(layer.keys, layer.values, index)
+                inputs[name] = cache
         return inputs
 
     model.prepare_inputs_for_generation = prepare_inputs

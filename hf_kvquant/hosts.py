@@ -17,6 +17,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .checkpoints import ModelLayers
 
+# What models and `generate` have called their cache, the newest name first; from 5.24 on there is only that.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24.dev0") else "past_key_values"
+
+
+def with_cache(cache: Any) -> dict[str, Any]:
+    """Arguments of a model's call that let it go on from `cache`."""
+    return {CACHE_NAME: cache, "use_cache": True}
+
 
 def layer_type_names(config: PreTrainedConfig, layers: Sequence[Any]) -> list[str]:
     """The host's name of each cache layer's type, from the configuration or, without one, from the layer's class."""
@@ -133,6 +142,7 @@ def is_fused(config: PreTrainedConfig) -> bool:
 
 
 _uses_interface: dict[type, bool] = {}
+_UPDATE = re.compile(r"(past_key_values|cache)\.update\(")
 
 
 @torch.compiler.assume_constant_result
@@ -158,7 +168,7 @@ def _attends_itself(model_class: type) -> bool:
     except (KeyError, OSError, TypeError):
         return False
     classes = re.split(r"^(?=class )", source, flags=re.MULTILINE)
-    return any("past_key_values.update(" in text and ".get_interface(" not in text for text in classes)
+    return any(_UPDATE.search(text) and ".get_interface(" not in text for text in classes)
 
 
 def tokens_to_take_back(tokens_to_remove: int, get_seq_length: Callable[[], Any]) -> int:

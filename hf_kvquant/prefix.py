@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cache import QuantizedPagedCache, nbytes_of, trim
+from .hosts import with_cache
 
 _MEDIA_TOKEN = re.compile(r".*(image|video|audio|vision).*_token_(id|index)")
 
@@ -117,7 +118,7 @@ class PrefixCache:
             takes_logits_to_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
             last_only = {"logits_to_keep": 1} if takes_logits_to_keep else {}
             with torch.no_grad():
-                self.model(input_ids=rest, past_key_values=cache, use_cache=True, **last_only)
+                self.model(input_ids=rest, **with_cache(cache), **last_only)
         return self.keep(tokens, cache)
 
     def keep(self, tokens: torch.Tensor, cache: QuantizedPagedCache) -> bool:

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from .hosts import layer_type_names
+from .hosts import layer_type_names, with_cache
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def _run(model: PreTrainedModel, cache: DynamicCache) -> None:
     with torch.device("meta"), torch.no_grad():
         if model.config.is_encoder_decoder:
             both = EncoderDecoderCache(cache, DynamicCache())
-            model(input_ids=tokens, decoder_input_ids=tokens, past_key_values=both, use_cache=True)
+            model(input_ids=tokens, decoder_input_ids=tokens, **with_cache(both))
         else:
-            model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            model(input_ids=tokens, **with_cache(cache))
 
 
 def _cached(layer: object) -> tuple[int, int, int]:

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_kvquant import LayerScales, QuantizedPagedCache
+from hf_kvquant.hosts import CACHE_NAME
 
 NUM_NEW = 16
 SCALE = 2.0**-5  # a power of two, so that dividing by it rounds nothing
@@ -38,10 +39,12 @@ class RoundedCache(DynamicCache):
         super().__init__(config=config)
         self.format = name
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any) -> Any:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         is_fresh = self.get_seq_length(layer_idx) == 0
         sides = [rounded(side, self.format) for side in (key_states, value_states)]
-        stored = super().update(*sides, layer_idx, *args)
+        stored = super().update(*sides, layer_idx, *args, **kwargs)
         return (key_states, value_states) if is_fresh else stored
 
 
@@ -89,7 +92,7 @@ class Collector(BaseStreamer):
 @torch.no_grad()
 def own_loop(model: Any, input_ids: torch.Tensor, generation_config: Any, **kwargs: Any) -> Any:
     """A decoding method of a user's own: the second best token, always."""
-    cache = kwargs["past_key_values"]
+    cache = kwargs[CACHE_NAME]
     for _ in range(generation_config.max_new_tokens):
         logits = model(input_ids[:, cache.get_seq_length() :], past_key_values=cache).logits
         input_ids = torch.cat([input_ids, logits[:, -1].topk(2).indices[:, 1:]], dim=1)

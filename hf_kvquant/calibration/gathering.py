@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..attention import kvquant_attention, kvquant_mask
 from ..calibration_data import Batch
-from ..hosts import attention_by_part, layer_type_names, uses_attention_interface
+from ..hosts import attention_by_part, layer_type_names, uses_attention_interface, with_cache
 from ..rotary import rotary_layouts
 from ..scales import LayerScales
 from .estimating import Estimate
@@ -83,7 +83,7 @@ class Gatherer:
         cache: Any = _WatchedCache(self._text_config, self)
         if self._model.config.is_encoder_decoder:
             cache = EncoderDecoderCache(cache, DynamicCache(config=self._text_config))
-        self._model(**inputs, past_key_values=cache, use_cache=True)
+        self._model(**inputs, **with_cache(cache))
         self.num_tokens += batch.num_tokens
         self.num_sequences += batch.num_sequences
 

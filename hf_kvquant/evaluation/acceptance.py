@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..hosts import without_wrapper
+from ..hosts import CACHE_NAME, with_cache, without_wrapper
 
 # As many tokens as prompt lookup may draft at a time.
 _LOOKED_UP = 10
@@ -127,7 +127,7 @@ class AcceptanceRun:
                 output = self._model.generate(
                     prompt[None],
                     attention_mask=torch.ones_like(prompt[None]),
-                    past_key_values=make(length),
+                    **with_cache(make(length)),
                     do_sample=False,
                     num_beams=1,
                     min_new_tokens=self._new_tokens,
@@ -164,7 +164,7 @@ def _watched_drafts(
         if cache_of_assistant is not None:
             if hasattr(cache_of_assistant, "activate_past_recording"):
                 cache_of_assistant.activate_past_recording()
-            generator.assistant_kwargs["past_key_values"] = cache_of_assistant
+            generator.assistant_kwargs[CACHE_NAME] = cache_of_assistant
         return generator
 
     # The host adapts the number of drafted tokens and keeps it with the assistant, for the next prompt and cache.

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..cache import QuantizedPagedCache
-from ..hosts import attention_paths, without_wrapper
+from ..hosts import attention_paths, with_cache, without_wrapper
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def layer_errors(model: PreTrainedModel, pieces: Sequence[torch.Tensor], cache: 
     watched = {index: _Beside(modules[of_layer[0]], dense, cache) for index, of_layer in enumerate(paths) if of_layer}
     try:
         for piece in pieces:
-            model(input_ids=piece[None], past_key_values=dense, use_cache=True)
+            model(input_ids=piece[None], **with_cache(dense))
             for beside in watched.values():
                 beside.counts = True
     finally:

@@ -16,6 +16,7 @@ import torch
 
 from ..cache import QuantizedPagedCache
 from ..config import KVQuantConfig
+from ..hosts import with_cache
 from .windows import chunk_sizes
 
 try:
@@ -69,7 +70,7 @@ class KVQuantLM(HFLM):
         dtype = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             logits = [
-                self.model(input_ids=piece, past_key_values=cache, use_cache=True).logits
+                self.model(input_ids=piece, **with_cache(cache)).logits
                 for piece in inps.split(pieces, dim=1)
             ]
         return torch.cat(logits, dim=1)

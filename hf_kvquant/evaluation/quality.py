@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..cache import QuantizedPagedCache
+from ..hosts import with_cache
 from .agreement import Agreement, AgreementSums
 from .caches import held_bytes
 from .errors import layer_errors
@@ -114,7 +115,7 @@ class QualityRun:
             yield following.to(seen.device), expected, seen
 
     def _logits(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
-        logits: torch.Tensor = self._model(input_ids=tokens[None], past_key_values=cache, use_cache=True).logits
+        logits: torch.Tensor = self._model(input_ids=tokens[None], **with_cache(cache)).logits
         return logits[0].float()
 
     def _greedy(self, prompt: torch.Tensor, cache: Cache) -> torch.Tensor:

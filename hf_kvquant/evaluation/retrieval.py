@@ -12,6 +12,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ..hosts import with_cache
+
 TASKS = ("key-value", "needle")
 # Where the fact is: 0 at the beginning of the document, 1 right before the question.
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -111,10 +113,10 @@ def _score(model: PreTrainedModel, probe: Probe, cache: Cache) -> tuple[int, flo
     document, question, answer = (ids[None].to(model.device) for ids in (probe.document, probe.question, probe.answer))
     # Nothing is predicted from the document; its logits would take more memory than all else.
     only_last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-    model(input_ids=document, past_key_values=cache, use_cache=True, **only_last)
+    model(input_ids=document, **with_cache(cache), **only_last)
     # Greedy decoding gives the answer just if each of its tokens is the best one after those before it.
     asked = torch.cat([question, answer[:, :-1]], dim=1)
-    logits = model(input_ids=asked, past_key_values=cache, use_cache=True).logits[0, question.shape[1] - 1 :]
+    logits = model(input_ids=asked, **with_cache(cache)).logits[0, question.shape[1] - 1 :]
     scores = logits.float().log_softmax(dim=-1)
     right = scores.gather(-1, answer[0, :, None].to(scores.device))
     return int((scores > right).sum(dim=-1).max()) + 1, right.double().sum().item()

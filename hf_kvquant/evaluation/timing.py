@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..hosts import with_cache
 from .caches import held_bytes
 from .memory import free, peak_bytes, reset_peak, synchronize
 
@@ -66,7 +67,7 @@ def generate_once(model: PreTrainedModel, make: Callable[[int], Cache], ids: tor
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **with_cache(cache),
         max_new_tokens=new_tokens,
         do_sample=False,
         num_beams=1,
