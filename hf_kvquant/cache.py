@@ -207,6 +207,11 @@ class QuantizedPagedCache(DynamicCache):
         return result
 
     @property
+    def num_model_layers(self) -> int:
+        """Layers as the cache was made; models that go through some of them several times add copies."""
+        return len(self._layer_types)
+
+    @property
     def _paged_layers(self) -> list[PagedLayer]:
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
@@ -302,15 +307,9 @@ class QuantizedPagedCache(DynamicCache):
         memo: dict[int, Any] = {id(self.shared): other.shared, **tables}
         growing = [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
         for layer in growing:
-            memo[id(layer.plan)] = layer.plan
             if layer.is_initialized:
                 memo[id(layer.k)], memo[id(layer.v)] = layer.k, layer.v
         other.layers = copy.deepcopy(self.layers, memo)
-        for layer in other.layers:
-            if isinstance(layer, GrowingLayer) and layer.is_initialized:
-                layer.table.add_follower(layer)
-            elif isinstance(layer, FixedLayer):
-                layer.mark_addresses()
         if any(layer.needs_tokens for layer in growing):
             other._share_nothing()
         return other
@@ -379,11 +378,11 @@ class QuantizedPagedCache(DynamicCache):
             if isinstance(layer, PagedLayer):
                 rows.append(_paged_report(layer))
             elif nbytes := _host_nbytes(layer):
-                dtype = str(layer.dtype).removeprefix("torch.")
+                largest = max(_host_tensors(layer), key=lambda tensor: tensor.nbytes)
+                dtype = str(largest.dtype).removeprefix("torch.")
+                name = self._layer_types[index] if index < self.num_model_layers else type(layer).__name__
                 sources = ("kept by transformers",) * 2
-                rows.append(
-                    LayerReport(index, self._layer_types[index], (dtype, dtype), sources, nbytes, nbytes, (0, 0))
-                )
+                rows.append(LayerReport(index, name, (dtype, dtype), sources, nbytes, nbytes, (0, 0)))
         total = sum(row.model_dtype_bytes for row in rows)
         return CacheReport(rows, list(self.notes), self.nbytes, self.nbytes_allocated, total)
 
@@ -465,10 +464,13 @@ def _query_of(layer: PagedLayer) -> tuple[str | None, str]:
     return (None, "") if layer.plan.q is None else (layer.plan.q.format, layer.plan.q.source)
 
 
-def _host_nbytes(layer: Any) -> int:
-    """Bytes of the tensors that a layer of the host holds."""
-    total = 0
+def _host_tensors(layer: Any) -> list[torch.Tensor]:
+    """The tensors that a layer of the host holds."""
+    held: list[Any] = []
     for value in vars(layer).values():
-        tensors = value.values() if isinstance(value, dict) else (value,)
-        total += sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
-    return total
+        held += value.values() if isinstance(value, dict) else (value,)
+    return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
+
+
+def _host_nbytes(layer: Any) -> int:
+    return sum(tensor.nbytes for tensor in _host_tensors(layer))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from .ops import reference
 from .pools import OutOfPagesError
 from .static_pages import StaticPageTable
 from .stores import PageStore
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # How many tokens one call may add to a layer with a window without overwriting what they still see. More are taken in
 # pieces.
@@ -52,6 +55,11 @@ class FixedLayer(PagedLayer):
             store.resize(self.table.pool_size)
         if not torch.compiler.is_compiling():
             self.mark_addresses()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        other = super().__deepcopy__(memo)
+        other.mark_addresses()
+        return other
 
     def mark_addresses(self) -> None:
         """Tell the compiler that these tensors stay where they are."""

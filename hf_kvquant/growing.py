@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from .ops import reference
 from .pages import PageTable
 from .pools import PagePool
 from .stores import PageStore
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class GrowingLayer(PagedLayer):
@@ -40,6 +43,20 @@ class GrowingLayer(PagedLayer):
         self.table.add_follower(self)
         for store in (self.k, self.v):
             self.table.pool.add_user(store)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        is_alone = id(self.table) not in memo  # else the whole cache is copied
+        if is_alone and self.is_initialized:
+            self.settle(None)
+            memo |= {id(self.table): self.table.fork(), id(self.k): self.k, id(self.v): self.v}
+        elif is_alone:  # it will see the same tokens
+            memo[id(self.table)] = self.table
+        other = super().__deepcopy__(memo)
+        if self.is_initialized:
+            other.table.add_follower(other)
+            if is_alone:
+                move_to_own_pool(other.table)
+        return other
 
     @torch.compiler.disable  # bookkeeping on the host; a graph would be guarded on every length
     def _advance(self, num_new: int, batch_size: int) -> None:

@@ -5,9 +5,10 @@ What is the same for pages that grow with the tokens (`growing.py`) and for page
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -26,6 +27,9 @@ from .rotary import RotaryLayout
 from .shared import SharedState
 from .static_pages import StaticPageTable
 from .stores import PageStore, mutable_everywhere
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.get_logger(__name__)
 
@@ -100,6 +104,17 @@ class PagedLayer(CacheLayerMixin):
     @abstractmethod
     def _reserve(self, batch_size: int) -> None:
         """Get a page table, and pages where they are known in advance."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A layer of its own with the same tokens, of the same cache unless `memo` knows another.
+
+        Models that go through some of their layers several times copy their cache layers for it.
+        """
+        for common in (self.shared, self.plan):
+            memo.setdefault(id(common), common)
+        memo[id(self)] = other = object.__new__(type(self))
+        other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return other
 
     # -- the two hops ----------------------------------------------------------------------------------------------
 

@@ -53,6 +53,16 @@ COMMON: dict[str, Any] = {
     "forced_eos_token_id": None,
 }
 
+_INKLING = {
+    "unpadded_vocab_size": 99,
+    "num_hidden_layers": 3,
+    "sliding_window_size": 8,
+    "rel_extent": 8,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+}
 _MLA = {"num_key_value_heads": 4}
 _SLIDING_AND_FULL = {"layer_types": ["sliding_attention", "full_attention"]}
 _LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"]}
@@ -192,8 +202,16 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "dots1": _SLIDING_AND_FULL,
     "electra": _DECODER | {"embedding_size": 64},
     "ernie": _DECODER,
+    "apertus1p5_text": {},
+    "dory": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "n_input_layers": 1,
+        "n_output_layers": 1,
+    },
     "ernie4_5": {},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
+    "exaone": {},
     "exaone_moe": _SLIDING_AND_FULL,
     "falcon_mamba": {"state_size": 4},
     "flex_olmo": {},
@@ -216,13 +234,21 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "hy_v3": {},
     "hy_v4": {},
     "hyperclovax": {},
-    "inkling2_text": {},
+    "inkling2_loop_text": _INKLING
+    | {
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+        "loop_num_passes": 2,
+        "n_layers_per_attn_res_block": 1,
+    },  # fmt: skip
+    "inkling2_text": _INKLING,
     "internlm3": {},
     "iquestcoder": {},
     "jais2": {},
     "jetmoe": {"kv_channels": 16},
     "kolibri1": {},
     "laguna": {},
+    "lara_mini": {"num_hidden_layers": 3, "layer_types": ["linear_attention", "sliding_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"head_dim": 16, "num_heads": 8, "state_size": 4, "n_groups": 1},
     "megatron-bert": _DECODER,
@@ -248,6 +274,8 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "roberta-prelayernorm": _DECODER,
     "roc_bert": _DECODER | {"pronunciation_vocab_size": 99, "shape_vocab_size": 99},
     "roformer": _DECODER,
+    "sarvam_mla": _MLA,
+    "sarvam_moe": {},
     "seed_oss": {},
     "smollm3": {},
     "solar_open": {},
@@ -339,13 +367,14 @@ EXPECTED_DENSE: dict[str, str] = {
             "kimi_linear",
             "longcat_flash",
             "minicpm3",
+            "sarvam_mla",
             "youtu",
         ],
         _LATENT,
     ),
     "diffllama": "splits V in two",
     "doge": "computes a mask from V",
-    "inkling2_text": "has a sink for every token",
+    **dict.fromkeys(["inkling2_text", "inkling2_loop_text"], "has a sink for every token"),
     "jetmoe": "repeats K and V for its experts",
     "t5gemma2": "joins K and V of both attentions",
 }
@@ -377,6 +406,7 @@ NOT_TRIED: dict[str, str] = {
             "musicgen",
             "musicgen_melody",
             "nemo_speechlm",
+            "omniasr",
             "qwen2_audio",
             "qwen3_asr",
             "vibevoice_asr",

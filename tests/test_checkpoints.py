@@ -14,7 +14,7 @@ import pytest
 import torch
 from checkpoint_files import FP8, INT8, PATHS, Tensors, layers_at, layers_of, scales_of_layers, write, write_sharded
 from families import FAMILIES, available, build
-from helpers import llama_config, prompt, tiny_llama
+from helpers import llama_config, need_fake_quantization, prompt, tiny_llama
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
@@ -491,7 +491,7 @@ def _save_model(directory: Path, scheme: dict[str, Any], dtype: torch.dtype = to
 
 
 def _load_quantized(directory: Path) -> LlamaForCausalLM:
-    pytest.importorskip("compressed_tensors")
+    need_fake_quantization()
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="kvquant")
     model.generation_config.eos_token_id = None
     assert all(hasattr(layer.self_attn, "kv_cache") for layer in model.model.layers), "nothing fakes quantization"

@@ -133,6 +133,10 @@ def test_tokens_that_are_all_kept_exactly_give_the_same_text(model_type: str) ->
             torch.testing.assert_close(ours, theirs, rtol=0, atol=_ROUNDING * _scale(expected), msg=way)
 
 
+# Prompts that put no number on the edge between two codes, where the last bit of attention decides.
+_SEEDS = {"inkling2_loop_text": 2}
+
+
 @pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
 @pytest.mark.parametrize("model_type", TYPES)
 def test_quantized_pages_lose_what_rounding_loses(
@@ -141,7 +145,7 @@ def test_quantized_pages_lose_what_rounding_loses(
     """Against the host's cache and attention with K and V rounded through the format on their way into the cache."""
 
     def run(model: PreTrainedModel, **cache: Any) -> Any:
-        return _generate(model, _prompt(3), PADDING, max_new_tokens=3, **cache)
+        return _generate(model, _prompt(3, seed=_SEEDS.get(model_type, 1)), PADDING, max_new_tokens=3, **cache)
 
     options = {"kv_cache_dtype": kv_cache_dtype, "page_size": PAGE_SIZE}
     output = run(_fused(model_type), cache_implementation="kvquant", cache_config=options)
@@ -207,7 +211,12 @@ def test_speech_gives_the_same_text(num_beams: int, attention: str, monkeypatch:
     features = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions)
     updates = []
     update = PagedLayer.update
-    monkeypatch.setattr(PagedLayer, "update", lambda *args: updates.append(args[0]) or update(*args))
+
+    def counted(layer: PagedLayer, *args: Any, **kwargs: Any) -> Any:
+        updates.append(layer)
+        return update(layer, *args, **kwargs)
+
+    monkeypatch.setattr(PagedLayer, "update", counted)
 
     def text(attn_implementation: str | None = None, **cache: Any) -> list[list[int]]:
         torch.manual_seed(0)

@@ -8,7 +8,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from helpers import prompt, tiny_llama
+from helpers import need_fake_quantization, prompt, tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -108,7 +108,7 @@ def test_a_cache_that_fails_leaves_the_model_as_it_was(dtype: str) -> None:
 
 def test_where_compressed_tensors_hands_on_a_wrapper_of_the_cache() -> None:
     """The repository's model as a user with that package loads it."""
-    pytest.importorskip("compressed_tensors")
+    need_fake_quantization()
     model = AutoModelForCausalLM.from_pretrained(TINY, attn_implementation="kvquant")
     assert any(module._forward_pre_hooks for module in model.modules())
     found = errors(model, **PLAIN)

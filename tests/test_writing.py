@@ -14,7 +14,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from helpers import prompt, tiny_llama
+from helpers import need_fake_quantization, prompt, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
@@ -217,7 +217,7 @@ class RoundedCache(DynamicCache):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_loads_it_and_rounds_as_we_store(tmp_path: Path, base: Path, kind: str) -> None:
-    pytest.importorskip("compressed_tensors")
+    need_fake_quantization()
     scales, limits = make(kind)
     # Scales that fit the numbers, so that rounding shows and clipping, for which compressed-tensors has one code more,
     # does not hide it.
@@ -293,7 +293,7 @@ def test_models_that_transformers_may_not_load_with_a_declaration(
 
 @pytest.mark.parametrize("model_type", families.available(["gemma3_text", "bamba", "qwen2_5_vl", "phi3"]))
 def test_other_models_load_in_place(tmp_path: Path, model_type: str) -> None:
-    pytest.importorskip("compressed_tensors")
+    need_fake_quantization()
     model = families.build(model_type)
     model.save_pretrained(tmp_path)
     write_scales(calibrate(model, prompt(2, 21), progress=False), tmp_path)

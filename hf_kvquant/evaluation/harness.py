@@ -69,10 +69,7 @@ class KVQuantLM(HFLM):
         cache = QuantizedPagedCache.for_generation(self.model, self._cache_config, expected_length=num_tokens)
         dtype = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            logits = [
-                self.model(input_ids=piece, **with_cache(cache)).logits
-                for piece in inps.split(pieces, dim=1)
-            ]
+            logits = [self.model(input_ids=piece, **with_cache(cache)).logits for piece in inps.split(pieces, dim=1)]
         return torch.cat(logits, dim=1)
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> torch.Tensor:
