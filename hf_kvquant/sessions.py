@@ -52,8 +52,8 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
     """Write `cache` into `directory`. Raises ValueError if it is empty, or if its model has added layers to it."""
     if len(cache.layers) != cache.num_model_layers:
         raise ValueError(
-            f"the model has made {len(cache.layers)} layers of the cache's {cache.num_model_layers} while it ran, which "
-            "a new cache would not have; this cache cannot be saved"
+            f"the model has made {len(cache.layers)} layers of the cache's {cache.num_model_layers} while it ran; a "
+            "new cache would not have them, so this one cannot be saved"
         )
     model = cache.shared.model() if cache.shared.model is not None else None
     tensors: dict[str, torch.Tensor] = {}

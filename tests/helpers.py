@@ -63,8 +63,8 @@ def _rounds_inside_models() -> bool:
 def need_fake_quantization() -> None:
     """Skip where no compressed-tensors is installed that knows the installed transformers.
 
-    It recognizes attention by the name of an argument; 0.20.1 does not in transformers 5.24, and then neither reads scales
-    into the model nor rounds K and V inside it.
+    It recognizes attention by the name of an argument, and 0.20.1 does not in transformers 5.24: it then neither reads
+    scales into the model nor rounds K and V inside it.
     """
     if not _rounds_inside_models():
         pytest.skip("the installed compressed-tensors does not know the installed transformers' attention")

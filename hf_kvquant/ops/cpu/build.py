@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -48,10 +49,16 @@ def instruction_sets() -> list[str]:
 
 def _has_vnni() -> bool:
     """Whether there are permutations and products of bytes as well: Intel's Ice Lake, AMD's Zen 4, and later ones."""
+    return _cpu_words() >= {"avx512_vnni", "avx512vbmi"}
+
+
+@functools.cache
+def _cpu_words() -> frozenset[str]:
+    """What Linux says of the processor."""
     try:
-        return {"avx512_vnni", "avx512vbmi"} <= set(Path("/proc/cpuinfo").read_text().split())
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return False
+        return frozenset()
 
 
 def load(instructions: str) -> ctypes.CDLL:
@@ -93,7 +100,8 @@ def _flag_sets(instructions: str) -> list[tuple[str, ...]]:
 
     The OpenMP library that torch has loaded is the one that gets used: its symbols are global, or its name the same.
     """
-    flags = (*_FLAGS, *_INSTRUCTIONS[instructions])
+    is_intel = "GenuineIntel" in _cpu_words()
+    flags = (*_FLAGS, *_INSTRUCTIONS[instructions], *(["-DFETCH_INTO_SECOND_CACHE"] if is_intel else []))
     openmp: tuple[str, ...] = ("-fopenmp",)
     if sys.platform == "darwin":
         openmp = ("-Xpreprocessor", "-fopenmp", f"-L{Path(torch.__file__).parent / 'lib'}", "-lomp")
