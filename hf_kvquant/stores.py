@@ -12,7 +12,7 @@ import torch
 
 from .formats import get_format
 from .huge_pages import prefer_huge_pages
-from .ops import PagedTensor, read_pages
+from .ops import PagedTensor, channel_absmax, read_pages
 from .policy import SidePlan
 from .rotary import RotaryLayout
 from .scales import as_head_channel
@@ -138,7 +138,7 @@ class PageStore:
     @torch.no_grad()
     def observe(self, x: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Take what the plan needs from the first real tokens `[B, H, T, D]`; `valid` `[B, T]` is False for padding."""
-        largest = _largest(x, valid).to(torch.float32)
+        largest = channel_absmax(x, valid)
         if self.rotary is not None and (partners := self.rotary.partners(largest.shape[1])):
             largest = torch.maximum(largest, largest[:, partners])
         if self.plan.kind == "first_batch":
@@ -194,20 +194,6 @@ class PageStore:
     @property
     def scale_nbytes(self) -> int:
         return sum(t.nbytes for t in (self.at_rest.scale, self.at_rest.zero) if t is not None)
-
-
-def _largest(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Absolute maxima `[H, D]` of the real tokens; what is no finite number does not count."""
-    size = x.abs()
-    if valid is not None:
-        size = size * valid[:, None, :, None]
-    if (
-        x.device.type == "cpu" and not torch.compiler.is_compiling()
-    ):  # where replacing numbers takes longer than looking
-        largest = size.amax(dim=(0, 2))
-        if largest.isfinite().all():
-            return largest
-    return size.nan_to_num(0.0, 0.0, 0.0).amax(dim=(0, 2))
 
 
 def mutable_everywhere() -> AbstractContextManager[Any]:

@@ -46,7 +46,7 @@ class PagedTensor:
     checked: tuple[object, ...] | None = field(default=None, repr=False)
 
 
-__all__ = ["PagedTensor", "check_page_table", "paged_attention", "read_pages", "write_kv"]
+__all__ = ["PagedTensor", "channel_absmax", "check_page_table", "paged_attention", "read_pages", "write_kv"]
 
 _LIBRARY = torch.library.Library("hf_kvquant", "DEF")
 _LIBRARY.define(
@@ -68,6 +68,7 @@ _LIBRARY.define(
     "read_pages(Tensor page_ids, Tensor pages, str format, Tensor? scale, Tensor? zero, Tensor? token_scale,"
     " ScalarType dtype) -> Tensor"
 )
+_LIBRARY.define("channel_absmax(Tensor x, Tensor? valid) -> Tensor")
 
 
 def _with_lse(attend: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -82,9 +83,11 @@ _LIBRARY.impl("write_kv", reference.write_kv, "CompositeExplicitAutograd")
 _LIBRARY.impl("paged_attention", reference.paged_attention, "CompositeExplicitAutograd")
 _LIBRARY.impl("paged_attention_lse", _with_lse(reference.paged_attention), "CompositeExplicitAutograd")
 _LIBRARY.impl("read_pages", reference.read_pages, "CompositeExplicitAutograd")
+_LIBRARY.impl("channel_absmax", reference.channel_absmax, "CompositeExplicitAutograd")
 _LIBRARY.impl("write_kv", cpu.write_kv, "CPU")
 _LIBRARY.impl("paged_attention", cpu.paged_attention, "CPU")
 _LIBRARY.impl("paged_attention_lse", _with_lse(cpu.paged_attention), "CPU")
+_LIBRARY.impl("channel_absmax", cpu.channel_absmax, "CPU")
 _LIBRARY.impl("write_kv", gpu.write_kv, "CUDA")
 _LIBRARY.impl("paged_attention", gpu.paged_attention, "CUDA")
 _LIBRARY.impl("paged_attention_lse", _with_lse(gpu.paged_attention), "CUDA")
@@ -118,6 +121,11 @@ def _(
 ) -> torch.Tensor:  # fmt: skip
     _, num_heads, page_size, head_dim = pages.shape
     return pages.new_empty(page_ids.shape[0], num_heads, page_ids.shape[1] * page_size, head_dim, dtype=dtype)
+
+
+@torch.library.register_fake("hf_kvquant::channel_absmax")
+def _(x: torch.Tensor, valid: object) -> torch.Tensor:
+    return x.new_empty(x.shape[1], x.shape[3], dtype=torch.float32)
 
 
 _EAGER = {"cpu": cpu, "cuda": gpu}
@@ -223,3 +231,18 @@ def read_pages(side: PagedTensor, page_ids: torch.Tensor, dtype: torch.dtype) ->
     return torch.ops.hf_kvquant.read_pages(
         page_ids, side.pages, side.format, side.scale, side.zero, side.token_scale, dtype
     )
+
+
+def channel_absmax(x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Absolute maxima fp32 `[H, D]` of `x` `[B, H, T, D]`, of finite numbers only; 0 where there are none.
+
+    Args:
+        valid: bool `[B, T]`, False where a token does not count.
+
+    Raises ValueError for shapes and dtypes that do not go together.
+    """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}; expected floating point [B, H, T, D]")
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != (x.shape[0], x.shape[2])):
+        raise ValueError(f"valid is {valid.dtype} {list(valid.shape)}; expected bool [{x.shape[0]}, {x.shape[2]}]")
+    return torch.ops.hf_kvquant.channel_absmax(x, valid)

@@ -251,3 +251,10 @@ def attend(
     weights = torch.nn.functional.dropout(weights, dropout, training=dropout > 0)
     weights = weights[..., :length].to(value.dtype).reshape(batch_size, num_kv_heads, -1, length)
     return (weights @ value).reshape(batch_size, num_q_heads, num_tokens, value.shape[-1])
+
+
+def channel_absmax(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    size = x.nan_to_num(0.0, 0.0, 0.0).abs()
+    if valid is not None:
+        size = size * valid[:, None, :, None]
+    return size.amax(dim=(0, 2)).to(torch.float32)

@@ -1,4 +1,4 @@
-"""Both operators on a CPU: C++ kernels built on first use, torch operators where that cannot be done.
+"""The operators on a CPU: C++ kernels built on first use, torch operators where that cannot be done.
 
 What neither serves (float64, unusual layouts) goes to the reference.
 """
@@ -15,7 +15,7 @@ import torch
 from .. import reference
 from . import build, chunked, kernels
 
-__all__ = ["paged_attention", "paths", "use", "write_kv"]
+__all__ = ["channel_absmax", "paged_attention", "paths", "use", "write_kv"]
 
 _TORCH = "torch"
 
@@ -93,3 +93,10 @@ def paged_attention(query: torch.Tensor, page_table: torch.Tensor, seq_lens: tor
     if output is None:
         output = reference.paged_attention(query, page_table, seq_lens, *args)
     return output
+
+
+def channel_absmax(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """`channel_absmax` of the dispatch key CPU."""
+    library = _library()
+    found = None if library is None else kernels.channel_absmax(library, x, valid)
+    return reference.channel_absmax(x, valid) if found is None else found

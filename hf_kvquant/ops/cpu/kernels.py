@@ -13,6 +13,7 @@ from ...formats import get_format
 # Records of kernels.cpp, all of whose members are eight bytes: two sides, tables, and the rest.
 _SIDE, _TABLES = "10q", "8q"
 _WRITE = struct.Struct(f"={_SIDE}{_SIDE}{_TABLES}5q5q3q")
+_ABSMAX = struct.Struct("=5q5qq2qqq")
 _ATTENTION = struct.Struct(f"={_SIDE}{_SIDE}{_TABLES}5q4q7q3q2d")
 
 _CODES = {"fp8_e4m3": 0, "fp8_e5m2": 1, "int8": 2}
@@ -60,12 +61,15 @@ def _side(side: Side) -> tuple[int, ...] | None:
 
 
 def _tables(page_table: torch.Tensor, seq_lens: torch.Tensor, pages: torch.Tensor) -> tuple[int, ...]:
-    num_threads = 1 if _forked else torch.get_num_threads()
     num_pages, num_heads, page_size, _ = pages.shape
     return (
         page_table.data_ptr(), seq_lens.data_ptr(), page_table.shape[1], num_pages, page_size, page_table.shape[0],
-        num_heads, num_threads,
+        num_heads, _num_threads(),
     )  # fmt: skip
+
+
+def _num_threads() -> int:
+    return 1 if _forked else torch.get_num_threads()
 
 
 def _check(status: int, page_table: torch.Tensor, pages: torch.Tensor) -> None:
@@ -152,3 +156,16 @@ def paged_attention(
     )  # fmt: skip
     _check(library.hf_kvquant_paged_attention(record), page_table, k[0])
     return output
+
+
+def channel_absmax(library: ctypes.CDLL, x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
+    """As the operator; None if the kernel does not serve this dtype and layout."""
+    code = _NUMBERS.get(x.dtype)
+    if code is None or x.stride(3) != 1:
+        return None
+    out = x.new_empty(x.shape[1], x.shape[3], dtype=torch.float32)
+    mask = (0, 0, 0) if valid is None else (valid.data_ptr(), *valid.stride())
+    library.hf_kvquant_channel_absmax(
+        _ABSMAX.pack(x.data_ptr(), *x.stride(), code, *x.shape, *mask, out.data_ptr(), _num_threads())
+    )
+    return out

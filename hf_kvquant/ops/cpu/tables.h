@@ -25,6 +25,11 @@ struct Side {
         for (int64_t d = 0; d < dim; d++) out[d] = zero ? zero[h * zero_head + d * zero_channel] : 0.0f;
     }
 };
+// A tensor [B, H, T, D].
+struct Source {
+    const char* start;
+    int64_t batch, head, token, channel;  // strides
+};
 struct Tables {
     const int32_t* page_table;
     const int32_t* seq_lens;

@@ -9,10 +9,6 @@ namespace {
 
 constexpr int64_t SMALL_WRITE = 1 << 15;  // numbers that are worth one more thread
 
-struct Source {
-    const char* start;
-    int64_t batch, head, token, channel;  // strides
-};
 struct Write {
     Side k, v;
     Tables tables;
