@@ -28,7 +28,7 @@ from hf_kvquant.ops.triton.tuning import Tiles
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
-from kernel_compiler import DEVICES, Shape, buffers, compile_attention, disassemble  # noqa: E402
+from kernel_compiler import DEVICES, Binary, Shape, buffers, compile_attention, disassemble  # noqa: E402
 
 CORES, SCHEDULERS = 132, 4
 CLOCK = 1.85e3  # cycles a microsecond
@@ -91,19 +91,29 @@ def estimate(call: Call, tiles: Tiles | None = None, splits: int | None = None) 
     if splits is None:
         partial_bytes = 4 * call.batch * call.q_heads * call.tokens * (call.head_dim + 2)
         splits = tuning.num_splits(num_programs, num_tiles, tile_bytes, partial_bytes, programs, CORES)
+    width = shape.padded_dim * shape.element_size // 2
+    ahead = min(max(buffers(compiled, *tile, bits=16)) for tile in ((tiles.block_n, width), (width, tiles.block_n)))
+    scale_bytes = tiles.block_n * 4 if call.is_dynamic else 0
+    num_bytes = num_programs // blocks * num_tiles * (tile_bytes + scale_bytes)
+    return of_code(len(loop.instructions), binary, num_programs, num_tiles, splits, num_bytes, ahead > 1)
+
+
+def of_code(
+    instructions: int, binary: Binary, num_programs: int, num_tiles: int, splits: int, num_bytes: float, ahead: bool
+) -> Estimate:
+    """What a kernel should take of which a tile is so many `instructions` of a warp, in `num_programs` times `splits`.
+
+    `ahead`: copies of a tile run while the one before it is computed.
+    """
+    programs = binary.programs(DEVICES["sm_90"])
     tiles_a_program = -(-num_tiles // splits)
     rounds = -(-num_programs * splits // (CORES * programs))
     at_once = min(programs, -(-num_programs * splits // CORES))
-    width = shape.padded_dim * shape.element_size // 2
-    ahead = min(max(buffers(compiled, *tile, bits=16)) for tile in ((tiles.block_n, width), (width, tiles.block_n)))
-    wait = 0.0 if ahead > 1 else WAIT[0] if at_once <= 2 else WAIT[1]
-    instructions = len(loop.instructions)
-    all_tiles = num_programs * num_tiles
-    scale_bytes = tiles.block_n * 4 if call.is_dynamic else 0
+    wait = 0.0 if ahead else WAIT[0] if at_once <= 2 else WAIT[1]
     return Estimate(
         tiles=rounds * tiles_a_program * (wait + instructions * CYCLES / CLOCK),
-        issue=all_tiles / CORES * instructions * binary.threads / 32 / SCHEDULERS / CLOCK,
-        bytes=all_tiles / blocks * (tile_bytes + scale_bytes) / READ,
+        issue=num_programs * num_tiles / CORES * instructions * binary.threads / 32 / SCHEDULERS / CLOCK,
+        bytes=num_bytes / READ,
         instructions=instructions, programs=programs, splits=splits,
     )  # fmt: skip
 

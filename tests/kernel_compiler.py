@@ -230,5 +230,5 @@ def disassemble(compiled: Any) -> Binary:
 
 def buffers(compiled: Any, rows: int, columns: int, bits: int) -> list[int]:
     """How many tiles each buffer of `[rows, columns]` elements holds in shared memory."""
-    pattern = rf"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x{rows}x{columns}x\w*?{bits},"
+    pattern = rf"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x{rows}x{columns}x[a-z]+{bits}(?:E\w+)?,"
     return [int(number) for number in re.findall(pattern, compiled.asm["ttgir"])]

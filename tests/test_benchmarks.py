@@ -102,3 +102,58 @@ def test_parts_of_another_call_are_taken_in(tmp_path: Path) -> None:
     (tmp_path / "third.json").write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="measured on another"):
         second.take(tmp_path / "third.json")
+
+
+# Stands for SGLang's file: its names, imports and launch, and a loop of its own.
+STAND_IN = """
+import triton
+import triton.language as tl
+from sglang.srt.utils import is_hip
+
+@triton.jit
+def _fwd_grouped_kernel_stage1(q_ptr, k_ptr, v_ptr, o_ptr, length, BLOCK_N: tl.constexpr):
+    rows, tokens, channels = tl.arange(0, 16), tl.arange(0, BLOCK_N), tl.arange(0, 128)
+    q = tl.load(q_ptr + rows[:, None] * 128 + channels[None, :])
+    result = tl.zeros([16, 128], tl.float32)
+    for start in tl.range(0, length, BLOCK_N):
+        places = (start + tokens)[:, None] * 1024 + channels[None, :]
+        logits = tl.dot(q, tl.trans(tl.load(k_ptr + places)).to(q.dtype))
+        result += tl.dot(logits.to(q.dtype), tl.load(v_ptr + places).to(q.dtype))
+    tl.store(o_ptr + rows[:, None] * 128 + channels[None, :], result)
+
+_fwd_kernel_stage2 = None
+
+def decode_attention_fwd(q, k, v, o, *others, max_kv_splits, **scales):
+    assert not is_hip()
+    _fwd_grouped_kernel_stage1[(8, 8, max_kv_splits)](q, k, v, o, 4096, BLOCK_N=64, num_warps=4, num_stages=3)
+    _fwd_kernel_stage2[(1,)](o)
+"""
+
+
+def test_our_loops_stand_beside_published_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    kernel_compiler = pytest.importorskip("kernel_compiler")
+    if not kernel_compiler.CUOBJDUMP.exists():
+        pytest.skip(f"this Triton has no {kernel_compiler.CUOBJDUMP}")
+    from benchmarks import published
+
+    file = tmp_path / "decode_attention.py"
+    file.write_text(STAND_IN)
+    monkeypatch.setattr(sys, "argv", ["published", "--sglang", str(file)])
+    published.main()
+    header, _, *lines = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
+    rows = [dict(zip(header, line, strict=True)) for line in lines]
+    assert [row["kernel"] for row in rows] == [
+        "ours, fp8_e4m3", "ours, fp8_e4m3 by token", "ours, int8 by token", "sglang, fp8_e4m3",
+    ]  # fmt: skip
+    for row in rows[:3]:
+        assert (row["bits"], row["bytes"]) == ("128", "0")
+        assert "(" not in row["us"]  # copies run ahead
+        assert float(row["a number"]) < 4
+    assert (rows[3]["tokens x warps x stages"], rows[3]["splits"]) == ("64 x 4 x 3", "8")
+
+    file.write_text("from sglang.srt.utils import not_there")
+    with pytest.raises(SystemExit, match=r"decode_attention\.py is not the sglang.*not_there"):
+        published.main()
