@@ -26,7 +26,7 @@ from test_ops import test_parts_merge_to_the_whole as check_merging
 from test_ops import test_written_bytes as check_written_bytes
 from test_ops import test_written_bytes_beside_ties as check_ties
 
-from hf_kvquant.ops import PagedTensor, cpu, paged_attention, reference, write_kv
+from hf_kvquant.ops import PagedTensor, channel_absmax, cpu, paged_attention, reference, write_kv
 from hf_kvquant.ops.cpu import build as builds
 
 PATHS = cpu.paths()
@@ -227,6 +227,31 @@ def test_every_code_is_read_as_its_number(path: str, name: str) -> None:
     got = paged_attention(torch.ones(1, 1, 1, 256), *arguments, softmax_scale=1.0)
     expected = reference.dequantize(codes, name, None, None, None)
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 17, 80), (1, 2, 1000, 64), (3, 1, 63, 13)])
+def test_absolute_maxima_on_every_path(path: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    cpu.use(path)
+    batch_size, num_heads, num_tokens, dim = shape
+    x = torch.randn(batch_size, num_tokens, num_heads, dim, dtype=torch.float64).to(dtype).transpose(1, 2)
+    x[torch.rand(shape) < 0.1] = torch.nan
+    x[torch.rand(shape) < 0.1] = -torch.inf
+    valid = torch.rand(batch_size, num_tokens) < 0.5
+    for counts in (None, valid, valid[:1].expand(batch_size, -1), torch.zeros_like(valid)):
+        sizes = np.abs(x.double().numpy())
+        sizes[~np.isfinite(sizes)] = 0
+        if counts is not None:
+            sizes[~counts[:, None, :, None].expand(shape).numpy()] = 0
+        assert torch.equal(channel_absmax(x, counts), torch.from_numpy(sizes.max(axis=(0, 2))).float())
+
+
+def test_absolute_maxima_of_something_else_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"x is torch.uint8 \[1, 1, 2, 3\]; expected floating point"):
+        channel_absmax(torch.zeros(1, 1, 2, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"valid is torch.bool \[1, 3\]; expected bool \[1, 2\]"):
+        channel_absmax(torch.zeros(1, 1, 2, 3), torch.ones(1, 3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("path", [*KERNELS[1:], "torch"])

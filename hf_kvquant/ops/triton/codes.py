@@ -25,6 +25,26 @@ PTX = tl.constexpr(1)  # NVIDIA
 PTX_FP8 = tl.constexpr(2)  # NVIDIA with conversions of fp8, compute capability 8.9 and later
 
 
+# As `_decode`, for two codes in the upper bytes of the halves of a register.
+_DECODE_E4M3 = tl.constexpr(
+    """
+    {
+    .reg .b32 m, n;
+    prmt.b32 $0, $2, 0, 0x2404;
+    and.b32 $1, $2, 0xff00ff00;
+    shr.b32 m, $0, 1;
+    and.b32 m, m, 0x3f803f80;
+    lop3.b32 $0, $0, 0x80008000, m, 0xea;
+    add.u32 n, m, 0x00800080;
+    lop3.b32 $0, n, 0x40004000, $0, 0xea;
+    shr.b32 m, $1, 1;
+    and.b32 m, m, 0x3f803f80;
+    lop3.b32 $1, $1, 0x80008000, m, 0xea;
+    add.u32 n, m, 0x00800080;
+    lop3.b32 $1, n, 0x40004000, $1, 0xea;
+    }
+    """
+)
 # Four numbers to the four codes of a register.
 _ENCODE = """
 {{
@@ -80,6 +100,10 @@ def decode_pair(x, FORMAT: tl.constexpr, ISA: tl.constexpr):
             is_pure=True,
             pack=2,
         )
+    elif ISA == PTX and FORMAT == FP8_E4M3:
+        return tl.inline_asm_elementwise(
+            _DECODE_E4M3, "=&r,=&r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
     elif ISA == PTX_FP8 and FORMAT == FP8_E4M3:
         return tl.inline_asm_elementwise(
             """
@@ -106,9 +130,10 @@ def decode_pair(x, FORMAT: tl.constexpr, ISA: tl.constexpr):
 def _decode(code, FORMAT: tl.constexpr):
     """One code in each uint16."""
     if FORMAT == FP8_E4M3:
-        # The same fields one exponent bit lower: the number times 2^-8, subnormals included.
+        # The same fields one exponent bit lower: the number times 2^-8, subnormals included. NaN alone carries into the
+        # exponent's first bit when the mantissa's last is added to it.
         bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
-        bits = tl.where((code & 0x7F) == 0x7F, 0x7E00, bits)
+        bits = bits | ((bits + 0x80) & 0x4000)
         return bits.to(tl.uint16).to(tl.float16, bitcast=True)
     elif FORMAT == FP8_E5M2:
         return (code << 8).to(tl.uint16).to(tl.float16, bitcast=True)

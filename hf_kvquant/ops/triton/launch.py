@@ -54,7 +54,8 @@ class Prepared:
         self._kernel = kernel
         self._device = device
         self._constants = constants
-        self._options = dict(options)
+        # Said aloud: what Triton does without it depends on the version.
+        self._options = {"enable_fp_fusion": True, **dict(options)}
         self._keep = keep
         self._compiled: Any = None
 
