@@ -25,13 +25,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
-from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_kvquant import KVQuantConfig, QuantizedPagedCache
 from hf_kvquant.attention import kvquant_attention
 from hf_kvquant.evaluation.timing import Clock
+from hf_kvquant.hosts import with_cache
 from hf_kvquant.huge_pages import prefer_huge_pages
 from hf_kvquant.ops import cpu
 
@@ -40,6 +41,7 @@ from .results import Results
 
 DTYPE = torch.bfloat16
 OURS = "kvquant int8"
+NEW_TOKENS = 6  # of a call of `generate`
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Way:
     attend: Callable[..., Any]
     attention: str = "kvquant"  # of a model
     path: str | None = None  # of our operators; None: the fastest
+    compiled: bool = False  # whether `generate` compiles its steps
     update_seconds: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -83,6 +86,15 @@ def ways_for(config: LlamaConfig, without_compiler: bool) -> list[Way]:
     if without_compiler:
         ways.append(Way(f"{OURS}, without a compiler", ours("int8"), kvquant_attention, path="torch"))
     return ways
+
+
+def compiled_ways(config: LlamaConfig, capacity: int) -> list[Way]:
+    """Caches at fixed addresses, ours and the host's, over which `generate` compiles its steps."""
+    ours = QuantizedPagedCache(config, KVQuantConfig(kv_cache_dtype="int8", max_cache_len=capacity))
+    return [
+        Way(f"{OURS}, compiled", ours, kvquant_attention, compiled=True),
+        Way("StaticCache, compiled", StaticCache(config, capacity), sdpa_attention_forward, "sdpa", compiled=True),
+    ]
 
 
 def in_turn(ways: list[Way], step: Callable[[Way], None], seconds: float, rounds: int) -> list[float]:
@@ -226,26 +238,32 @@ def measure_generate(results: Results, plan: Plan) -> None:
     results.part("generate", "135M shape, 30 layers, 9/3 heads, head_dim 64: tokens/s; x: kvquant int8 over it")
     config = llama(2, 3, 1, 64) if plan.tiny else llama(30, 9, 3, 64)
     model = LlamaForCausalLM._from_config(config, dtype=DTYPE, attn_implementation="sdpa").eval()
+    compiles = CompileConfig(fullgraph=True)
+    compiles._compile_all_devices = True
     for context in plan.of([512, 4096, 16384], [65]):
 
         def measured(context: int = context) -> dict[str, Any]:
+            rounds = 3 if plan.tiny else 20
             ways = [way for way in ways_for(model.config, True) if way.name != "DynamicCache, packed"]
+            ways += compiled_ways(model.config, context + NEW_TOKENS * (rounds + 2))
+            torch._dynamo.reset()
             for way in ways:
                 model.set_attn_implementation(way.attention)
                 fill(way.cache, model, 1, context)
 
             def step(way: Way) -> None:
                 model.set_attn_implementation(way.attention)
-                ids = torch.randint(3, 49152, (1, way.cache.get_seq_length() + 1))
+                ids = torch.randint(3, 49152, (1, int(way.cache.get_seq_length()) + 1))
                 clock = Clock(model.device)
                 model.generate(
-                    ids, attention_mask=torch.ones_like(ids), past_key_values=way.cache, max_new_tokens=6,
+                    ids, attention_mask=torch.ones_like(ids), **with_cache(way.cache), max_new_tokens=NEW_TOKENS,
                     do_sample=False, stopping_criteria=StoppingCriteriaList([clock]),
+                    compile_config=compiles if way.compiled else None,
                 )  # fmt: skip
                 steps = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
                 way.seconds.append(statistics.median(steps))
 
-            speeds = in_turn(ways, step, min(120, plan.seconds), 3 if plan.tiny else 20)
+            speeds = in_turn(ways, step, min(120, plan.seconds), rounds)
             times = ratios(ways)
             row: dict[str, Any] = {"rounds": len(speeds), "load average": os.getloadavg()[0]}
             for way in ways:

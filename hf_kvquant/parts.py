@@ -6,12 +6,15 @@ sequence (Flash-Decoding).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .exact import ExactStep, Length
 from .ops import PagedTensor, paged_attention
+from .stores import mutable_everywhere
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,23 @@ class _Split:
         return _hide(mask.index_select(3, columns.clamp(0, mask.shape[3] - 1)), inside)
 
 
+@functools.lru_cache(maxsize=64)
+def _one_page_each(batch_size: int, device: torch.device) -> torch.Tensor:
+    """A page table: page b for sequence b. Every layer of a step wants the same."""
+    return torch.arange(batch_size, dtype=torch.int32, device=device)[:, None]
+
+
+@functools.lru_cache(maxsize=64)
+def _equal_lengths(batch_size: int, length: int, device: torch.device) -> torch.Tensor:
+    return torch.full((batch_size,), length, dtype=torch.int32, device=device)
+
+
+def _made_once(make: Any, *arguments: Any) -> torch.Tensor:
+    """`make(*arguments)`, whose results are kept; a graph makes its own."""
+    with mutable_everywhere():
+        return make.__wrapped__(*arguments) if torch.compiler.is_compiling() else make(*arguments)
+
+
 def _hide(mask: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
 
@@ -126,8 +146,8 @@ def attend_in_parts(
     has_others = page_table.shape[1] > first_column
     exact_output = paged_attention(
         query, PagedTensor(key, "model"), PagedTensor(value, "model"),
-        torch.arange(batch_size, dtype=torch.int32, device=query.device)[:, None],
-        torch.full((batch_size,), key.shape[2], dtype=torch.int32, device=query.device),
+        _made_once(_one_page_each, batch_size, query.device),
+        _made_once(_equal_lengths, batch_size, key.shape[2], query.device),
         softmax_scale=softmax_scale, attn_mask=mask, sinks=None if has_others else sinks, softcap=softcap, causal=False,
         lse=exact_lse,
     )  # fmt: skip
@@ -138,8 +158,13 @@ def attend_in_parts(
     shift = step.num_recent
     if split.by_query and attn_mask is not None:
         shift, attn_mask = 0, split.older(attn_mask, mask_start)
+    hidden = step.num_first + shift
+    if isinstance(length, int):
+        shortened = _made_once(_equal_lengths, batch_size, length - hidden, query.device)
+    else:
+        shortened = seq_lens - hidden
     output = paged_attention(
-        rounded, k, v, page_table[:, first_column:], seq_lens - (step.num_first + shift),
+        rounded, k, v, page_table[:, first_column:], shortened,
         softmax_scale=softmax_scale, attn_mask=attn_mask, mask_start=mask_start - step.num_first, sinks=sinks,
         softcap=softcap, window=None if window is None else max(window - shift, 0), causal=causal, lse=lse,
     )  # fmt: skip
