@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 # Threads that spin while they wait slow down whoever shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test kernels lint format gpu readme clean
+.PHONY: help demo test kernels lint format gpu readme wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -42,6 +42,13 @@ gpu: ## on a machine with a GPU and torch: test there and measure (RESULT=file, 
 
 readme: $(STAMP) ## write the README's tables and the pages and pictures of results from benchmarks/results
 	@$(BIN)/python benchmarks/readme.py
+
+wheel: $(STAMP) ## a wheel for this kind of machine, with the CPU kernels built (dist/)
+	@$(BIN)/python -c "from hf_kvquant.ops.cpu import build; build.prebuild()"
+	@$(BIN)/pip wheel -q --no-deps --wheel-dir dist . --config-settings=--build-option=--plat-name=$$($(BIN)/python -c \
+	  "import sysconfig; print(sysconfig.get_platform().replace('-', '_').replace('.', '_'))")
+	@rm -rf hf_kvquant/ops/cpu/prebuilt build
+	@ls dist/*.whl
 
 clean: ## remove the virtual environments and everything generated
 	@rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -455,6 +455,34 @@ def test_built_without_openmp_and_without_a_cache(
     assert torch.equal(problem.run(), expected)
 
 
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="wheels with kernels are made on Linux")
+def test_kernels_that_came_with_the_package(
+    compiler: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = build(Case(), poisoned=False)
+    expected = {}
+    for path in KERNELS:
+        cpu.use(path)
+        expected[path] = problem.run()
+    files = builds.prebuild(tmp_path / "prebuilt")
+    assert len(files) == len(set(files)) == (5 if "avx2" in KERNELS else 1)
+    assert not any(b"libgomp" in file.read_bytes() for file in files)
+    log = compiler("echo called > $log; exit 1")
+    monkeypatch.setattr(builds, "_PREBUILT", tmp_path / "prebuilt")
+    monkeypatch.setattr(cpu, "_libraries", {})
+    torch.set_num_threads(2)
+    for path in KERNELS:
+        assert cpu.use(path) == path
+        assert torch.equal(problem.run(), expected[path])
+    assert not log.exists()
+    for file in files:
+        file.write_bytes(b"of another kind of machine")
+    with pytest.raises(builds.BuildError):  # as if they were not there
+        builds.load(KERNELS[0])
+    assert log.exists()
+
+
 def test_an_unknown_path_is_refused() -> None:
     with pytest.raises(ValueError, match="'avx' is not one of"):
         cpu.use("avx")

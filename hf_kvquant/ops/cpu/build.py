@@ -1,4 +1,7 @@
-"""Building the C++ kernels: on first use, once a user and instruction set, in a second or three."""
+"""Building the C++ kernels: on first use, once a user and instruction set, in a second or three.
+
+A wheel may bring them along (`make wheel`), for machines without a compiler.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
+_PREBUILT = Path(__file__).with_name("prebuilt")
 
 # Not -ffast-math: a library that is linked with it flushes denormals to zero in the whole process.
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-w")
@@ -26,8 +30,10 @@ _AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
     "-mprefer-vector-width=512",
 )
+_WITH_DIGITS = "avx512_vnni"
+_TUNED_FOR_INTEL = ("-DFETCH_INTO_SECOND_CACHE",)
 _INSTRUCTIONS: dict[str, tuple[str, ...]] = {
-    "avx512_vnni": (*_AVX512, "-mavx512vbmi", "-mavx512vnni"),
+    _WITH_DIGITS: (*_AVX512, "-mavx512vbmi", "-mavx512vnni"),
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "default": (),
@@ -62,7 +68,10 @@ def _cpu_words() -> frozenset[str]:
 
 
 def load(instructions: str) -> ctypes.CDLL:
-    """The kernels for `instructions`, built unless a build is cached. Raises BuildError."""
+    """The kernels for `instructions`: those that came with the package, else a build, cached. Raises BuildError."""
+    for flags in _flag_sets(instructions):
+        with suppress(OSError):
+            return ctypes.CDLL(str(_PREBUILT / _file_name(flags)))
     cached = _cache_directory()
     error = BuildError("no writable cache directory")
     for directory in (cached, None):  # None: a temporary one, for when the first cannot be written to or run from
@@ -100,12 +109,35 @@ def _flag_sets(instructions: str) -> list[tuple[str, ...]]:
 
     The OpenMP library that torch has loaded is the one that gets used: its symbols are global, or its name the same.
     """
-    is_intel = "GenuineIntel" in _cpu_words()
-    flags = (*_FLAGS, *_INSTRUCTIONS[instructions], *(["-DFETCH_INTO_SECOND_CACHE"] if is_intel else []))
+    tuned = _TUNED_FOR_INTEL if instructions == _WITH_DIGITS and "GenuineIntel" in _cpu_words() else ()
+    flags = (*_FLAGS, *_INSTRUCTIONS[instructions], *tuned)
     openmp: tuple[str, ...] = ("-fopenmp",)
     if sys.platform == "darwin":
         openmp = ("-Xpreprocessor", "-fopenmp", f"-L{Path(torch.__file__).parent / 'lib'}", "-lomp")
     return [(*flags, *openmp), flags]
+
+
+def prebuild(directory: Path = _PREBUILT) -> list[Path]:
+    """Build the kernels for every processor of this architecture into `directory`; returns the files.
+
+    They ask for no OpenMP library by name: the one that torch has loaded serves them, and there may be no other.
+    Raises BuildError.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    made = []
+    for instructions in _INSTRUCTIONS if is_x86 else ["default"]:
+        for tuned in ((), _TUNED_FOR_INTEL) if instructions == _WITH_DIGITS else ((),):
+            flags = (*_FLAGS, *_INSTRUCTIONS[instructions], *tuned, "-fopenmp")
+            target = directory / _file_name(flags)
+            part = target.with_suffix(".o")
+            # Linked apart, and without -fopenmp, which would name a library.
+            if message := _compile(part, (*flags, "-c")) or _compile(target, ("-shared",), part):
+                raise BuildError(message)
+            part.unlink()
+            made.append(target)
+    return made
 
 
 def _file_name(flags: tuple[str, ...]) -> str:
@@ -115,7 +147,7 @@ def _file_name(flags: tuple[str, ...]) -> str:
     return f"kernels-{digest.hexdigest()[:20]}.so"
 
 
-def _compile(target: Path, flags: tuple[str, ...]) -> str:
+def _compile(target: Path, flags: tuple[str, ...], source: Path = _SOURCE) -> str:
     """Build `target`; returns why it could not be done, or nothing."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
@@ -124,7 +156,7 @@ def _compile(target: Path, flags: tuple[str, ...]) -> str:
     handle, unfinished = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     try:
-        command = [*compiler.split(), str(_SOURCE), "-o", unfinished, *flags]
+        command = [*compiler.split(), str(source), "-o", unfinished, *flags]
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
         if result.returncode == 0:
             os.replace(unfinished, target)
