@@ -476,8 +476,10 @@ def test_kernels_that_came_with_the_package(
         assert cpu.use(path) == path
         assert torch.equal(problem.run(), expected[path])
     assert not log.exists()
+    (tmp_path / "other").mkdir()
     for file in files:
-        file.write_bytes(b"of another kind of machine")
+        (tmp_path / "other" / file.name).write_bytes(b"for another kind of machine")
+    monkeypatch.setattr(builds, "_PREBUILT", tmp_path / "other")
     with pytest.raises(builds.BuildError):  # as if they were not there
         builds.load(KERNELS[0])
     assert log.exists()
