@@ -15,8 +15,8 @@ def pictures(bench: dict[str, Any]) -> list[Picture]:
     return speed_section(Benchmark.from_dict(bench), "cpu").pictures
 
 
-def document(bench: dict[str, Any], operators: dict[str, Any], images: list[Picture]) -> str:
-    """Everything; `images` are those of `pictures`."""
+def document(bench: dict[str, Any], operators: list[dict[str, Any]], images: list[Picture]) -> str:
+    """Everything; `images` are those of `pictures`, `operators` what was measured on each machine."""
     lines = [
         "# On a CPU",
         "",
@@ -24,6 +24,8 @@ def document(bench: dict[str, Any], operators: dict[str, Any], images: list[Pict
         "`make readme`.",
         "",
         speed_section(Benchmark.from_dict(bench), "cpu").markdown(images),
-        *(section.markdown([]) for section in part_sections(operators, "cpu")),
     ]
+    for machine in operators:
+        lines += ["", f"# {machine['about']['device']}, {machine['about']['threads']} threads", ""]
+        lines += [section.markdown([]) for section in part_sections(machine, "cpu")]
     return "\n".join(lines).rstrip() + "\n"

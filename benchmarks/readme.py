@@ -19,7 +19,8 @@ from hf_kvquant.evaluation.pictures import Picture
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO, GPU = RESULTS / "demo-cpu.json", RESULTS / "h200-2026-11-20.json"
-CPU, CPU_OPERATORS = RESULTS / "bench-cpu-2026-11-20.json", RESULTS / "cpu-epyc.json"
+CPU = RESULTS / "bench-cpu-2026-11-20.json"
+CPU_OPERATORS = (RESULTS / "cpu-xeon.json", RESULTS / "cpu-epyc.json")
 QUALITY = RESULTS / "quality-2026-11-20.json"
 
 
@@ -57,8 +58,8 @@ def put(text: str, name: str, table: str) -> str:
 
 def documents() -> tuple[dict[Path, str], dict[Path, Picture]]:
     """All that is written: texts, and pictures as SVG."""
-    paths = (DEMO, CPU, CPU_OPERATORS, GPU, QUALITY)
-    demo, cpu, operators, gpu, quality = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    paths = (DEMO, CPU, GPU, QUALITY, *CPU_OPERATORS)
+    demo, cpu, gpu, quality, *operators = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tables = {
         "demo": demo_table(demo),

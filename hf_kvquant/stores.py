@@ -91,7 +91,7 @@ class PageStore:
             return
 
         def resized(store: torch.Tensor) -> torch.Tensor:
-            larger = prefer_huge_pages(store.new_zeros(num_pages, *store.shape[1:]))
+            larger = _zeros(store, num_pages)
             kept = min(num_pages, store.shape[0])
             larger[:kept] = store[:kept]
             return larger
@@ -106,7 +106,7 @@ class PageStore:
 
     def keep(self, pages: torch.Tensor, num_pages: int) -> None:
         def kept(store: torch.Tensor) -> torch.Tensor:
-            smaller = prefer_huge_pages(store.new_zeros(num_pages, *store.shape[1:]))
+            smaller = _zeros(store, num_pages)
             smaller[: len(pages)] = store[pages]
             return smaller
 
@@ -194,6 +194,11 @@ class PageStore:
     @property
     def scale_nbytes(self) -> int:
         return sum(t.nbytes for t in (self.at_rest.scale, self.at_rest.zero) if t is not None)
+
+
+def _zeros(store: torch.Tensor, num_pages: int) -> torch.Tensor:
+    """Zeroed pages like those of `store`."""
+    return prefer_huge_pages(store.new_empty(num_pages, *store.shape[1:])).zero_()
 
 
 def mutable_everywhere() -> AbstractContextManager[Any]:
