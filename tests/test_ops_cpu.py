@@ -466,7 +466,7 @@ def test_kernels_that_came_with_the_package(
         cpu.use(path)
         expected[path] = problem.run()
     files = builds.prebuild(tmp_path / "prebuilt")
-    assert len(files) == len(set(files)) == (5 if "avx2" in KERNELS else 1)
+    assert len(files) == len(set(files)) == (4 if "avx2" in KERNELS else 1)
     assert not any(b"libgomp" in file.read_bytes() for file in files)
     log = compiler("echo called > $log; exit 1")
     monkeypatch.setattr(builds, "_PREBUILT", tmp_path / "prebuilt")

@@ -6,7 +6,6 @@ A wheel may bring them along (`make wheel`), for machines without a compiler.
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -30,10 +29,8 @@ _AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
     "-mprefer-vector-width=512",
 )
-_WITH_DIGITS = "avx512_vnni"
-_TUNED_FOR_INTEL = ("-DFETCH_INTO_SECOND_CACHE",)
 _INSTRUCTIONS: dict[str, tuple[str, ...]] = {
-    _WITH_DIGITS: (*_AVX512, "-mavx512vbmi", "-mavx512vnni"),
+    "avx512_vnni": (*_AVX512, "-mavx512vbmi", "-mavx512vnni"),
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "default": (),
@@ -55,16 +52,10 @@ def instruction_sets() -> list[str]:
 
 def _has_vnni() -> bool:
     """Whether there are permutations and products of bytes as well: Intel's Ice Lake, AMD's Zen 4, and later ones."""
-    return _cpu_words() >= {"avx512_vnni", "avx512vbmi"}
-
-
-@functools.cache
-def _cpu_words() -> frozenset[str]:
-    """What Linux says of the processor."""
     try:
-        return frozenset(Path("/proc/cpuinfo").read_text().split())
+        return {"avx512_vnni", "avx512vbmi"} <= set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return frozenset()
+        return False
 
 
 def load(instructions: str) -> ctypes.CDLL:
@@ -109,8 +100,7 @@ def _flag_sets(instructions: str) -> list[tuple[str, ...]]:
 
     The OpenMP library that torch has loaded is the one that gets used: its symbols are global, or its name the same.
     """
-    tuned = _TUNED_FOR_INTEL if instructions == _WITH_DIGITS and "GenuineIntel" in _cpu_words() else ()
-    flags = (*_FLAGS, *_INSTRUCTIONS[instructions], *tuned)
+    flags = (*_FLAGS, *_INSTRUCTIONS[instructions])
     openmp: tuple[str, ...] = ("-fopenmp",)
     if sys.platform == "darwin":
         openmp = ("-Xpreprocessor", "-fopenmp", f"-L{Path(torch.__file__).parent / 'lib'}", "-lomp")
@@ -128,15 +118,14 @@ def prebuild(directory: Path = _PREBUILT) -> list[Path]:
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     made = []
     for instructions in _INSTRUCTIONS if is_x86 else ["default"]:
-        for tuned in ((), _TUNED_FOR_INTEL) if instructions == _WITH_DIGITS else ((),):
-            flags = (*_FLAGS, *_INSTRUCTIONS[instructions], *tuned, "-fopenmp")
-            target = directory / _file_name(flags)
-            part = target.with_suffix(".o")
-            # Linked apart, and without -fopenmp, which would name a library.
-            if message := _compile(part, (*flags, "-c")) or _compile(target, ("-shared",), part):
-                raise BuildError(message)
-            part.unlink()
-            made.append(target)
+        flags = (*_FLAGS, *_INSTRUCTIONS[instructions], "-fopenmp")
+        target = directory / _file_name(flags)
+        part = target.with_suffix(".o")
+        # Linked apart, and without -fopenmp, which would name a library.
+        if message := _compile(part, (*flags, "-c")) or _compile(target, ("-shared",), part):
+            raise BuildError(message)
+        part.unlink()
+        made.append(target)
     return made
 
 

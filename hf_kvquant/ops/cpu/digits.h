@@ -27,21 +27,13 @@ Digits digits_from(Carver& carver, int64_t rows, int64_t stride) {
     return {carver.take<int32_t>(rows * stride / 2), carver.take<int32_t>(rows * 2), carver.take<float>(rows), stride};
 }
 
-// Which cache rows are fetched into. A core of Intel's has room for 16 lines on their way into the first cache, too few to
-// keep the memory busy; on AMD's lines that are fetched into the second are at times lost.
-#if defined(FETCH_INTO_SECOND_CACHE)
-constexpr int LOCALITY = 2;
-#else
-constexpr int LOCALITY = 3;
-#endif
-
 // Rows that will be read next.
 struct Ahead {
     const uint8_t* const* row;
     int64_t dim, offset = 0;
 
     INLINE void fetch_line() {
-        __builtin_prefetch(*row + offset, 0, LOCALITY);
+        __builtin_prefetch(*row + offset, 0, 3);
         offset += 64;
         row += offset >= dim;
         offset = offset >= dim ? 0 : offset;
