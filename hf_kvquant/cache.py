@@ -59,7 +59,7 @@ _PAGED: dict[type, tuple[type[GrowingLayer], type[FixedLayer]]] = {
 
 
 class QuantizedPagedCache(DynamicCache):
-    """A cache in 8-bit pages, for `past_key_values`; it can be reused over calls.
+    """A cache in 8-bit pages, for `past_key_values` (`cache` from transformers 5.24 on); it can be reused over calls.
 
     Usually made by `from_model`, or by `generate(cache_implementation="kvquant")`.
 

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from .cache import QuantizedPagedCache, options_for
 from .config import KVQuantConfig
 from .encoder_decoder import QuantizedEncoderDecoderCache
-from .hosts import CACHE_NAMES, is_fused
+from .hosts import CACHE_NAME, CACHE_NAMES, is_fused
 from .policy import asks_for_files
 
 CACHE_IMPLEMENTATION = "kvquant"
@@ -162,12 +162,15 @@ def _take_adapters_prefix(model: Any, cache: QuantizedPagedCache) -> None:
         inputs = wrapped(*args, **kwargs)
         for name in CACHE_NAMES:
             prefix = inputs.get(name)
-            if type(prefix) is DynamicCache and cache.get_seq_length() == 0:
+            if type(prefix) is not DynamicCache:
+                continue
+            if cache.get_seq_length() == 0:
                 cache.shared.padding_mask = None  # the first tokens are the adapter's
                 for index, layer in enumerate(prefix.layers):
                     if layer.is_initialized:
                         cache.update(layer.keys, layer.values, index)
-                inputs[name] = cache
+            del inputs[name]  # perhaps an old name of it
+            inputs[CACHE_NAME] = cache
         return inputs
 
     model.prepare_inputs_for_generation = prepare_inputs
