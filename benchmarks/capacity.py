@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvquant.evaluation.memory import free, synchronize
+from hf_kvquant.hosts import with_cache
 
 from .models import CAPACITY_WAYS, Way, build_model, cache_bytes, fill
 from .results import Results
@@ -26,7 +27,7 @@ def fits(model: PreTrainedModel, way: Way, batch: int, context: int) -> bool:
         fill(cache, model, batch, context)
         ids = torch.ones(batch, 1, dtype=torch.int64, device=device)
         for _ in range(2):
-            model(ids, past_key_values=cache, use_cache=True)
+            model(ids, **with_cache(cache))
         synchronize(device)
         return True
     except torch.OutOfMemoryError:

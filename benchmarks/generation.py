@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 
 from hf_kvquant.evaluation.memory import free, synchronize
 from hf_kvquant.evaluation.timing import Clock
+from hf_kvquant.hosts import with_cache
 
 from .bandwidth import ceilings
 from .models import WAYS, Way, build_model, cache_bytes, fill, weight_bytes
@@ -47,7 +48,7 @@ def run(model: PreTrainedModel, way: Way, batch: int, context: int, new_tokens: 
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **with_cache(cache),
         max_new_tokens=new_tokens,
         do_sample=False,
         disable_compile=not way.compiled,

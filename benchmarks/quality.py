@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from hf_kvquant import Calibration, ComparisonRow, calibrate, compare, write_scales
 from hf_kvquant.evaluation.caches import candidates, held_bytes
 from hf_kvquant.evaluation.machine import device_name, git_commit
+from hf_kvquant.hosts import with_cache
 
 from .twins import TWINS, twins_of
 
@@ -118,7 +119,7 @@ def bytes_held(model: PreTrainedModel, formats: dict[str, dict[str, Any]], conte
     for candidate in candidates(model, formats):
         with contextlib.suppress(ImportError):
             cache = candidate.make(context)
-            model(torch.zeros(1, context - 1, dtype=torch.long), past_key_values=cache)
+            model(torch.zeros(1, context - 1, dtype=torch.long), **with_cache(cache))
             found[candidate.name] = held_bytes(cache)
     return found
 

@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache
 
 from hf_kvquant import QuantizedPagedCache
 from hf_kvquant.evaluation.caches import held_bytes
+from hf_kvquant.hosts import CACHE_NAME, with_cache
 
 PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """'
 
@@ -84,7 +85,7 @@ def generate(model: PreTrainedModel, peer: Peer, prompt: torch.Tensor, new_token
     )  # fmt: skip
     output.sequences.tolist()  # waits for a GPU
     peer.seconds.append(time.perf_counter() - start)
-    peer.cache_bytes = held_bytes(output.past_key_values)
+    peer.cache_bytes = held_bytes(output[CACHE_NAME])
 
 
 def measure(model: PreTrainedModel, tokenizer: Any, peers: list[Peer], quick: bool) -> dict[str, int]:
@@ -182,7 +183,7 @@ def main() -> None:
     prompt = encode(tokenizer, PROMPT, model.device)
     cache = QuantizedPagedCache.from_model(model)
     output = model.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, do_sample=False,
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), **with_cache(cache), do_sample=False,
         max_new_tokens=24 if args.quick else 96,
     )  # fmt: skip
     name = Path(args.model).name if Path(args.model).is_dir() else args.model

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.cache_utils import Cache
 
 from hf_kvquant.evaluation.windows import chunk_sizes
+from hf_kvquant.hosts import with_cache
 
 TINY_MODEL = Path(__file__).parent / "tiny-python-lm"
 WINDOW = 1024
@@ -72,7 +73,7 @@ def read_text(model: PreTrainedModel, texts: torch.Tensor, make_cache: Callable[
         cache = make_cache()
         targets = tokens.roll(-1)
         for chunk, expected in zip(tokens.split(CHUNKS), targets.split(CHUNKS), strict=True):
-            logits = model(input_ids=chunk[None], past_key_values=cache).logits[0].float()
+            logits = model(input_ids=chunk[None], **with_cache(cache)).logits[0].float()
             losses.append(torch.nn.functional.cross_entropy(logits, expected, reduction="none"))
             choices.append(logits.argmax(dim=-1))
         losses[-1] = losses[-1][:-1]  # nothing follows the last token

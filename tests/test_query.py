@@ -242,7 +242,7 @@ def test_attention_that_is_not_ours_is_refused_before_anything_is_written(name: 
 def test_layers_that_are_read_dense_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients: attention then takes dense keys, and its query stays as it is."""
     warned: list[str] = []
-    monkeypatch.setattr("hf_kvquant.layers.logger.warning_once", warned.append)
+    monkeypatch.setattr("hf_kvquant.layer_state.logger.warning_once", warned.append)
     model = tiny_llama()
     ids = prompt()
     logits = []

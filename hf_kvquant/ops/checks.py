@@ -35,12 +35,15 @@ def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> 
 
 
 def _check_paged(name: str, side: Paged, num_heads: int, head_dim: int) -> None:
-    parts = (side.pages, side.scale, side.zero, side.token_scale, num_heads, head_dim)
     if torch.compiler.is_compiling():  # a graph has no use for what passed
-        _check_parts(name, side, num_heads, head_dim)
-    elif side.checked is None or any(one is not other for one, other in zip(parts, side.checked, strict=True)):
-        _check_parts(name, side, num_heads, head_dim)
-        side.checked = parts
+        return _check_parts(name, side, num_heads, head_dim)
+    if (passed := side.checked) is not None:
+        pages, scale, zero, token_scale, *shape = passed
+        is_same = pages is side.pages and scale is side.scale and zero is side.zero and token_scale is side.token_scale
+        if is_same and shape == [num_heads, head_dim]:
+            return
+    _check_parts(name, side, num_heads, head_dim)
+    side.checked = (side.pages, side.scale, side.zero, side.token_scale, num_heads, head_dim)
 
 
 def _check_parts(name: str, side: Paged, num_heads: int, head_dim: int) -> None:

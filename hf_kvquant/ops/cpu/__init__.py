@@ -52,7 +52,7 @@ def use(path: str | None = None) -> str:
     if problem is not None and candidate == _TORCH and not said:
         warnings.warn(
             "hf_kvquant: attention on the CPU runs on torch operators, several times slower than its kernels, which "
-            f"could not be built: {problem}",
+            f"could not be built: {problem}; install g++ or clang++, or a wheel that has them built (`make wheel`)",
             RuntimeWarning,
             stacklevel=2,
         )
