@@ -165,6 +165,31 @@ def test_a_decode_step_reads_nothing_back(dtype: str, options: dict[str, Any]) -
         assert syncs.count == 1  # the counter counts
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"max_cache_len": 64}, {"recent_tokens": 3}], ids=["growing", "fixed", "recent"]
+)
+@pytest.mark.parametrize("copied_when", ["empty", "filled"])
+def test_a_layer_that_its_model_copies_goes_its_own_way(copied_when: str, options: dict[str, Any]) -> None:
+    """Models that go through some layers several times copy the cache layers of those, in the middle of a step too."""
+    cache = QuantizedPagedCache.from_model(tiny_llama("kvquant"), kv_cache_dtype="int8", page_size=4, **options)
+    if copied_when == "filled":
+        for layer in cache.layers:
+            layer.update(*torch.randn(2, 2, 2, 21, 16))
+    cache.layers.append(copy.deepcopy(cache.layers[1]))
+    one, other = cache.layers[1:]
+    assert other.shared is one.shared
+    kept: dict[int, Any] = {}
+    for layer in (cache.layers[0], one, other, one, other, other):  # the last one is ahead of the others
+        layer.update(*torch.randn(2, 2, 2, 5, 16))
+        kept[id(layer)] = [layer.read(side, 0).clone() for side in ("key", "value")]
+        for each in (one, other):
+            if id(each) in kept:
+                for side, dense in zip(("key", "value"), kept[id(each)], strict=True):
+                    assert torch.equal(each.read(side, 0), dense)
+    length = 21 if copied_when == "filled" else 0
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == [length + 5, length + 10, length + 15]
+
+
 # -- operations -----------------------------------------------------------------------------------------------------
 
 

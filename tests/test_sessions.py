@@ -122,6 +122,16 @@ def test_only_live_pages_are_written(tmp_path: Path) -> None:
             assert not tensor[-1, :, 1:].any()
 
 
+def test_layers_that_a_model_has_added_are_not_saved(tmp_path: Path) -> None:
+    model = tiny_llama()
+    cache = QuantizedPagedCache.from_model(model)
+    cache.layers.append(copy.deepcopy(cache.layers[1]))
+    model(prompt(1, 21), past_key_values=cache)
+    with pytest.raises(ValueError, match="made 3 layers of the cache's 2 while it ran; .* cannot be saved"):
+        cache.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_beams_and_layers_that_went_their_own_way(tmp_path: Path) -> None:
     """Rows that share pages still do, and a layer that was skipped has its own table."""
     model = tiny_llama(num_hidden_layers=3)
