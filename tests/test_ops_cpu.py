@@ -252,6 +252,8 @@ def test_absolute_maxima_of_something_else_are_refused() -> None:
         channel_absmax(torch.zeros(1, 1, 2, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"valid is torch.bool \[1, 3\]; expected bool \[1, 2\]"):
         channel_absmax(torch.zeros(1, 1, 2, 3), torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="valid is on meta; x is on cpu"):
+        channel_absmax(torch.zeros(1, 1, 2, 3), torch.ones(1, 2, dtype=torch.bool, device="meta"))
 
 
 @pytest.mark.parametrize("path", [*KERNELS[1:], "torch"])

@@ -245,4 +245,6 @@ def channel_absmax(x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.
         raise ValueError(f"x is {x.dtype} {list(x.shape)}; expected floating point [B, H, T, D]")
     if valid is not None and (valid.dtype != torch.bool or valid.shape != (x.shape[0], x.shape[2])):
         raise ValueError(f"valid is {valid.dtype} {list(valid.shape)}; expected bool [{x.shape[0]}, {x.shape[2]}]")
+    if valid is not None and valid.device != x.device:
+        raise ValueError(f"valid is on {valid.device}; x is on {x.device}")
     return torch.ops.hf_kvquant.channel_absmax(x, valid)
