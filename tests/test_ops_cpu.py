@@ -11,6 +11,7 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 import torch
 from helpers import QMAX, QUANTIZED
 from test_import import PACKAGE_PARENT
-from test_ops import CASES, KINDS, Case, build, empty_side, random_scales
+from test_ops import CASES, KINDS, Case, Problem, build, difficult_numbers, empty_side, random_scales
 from test_ops import test_attention as check_attention
 from test_ops import test_nan_in_a_live_token_is_not_hidden as check_nan
 from test_ops import test_parts_merge_to_the_whole as check_merging
@@ -28,6 +29,7 @@ from test_ops import test_written_bytes_beside_ties as check_ties
 
 from hf_kvquant.ops import PagedTensor, channel_absmax, cpu, paged_attention, reference, write_kv
 from hf_kvquant.ops.cpu import build as builds
+from hf_kvquant.ops.cpu.chunked import digits
 
 PATHS = cpu.paths()
 HAS_COMPILER = cpu.use() != "torch"
@@ -38,7 +40,9 @@ needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compil
 @pytest.fixture(autouse=True)
 def _back_to_the_fastest() -> Iterator[None]:
     threads = torch.get_num_threads()
+    digits._are_exact.cache_clear()
     yield
+    digits._are_exact.cache_clear()
     torch.set_num_threads(threads)
     cpu.use()
 
@@ -182,6 +186,139 @@ def test_queries_that_are_no_numbers_stay_none(number: float, dtype: torch.dtype
     got = problem.run()
     assert got[0, 1].isnan().all()
     assert torch.equal(got[0, [0, 2, 3]], clean[0, [0, 2, 3]])
+
+
+# -- torch operators ---------------------------------------------------------------------------------------------------
+
+# Enough int8 codes of a head that bytes are multiplied, where the processor can.
+LONG = Case(
+    lengths=(2063, 2101), num_kv_heads=2, groups=4, head_dim=256, formats=("int8", "int8"),
+    kinds=("equalized", "dynamic"),
+)  # fmt: skip
+
+
+def run_reference(problem: Problem) -> torch.Tensor:
+    options = problem.options
+    return reference.paged_attention(
+        problem.query, problem.page_table, problem.seq_lens, *flat(problem.k), *flat(problem.v),
+        options.get("attn_mask"), options["mask_start"], options.get("sinks"), options["softmax_scale"],
+        options["softcap"], options["window"], options["causal"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["bytes", "floats"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lengths": (2101, 2101)},
+        {"lengths": (2101, 2101), "window": 2060},
+        {"num_tokens": 3, "window": 2050, "sinks": True},
+        {"softcap": 3.0, "q_size": 4.0},
+        {"num_tokens": 4, "mask": ("float", "B", "1")},
+        {"kinds": ("zero_channel", "zero_channel")},
+        {"q_size": 30.0},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+def test_long_int8_in_torch_operators(changes: dict[str, Any], exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of bytes are as near to the reference as those of floats; and are not used where they are not exact."""
+    if not exact:
+        monkeypatch.setattr(torch, "_int_mm", lambda x, y, out=None: torch.zeros(x.shape[0], y.shape[1]).int())
+    problem = build(replace(LONG, **changes), poisoned=True)
+    expected = run_reference(problem)
+    cpu.use("torch")
+    got = problem.run()
+    rounding = torch.finfo(got.dtype).eps if got.dtype != torch.float32 else 1e-5
+    assert (got.float() - expected.float()).abs().max() <= rounding * expected.float().abs().max()
+
+
+def test_rows_of_any_size_keep_their_digits() -> None:
+    """A query a million times as large as the others of its head, a token of V a thousand times, take nothing away."""
+    problem = build(replace(LONG, lengths=(2101, 2101)), poisoned=False)
+    problem.query[:, 1] *= 2.0**20
+    assert problem.v.token_scale is not None
+    problem.v.token_scale[problem.page_table[:, 3].long(), :, 5] *= 1024
+    expected = run_reference(problem)
+    cpu.use("torch")
+    got = problem.run()
+    error = (got - expected).abs().amax(dim=-1) / expected.abs().amax(dim=-1)
+    assert error.max() <= 2e-5
+
+
+def test_what_is_no_number_stays_none_in_torch_operators() -> None:
+    problem = build(replace(LONG, lengths=(2101, 2101)), poisoned=False)
+    cpu.use("torch")
+    clean = problem.run()
+    problem.query[0, 1, 0, 7] = torch.nan
+    assert problem.v.token_scale is not None
+    problem.v.token_scale[int(problem.page_table[1, 3]), 1, 5] = torch.nan
+    got = problem.run()
+    assert got[0, 1].isnan().all()
+    assert got[1, 4:].isnan().all()
+    for sequence, heads in ((0, [0, 2, 3, 4, 5, 6, 7]), (1, [0, 1, 2, 3])):
+        assert torch.equal(got[sequence, heads], clean[sequence, heads])
+
+
+@pytest.mark.parametrize("name", [*QUANTIZED, "model"])
+def test_pages_in_one_piece_are_read_as_others(name: str) -> None:
+    kind = "unit" if name == "model" else "equalized"
+    case = Case(lengths=(1000, 950), groups=4, head_dim=80, formats=(name, name), kinds=(kind, kind), window=990)
+    problem = build(case, poisoned=True)
+    cpu.use("torch")
+    expected = problem.run()
+    order = problem.page_table.flatten().long()
+    for side in (problem.k, problem.v):
+        pages = side.pages.clone()
+        pages[: len(order)] = side.pages[order]
+        side.pages = pages
+        if side.token_scale is not None:
+            scales = side.token_scale.clone()
+            scales[: len(order)] = side.token_scale[order]
+            side.token_scale = scales
+    problem.page_table = torch.arange(len(order), dtype=torch.int32).view_as(problem.page_table)
+    assert torch.equal(problem.run(), expected)
+
+
+def test_pages_out_of_range_are_refused_in_torch_operators() -> None:
+    problem = build(Case(lengths=(100,), formats=("int8", "int8"), kinds=("dynamic", "dynamic")), poisoned=False)
+    cpu.use("torch")
+    beyond = problem.k.pages.shape[0] - problem.page_table.shape[1] + 1
+    problem.page_table = torch.arange(beyond, beyond + problem.page_table.shape[1], dtype=torch.int32)[None]
+    with pytest.raises(ValueError, match=r"page_table names a page outside 0 \.\.\. \d+: \[\[\d"):
+        problem.run()
+    problem.page_table[0, 1] = -1
+    with pytest.raises(ValueError, match="page_table names a page outside"):
+        problem.run()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("zero", [False, True], ids=["", "zero"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_bytes_of_k_and_v_at_once_equal_the_reference(name: str, zero: bool) -> None:
+    rng = np.random.default_rng(0)
+    kind = "zero_channel" if zero else "equalized"
+    page_table = torch.randperm(2 * 9).to(torch.int32).view(2, 9)
+    seq_lens = torch.tensor([63, 70], dtype=torch.int32)
+    x = [difficult_numbers(rng, (2, 2, 17, 80), torch.bfloat16, 1.0) for _ in range(2)]
+    fields = [random_scales(rng, kind, 2, 80, 2 / QMAX[name]) for _ in range(2)]
+    written = []
+    for path in ("torch", "reference"):
+        sides = [empty_side(name, 18, 2, 8, 80, dynamic=True, **field) for field in fields]
+        if path == "torch":
+            cpu.use("torch")
+            write_kv(*x, *sides, page_table, seq_lens)
+        else:
+            reference.write_kv(*x, page_table, seq_lens, *flat(sides[0]), *flat(sides[1]), None)
+        written.append(sides)
+    for got, expected in zip(*written, strict=True):
+        assert torch.equal(got.pages, expected.pages)
+        assert got.pages.any()
+        torch.testing.assert_close(got.token_scale, expected.token_scale, rtol=0, atol=0, equal_nan=True)
+
+
+# -- many tokens, threads ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["zero_channel", "equalized"])

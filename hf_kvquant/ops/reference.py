@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ..formats import get_format
+from ..formats import StorageFormat, get_format
 
 # Query rows per block: bounds the logits that live at once when many tokens attend to a long past.
 _QUERY_BLOCK = 256
@@ -32,10 +32,7 @@ def write_kv(
     v_token_scale: torch.Tensor | None,
     clipped: torch.Tensor | None,
 ) -> None:
-    num_tokens, page_size = key.shape[2], k_pages.shape[2]
-    positions = seq_lens[:, None].long() - num_tokens + torch.arange(num_tokens, device=key.device)
-    pages = page_table.long().gather(1, (positions // page_size) % page_table.shape[1])
-    slots = positions % page_size
+    pages, slots = newest_slots(page_table, seq_lens, key.shape[2], k_pages.shape[2])
     sides = (
         (key, k_pages, k_format, k_scale, k_zero, k_token_scale),
         (value, v_pages, v_format, v_scale, v_zero, v_token_scale),
@@ -49,6 +46,15 @@ def write_kv(
             clipped[side] += num_clipped
 
 
+def newest_slots(
+    page_table: torch.Tensor, seq_lens: torch.Tensor, num_tokens: int, page_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages and slots `[B, T]` of the newest tokens."""
+    positions = seq_lens[:, None].long() - num_tokens + torch.arange(num_tokens, device=seq_lens.device)
+    pages = page_table.long().gather(1, (positions // page_size) % page_table.shape[1])
+    return pages, positions % page_size
+
+
 def quantize(
     x: torch.Tensor, format_name: str, scale: torch.Tensor | None, zero: torch.Tensor | None, dynamic: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -59,15 +65,26 @@ def quantize(
     row = get_format(format_name)
     if not row.is_quantized:
         return x, None, None
+    y = in_code_units(x, scale, zero)
+    if dynamic:
+        return *quantize_tokens(y, row), None
+    return row.encode(y), None, (~(y.abs() <= row.clip_limit)).sum()  # a NaN counts as well
+
+
+def in_code_units(x: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> torch.Tensor:
+    """Numbers `[B, H, T, D]` as fp32 multiples of `scale` from `zero`."""
     y = x.to(torch.float32)
     if zero is not None:
         y = y - zero[:, None, :]
     if scale is not None:
         y = y * (1.0 / scale)[:, None, :]
-    if dynamic:
-        token_scales = round_up_to_bf16((y.abs().amax(dim=-1) * (1.0 / row.qmax)).clamp(min=_TINY_SCALE))
-        return row.encode(y * (1.0 / token_scales.to(torch.float32))[..., None]), token_scales, None
-    return row.encode(y), None, (~(y.abs() <= row.clip_limit)).sum()  # a NaN counts as well
+    return y
+
+
+def quantize_tokens(y: torch.Tensor, row: StorageFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers fp32 `[..., D]` to codes of the same shape and bf16 token scales `[...]`."""
+    token_scales = round_up_to_bf16((y.abs().amax(dim=-1) * (1.0 / row.qmax)).clamp(min=_TINY_SCALE))
+    return row.encode(y * (1.0 / token_scales.to(torch.float32))[..., None]), token_scales
 
 
 def round_up_to_bf16(x: torch.Tensor) -> torch.Tensor:

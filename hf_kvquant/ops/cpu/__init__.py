@@ -76,9 +76,10 @@ def write_kv(
 ) -> None:
     """`write_kv` of the dispatch key CPU."""
     library = _library()
-    written = library is not None and kernels.write_kv(
-        library, key, value, page_table, seq_lens, args[:5], args[5:10], *args[10:]
-    )
+    if library is None:
+        written = chunked.write_kv(key, value, page_table, seq_lens, args[:5], args[5:10])
+    else:
+        written = kernels.write_kv(library, key, value, page_table, seq_lens, args[:5], args[5:10], *args[10:])
     if not written:
         reference.write_kv(key, value, page_table, seq_lens, *args)
 

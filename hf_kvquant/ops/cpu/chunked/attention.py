@@ -1,0 +1,146 @@
+"""`paged_attention`: all logits, block by block of K; one softmax; then the sum over blocks of V."""
+
+from __future__ import annotations
+
+import torch
+
+from ....formats import get_format
+from ... import reference
+from ..kernels import Side
+from .digits import Digits, pay
+from .gathering import Gathering, factor, numbers, workspace
+from .visible import Visible
+
+# Numbers of K or V at once, as codes and in fp32: in smaller blocks, starting operators costs more than what they read
+# past the last cache.
+_CODES, _NUMBERS = 1 << 22, 1 << 21
+# Logits at once; more query tokens come some at a time.
+_LOGITS = 1 << 23
+
+
+def paged_attention(
+    query: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k: Side,
+    v: Side,
+    attn_mask: torch.Tensor | None,
+    mask_start: int,
+    sinks: torch.Tensor | None,
+    softmax_scale: float,
+    softcap: float | None,
+    window: int | None,
+    causal: bool,
+    lse: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As the operator, computed in fp32."""
+    batch_size, num_q_heads, num_tokens, dim = query.shape
+    num_heads, page_size = k[0].shape[1:3]
+    if not query.numel():
+        return query.new_empty(batch_size, num_q_heads, num_tokens, v[0].shape[3])
+    group = num_q_heads // num_heads
+    seen = Visible(page_table, seq_lens, page_size, num_tokens, window, causal, attn_mask is not None)
+    gathering = Gathering(seen.pages, num_heads)
+    k_scales, v_scales = (_token_scales(side, gathering, seen) for side in (k, v))
+    if v_scales is not None and not seen.is_full:  # what lies in other slots may be NaN, and 0 · NaN is NaN
+        v_scales = v_scales.masked_fill(~seen.written[:, None], 0.0)
+
+    outputs, at_once = [], max(_LOGITS // (batch_size * num_q_heads * seen.length), 1)
+    for first in range(0, num_tokens, at_once):
+        tokens = slice(first, min(first + at_once, num_tokens))
+        shape = (batch_size, num_heads, group, tokens.stop - tokens.start)
+        q = query[:, :, tokens].to(torch.float32).reshape(batch_size, num_heads, -1, dim)
+        logits = _dot(q * softmax_scale, k, gathering, seen)
+        if k_scales is not None:
+            logits *= k_scales[:, :, None]
+        if k[3] is not None:
+            logits += (q * k[3][:, None]).sum(dim=-1, keepdim=True) * softmax_scale
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        if not seen.is_full:
+            by_head, hidden = logits.view(*shape, seen.length), seen.hidden(tokens)[:, None, None]
+            if attn_mask is not None:
+                bias = reference.mask_at(attn_mask[:, :, tokens], mask_start, seen.positions)
+                bias = bias.unflatten(1, (1, 1) if bias.shape[1] == 1 else (num_heads, group))
+                if bias.dtype == torch.bool:
+                    hidden = hidden | ~bias
+                else:
+                    by_head += bias
+            by_head.masked_fill_(hidden, -torch.inf)
+
+        highest = logits.amax(dim=-1, keepdim=True)
+        if sinks is not None:
+            sink = sinks.to(torch.float32).view(1, *shape[1:3], 1, 1).expand(*shape, 1).reshape(highest.shape)
+            highest = torch.maximum(highest, sink)
+        base = highest.clamp(min=torch.finfo(torch.float32).min)  # a row that sees nothing has weights of zero
+        weights = logits.sub_(base).exp_()
+        total = summed = weights.sum(dim=-1, keepdim=True)
+        if sinks is not None:
+            total = summed + torch.exp(sink - base)
+        if lse is not None:
+            lse[:, :, tokens] = (highest + total.log()).view(batch_size, num_q_heads, -1)
+        if v_scales is not None:
+            weights *= v_scales[:, :, None]
+        total = total.clamp(min=torch.finfo(torch.float32).tiny)
+        values = _weigh(weights, v, gathering, seen) / total
+        if v[3] is not None:
+            values += v[3][:, None] * (summed / total)
+        outputs.append(values.view(*shape, -1).flatten(1, 2).to(query.dtype))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _token_scales(side: Side, gathering: Gathering, seen: Visible) -> torch.Tensor | None:
+    """`[B, H, length]`."""
+    if side[4] is None:
+        return None
+    return gathering.copy(side[4])[..., seen.start_slot : seen.start_slot + seen.length].to(torch.float32)
+
+
+def _dot(q: torch.Tensor, k: Side, gathering: Gathering, seen: Visible) -> torch.Tensor:
+    """Products `[B, H, R, length]` of `q` `[B, H, R, D]` with K without its token scales and zeros."""
+    store, name, scale = k[:3]
+    q = q if scale is None else q * scale[:, None]
+    shape = (*q.shape[:3], seen.length)
+    logits = workspace("logits", torch.float32, shape)
+    digits = _digits(q, k, seen)
+    q = q if factor(name) == 1.0 else q * factor(name)
+    for block, slots, columns in gathering.blocks(
+        store, _NUMBERS if digits is None else _CODES, seen.start_slot, seen.length
+    ):
+        sequences, heads, _ = block
+        codes = gathering.codes(store, name, block)[:, :, slots]
+        if digits is None:
+            products = q[sequences, heads] @ numbers(name, codes).transpose(2, 3)
+        else:
+            products = digits.dot(codes, sequences, heads)
+        if products.shape == shape:  # there is one block
+            return products
+        logits[sequences, heads, :, columns] = products
+    return logits
+
+
+def _weigh(weights: torch.Tensor, v: Side, gathering: Gathering, seen: Visible) -> torch.Tensor:
+    """Sums `[B, H, R, D]` of V without its token scales and zeros. `weights` `[B, H, R, length]` are overwritten."""
+    store, name, scale = v[:3]
+    values = weights.new_zeros(*weights.shape[:3], store.shape[3])
+    digits = _digits(weights, v, seen)
+    for block, slots, columns in gathering.blocks(
+        store, _NUMBERS if digits is None else _CODES, seen.start_slot, seen.length
+    ):
+        sequences, heads, _ = block
+        codes = gathering.codes(store, name, block)[:, :, slots]
+        if digits is None:
+            x = numbers(name, codes)
+            if not seen.is_full:
+                x.masked_fill_(~seen.written[sequences, None, columns, None], 0.0)
+            values[sequences, heads] += weights[sequences, heads, :, columns] @ x
+        else:
+            values[sequences, heads] += digits.weigh(codes, sequences, heads, columns)
+    values = values if factor(name) == 1.0 else values * factor(name)
+    return values if scale is None else values * scale[:, None]
+
+
+def _digits(rows: torch.Tensor, side: Side, seen: Visible) -> Digits | None:
+    """Digits of the rows to be multiplied with `side`, or None where floats are better."""
+    is_int8 = get_format(side[1]).name == "int8"
+    return Digits(rows) if is_int8 and pay(rows.shape[2], seen.length * side[0].shape[3]) else None

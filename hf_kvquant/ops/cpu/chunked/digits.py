@@ -1,0 +1,84 @@
+"""Products with int8 codes by the processor's products of bytes, through torch: the other factor in three digits."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .gathering import workspace
+
+_BASE = 254  # a digit is -127 ... 127
+# Below so many codes of a head waking the threads for its product takes longer than everything else; from so many rows
+# on their digits do.
+_FEWEST_CODES, _MOST_ROWS = 1 << 19, 16
+
+
+def pay(num_rows: int, num_codes: int) -> bool:
+    """Whether digits are the faster way for `num_rows` rows and `num_codes` codes of a head."""
+    return num_rows <= _MOST_ROWS and num_codes >= _FEWEST_CODES and _are_exact()
+
+
+@functools.cache
+def _are_exact() -> bool:
+    """Whether this torch multiplies bytes exactly, by instructions made for it."""
+    if not hasattr(torch, "_int_mm") or not getattr(torch.cpu, "_is_vnni_supported", bool)():
+        return False
+    codes = torch.arange(64 * 40, dtype=torch.int32).remainder(256).sub(128).view(40, 64)
+    codes[:4] = -128
+    digits = codes[:9].clamp(-127, 127)
+    try:
+        products = torch._int_mm(digits.to(torch.int8), codes.to(torch.int8).T)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return torch.equal(products, digits @ codes.T)
+
+
+class Digits:
+    """Rows fp32 `[B, H, R, N]` in three digits: 24 bits of each row's largest number. The rows are overwritten.
+
+    `digits`, int8 `[B, H, 3 * R, N]`, is this thread's until the next `Digits`. `sums @ (products with them)`, with
+    `sums` `[B, H, R, 3 * R]`, are the products with the rows.
+    """
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        batch_size, num_heads, num_rows, count = rows.shape
+        # NaN and infinity go on to all products of the row.
+        scale = rows.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30) * (1 / 127)
+        by_place = workspace("digits", torch.int8, (batch_size, num_heads, 3, num_rows, count))
+        digit = workspace("digit", torch.float32, (batch_size, num_heads, num_rows, count))
+        rest = rows.mul_(1.0 / scale)
+        for place in range(3):
+            torch.round(rest, out=digit)
+            by_place[:, :, place] = digit
+            if place < 2:
+                rest.sub_(digit).mul_(_BASE)
+        self.digits = by_place.flatten(2, 3)
+        self.sums = scale * _places(num_rows)
+
+    def dot(self, codes: torch.Tensor, sequences: slice, heads: slice) -> torch.Tensor:
+        """Products `[B', H', R, L]` with the codes int8 `[B', H', L, N]` of some sequences and heads."""
+        digits = self.digits[sequences, heads]
+        products = workspace("products", torch.int32, (*digits.shape[:3], codes.shape[2]))
+        _multiply(digits, codes.transpose(2, 3), products)
+        return self.sums[sequences, heads] @ workspace("floats", torch.float32, tuple(products.shape)).copy_(products)
+
+    def weigh(self, codes: torch.Tensor, sequences: slice, heads: slice, columns: slice) -> torch.Tensor:
+        """The products `[B', H', R, D]` of some columns of the rows with as many codes int8 `[B', H', n, D]`."""
+        digits = self.digits[sequences, heads, :, columns]
+        products = digits.new_empty(*digits.shape[:3], codes.shape[3], dtype=torch.int32)
+        _multiply(digits, codes, products)
+        return self.sums[sequences, heads] @ products.to(torch.float32)
+
+
+def _multiply(digits: torch.Tensor, codes: torch.Tensor, products: torch.Tensor) -> None:
+    for x, y, out in zip(digits.flatten(0, 1), codes.flatten(0, 1), products.flatten(0, 1), strict=True):
+        torch._int_mm(x, y, out=out)
+
+
+@functools.cache
+def _places(num_rows: int) -> torch.Tensor:
+    """`[R, 3 * R]`: what adds up the digits of each row by their places."""
+    with torch.inference_mode(False):
+        weights = torch.tensor([1, 1 / _BASE, 1 / _BASE**2])
+        return torch.eye(num_rows).repeat(1, 3) * weights.repeat_interleave(num_rows)
