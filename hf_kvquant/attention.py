@@ -102,6 +102,8 @@ def kvquant_attention(
             ), None  # fmt: skip
         if key.raw is not None:
             key, value = key.raw, value.raw
+            if key.device.type == "cpu":  # where heads in one piece save the kernel more than it costs to copy them
+                key, value = key.contiguous(), value.contiguous()
         elif attention_mask is None and is_causal and query.shape[2] > 1:
             attention_mask = _causal_mask(query, key.shape[2])
     if isinstance(key, PagedKV):

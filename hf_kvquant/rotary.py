@@ -55,7 +55,8 @@ def rotary_layouts(model: Any, layer_types: Sequence[str]) -> list[RotaryLayout]
         return [RotaryLayout("unknown")] * len(layer_types)
     kind = _kind(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    return [RotaryLayout(kind, _rotated(decoder, config, name)) for name in layer_types]
+    layouts = {name: RotaryLayout(kind, _rotated(decoder, config, name)) for name in set(layer_types)}
+    return [layouts[name] for name in layer_types]
 
 
 def _kind(model: Any) -> Literal["half", "interleaved", "unknown"]:
@@ -77,6 +78,8 @@ def _rotated(decoder: Any, config: Any, layer_type: str) -> int | None:
     """How many channels turn: two for each frequency that the model has."""
     for module in decoder.modules():
         for name in (f"{layer_type}_inv_freq", "inv_freq"):
-            if isinstance(frequencies := getattr(module, name, None), torch.Tensor):
+            # Most modules have neither, and getattr takes long to find that out.
+            frequencies = module._buffers.get(name, module.__dict__.get(name))
+            if isinstance(frequencies, torch.Tensor):
                 return 2 * frequencies.numel()
     return getattr(config, "rotary_dim", None)
