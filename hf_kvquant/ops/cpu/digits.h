@@ -32,8 +32,8 @@ struct Ahead {
     const uint8_t* const* row;
     int64_t dim, offset = 0;
 
-    INLINE void fetch_line() {
-        __builtin_prefetch(*row + offset, 0, 3);
+    INLINE void fetch() {
+        fetch_line(*row + offset);
         offset += 64;
         row += offset >= dim;
         offset = offset >= dim ? 0 : offset;
@@ -178,8 +178,8 @@ KEEP_LOOPS void multiply(const Digits& digits, int64_t row, const int32_t* tile,
         __m512i codes[M];
         UNROLL for (int m = 0; m < M; m++) codes[m] = _mm512_load_si512(tile + k * tile_stride + 16 * m);
         if (ahead) {  // as many lines as the next tile has, spread over this one
-            ahead->fetch_line();
-            ahead->fetch_line();
+            ahead->fetch();
+            ahead->fetch();
         }
         UNROLL for (int p = 0; p < 2; p++) UNROLL for (int r = 0; r < N; r++) {
             const __m512i digit = _mm512_set1_epi32(groups[(2 * r + p) * stride + k]);

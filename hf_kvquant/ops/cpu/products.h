@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <type_traits>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "formats.h"
 
@@ -13,14 +16,32 @@ constexpr int TILE = 64;        // tokens that stay in the first cache while row
 constexpr int CHUNK = 128;      // tokens of a tile of numbers
 constexpr int ROWS = 4;         // rows of a kernel in registers
 constexpr int VECTORS = W == 8 ? 2 : 4;
-constexpr int AHEAD = 8192;     // bytes to prefetch ahead
-constexpr int MOST_AHEAD = 128; // the same in tokens, at most
+constexpr int MOST_AHEAD = 128; // tokens to prefetch ahead, at most
 constexpr int PADDING = 160;    // readable entries behind arrays of rows
 
+// What comes soon is fetched into the first cache, on Intel's cores into the second: more can be under way to it, a tenth
+// less time at 32k tokens. On AMD's it took a third more.
+#if defined(__x86_64__)
+bool made_by_intel() {
+    unsigned most, vendor, rest[2];
+    return __get_cpuid(0, &most, &vendor, rest, rest + 1) && vendor == signature_INTEL_ebx;
+}
+const bool SECOND_CACHE = made_by_intel();
+#else
+constexpr bool SECOND_CACHE = false;
+#endif
+const int64_t AHEAD = SECOND_CACHE ? 4096 : 8192;  // bytes
+
+INLINE void fetch_line(const void* p) {
+    if (SECOND_CACHE)
+        __builtin_prefetch(p, 0, 2);
+    else
+        __builtin_prefetch(p, 0, 3);
+}
 template <class T>
 INLINE void prefetch(const T* row, int64_t count) {
     for (int64_t offset = 0; offset < count * int64_t(sizeof(T)); offset += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(row) + offset, 0, 3);
+        fetch_line(reinterpret_cast<const char*>(row) + offset);
 }
 INLINE int64_t tokens_ahead(int64_t row_size) { return std::min<int64_t>(AHEAD / row_size + 1, MOST_AHEAD); }
 
