@@ -4,8 +4,9 @@
     python -m benchmarks.cpu --only attention --rows 0,2  # the first and the third row
     python -m benchmarks.cpu --tiny                       # try the program itself
 
-Other work on the machine slows all peers of a round alike, so ratios are of one round. Waiting threads must not spin
-(OMP_WAIT_POLICY=passive) where others share the cores. `without a compiler` is what runs where no kernel can be built.
+Other work on the machine slows all peers of a round alike, so ratios are of one round. Where others share the cores,
+waiting threads must not spin (OMP_WAIT_POLICY=passive); but then each operator has to wake them, which takes many small
+ones longest. `without a compiler` is what runs where no kernel can be built.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ def document(bench: dict[str, Any], operators: list[dict[str, Any]], images: lis
         speed_section(Benchmark.from_dict(bench), "cpu").markdown(images),
     ]
     for machine in operators:
-        lines += ["", f"# {machine['about']['device']}, {machine['about']['threads']} threads", ""]
+        about = machine["about"]
+        waiting = f", OMP_WAIT_POLICY={about['omp_wait_policy']}" if about.get("omp_wait_policy") else ""
+        lines += ["", f"# {about['device']}, {about['threads']} threads{waiting}", ""]
         lines += [section.markdown([]) for section in part_sections(machine, "cpu")]
     return "\n".join(lines).rstrip() + "\n"
