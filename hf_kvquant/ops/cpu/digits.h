@@ -27,7 +27,8 @@ Digits digits_from(Carver& carver, int64_t rows, int64_t stride) {
     return {carver.take<int32_t>(rows * stride / 2), carver.take<int32_t>(rows * 2), carver.take<float>(rows), stride};
 }
 
-// Rows that will be read next.
+// Rows that will be read next: as many lines as a tile has are fetched half while it is made, half while it is
+// multiplied, for nothing is fetched faster than memory gives it.
 struct Ahead {
     const uint8_t* const* row;
     int64_t dim, offset = 0;
@@ -125,9 +126,10 @@ INLINE void turn(__m512i (&x)[16]) {
     }
 }
 // `[dim / 4, DIGIT_CHUNK]` groups of channels; tokens and dim are multiples of 16.
-INLINE void turned_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim, int32_t* tile) {
+INLINE void turned_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim, int32_t* tile, Ahead& ahead) {
     for (int64_t t = 0; t < tokens; t += 16)
         for (int64_t d = 0; d < dim; d += 64) {
+            UNROLL for (int i = 0; i < 8; i++) ahead.fetch();
             __m512i x[16];
             UNROLL for (int i = 0; i < 16; i++) x[i] = load_bytes(rows[t + i] + d, dim - d);
             turn(x);
@@ -137,12 +139,14 @@ INLINE void turned_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim,
         }
 }
 // `[tokens / 4, dim]` groups of tokens, as bytes with a sign; tokens is a multiple of 4 and dim of 16.
-INLINE void plain_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim, int32_t* tile) {
+INLINE void plain_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim, int32_t* tile, Ahead& ahead) {
     // Unpacking works inside quarters of a register, so channels are dealt to the quarters first.
     const __m512i dealt = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     const __m512i offset = _mm512_set1_epi8(char(0x80));
     for (int64_t t = 0; t < tokens; t += 4)
         for (int64_t d = 0; d < dim; d += 64) {
+            ahead.fetch();
+            ahead.fetch();
             __m512i x[4];
             UNROLL for (int i = 0; i < 4; i++)
                 x[i] = _mm512_permutexvar_epi32(dealt, load_bytes(rows[t + i] + d, dim - d));
@@ -177,10 +181,7 @@ KEEP_LOOPS void multiply(const Digits& digits, int64_t row, const int32_t* tile,
     for (int64_t k = 0; k < depth; k++) {
         __m512i codes[M];
         UNROLL for (int m = 0; m < M; m++) codes[m] = _mm512_load_si512(tile + k * tile_stride + 16 * m);
-        if (ahead) {  // as many lines as the next tile has, spread over this one
-            ahead->fetch();
-            ahead->fetch();
-        }
+        if (ahead) ahead->fetch();
         UNROLL for (int p = 0; p < 2; p++) UNROLL for (int r = 0; r < N; r++) {
             const __m512i digit = _mm512_set1_epi32(groups[(2 * r + p) * stride + k]);
             UNROLL for (int m = 0; m < M; m++)  // bytes without a sign times bytes with one
@@ -213,8 +214,8 @@ void dots_of_digits(const Digits& q, int64_t num_rows, const uint8_t* const* row
                     int32_t* tile, Ahead next, float* out, int64_t out_stride) {
     for (int64_t t = 0; t < count; t += DIGIT_CHUNK) {
         const int64_t here = round_up(std::min<int64_t>(DIGIT_CHUNK, count - t), W);
-        const Ahead ahead = t + here < count ? Ahead{rows + t + here, dim} : next;
-        turned_tile(rows + t, here, dim, tile);
+        Ahead ahead = t + here < count ? Ahead{rows + t + here, dim} : next;
+        turned_tile(rows + t, here, dim, tile, ahead);
         multiply_rows<true>(q, num_rows, tile, DIGIT_CHUNK, here, dim / 4, ahead, out + t, out_stride);
     }
 }
@@ -224,9 +225,9 @@ void accumulate_digits(const float* weights, int64_t weight_stride, int64_t num_
     for (int64_t r = 0; r < num_rows; r++) split_weights(weights + r * weight_stride, round_up(count, W), digits, r);
     for (int64_t t = 0; t < count; t += DIGIT_CHUNK) {
         const int64_t here = round_up(std::min<int64_t>(DIGIT_CHUNK, count - t), W);
-        const Ahead ahead = t + here < count ? Ahead{rows + t + here, dim} : next;
+        Ahead ahead = t + here < count ? Ahead{rows + t + here, dim} : next;
         const Digits part = {digits.groups + t / 4, digits.starts, digits.units, digits.stride};
-        plain_tile(rows + t, here, dim, tile);
+        plain_tile(rows + t, here, dim, tile, ahead);
         multiply_rows<false>(part, num_rows, tile, dim, dim, here / 4, ahead, out, out_stride);
     }
 }
