@@ -64,7 +64,7 @@ struct Block {
 
 // Spans are long enough to be worth their start, and short and many enough for many cores.
 int64_t span_of(int64_t length, bool few_rows, int64_t num_blocks) {
-    if (few_rows) return std::clamp<int64_t>(round_up(length * num_blocks / 128, 512), 512, 4096);
+    if (few_rows) return std::clamp<int64_t>(round_up(length * num_blocks / 128, 1024), 1024, 4096);
     return num_blocks >= 64 ? std::max<int64_t>(length, 1) : std::max<int64_t>(4096, round_up(length, 8) / 8);
 }
 
