@@ -224,14 +224,21 @@ def run_reference(problem: Problem) -> torch.Tensor:
 )
 def test_long_int8_in_torch_operators(changes: dict[str, Any], exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of bytes are as near to the reference as those of floats; and are not used where they are not exact."""
-    if not exact:
-        monkeypatch.setattr(torch, "_int_mm", lambda x, y, out=None: torch.zeros(x.shape[0], y.shape[1]).int())
+    shapes, multiply = [], torch._int_mm
+
+    def spy(x: torch.Tensor, y: torch.Tensor, **out: torch.Tensor) -> torch.Tensor:
+        shapes.append((*x.shape, y.shape[1]))
+        return multiply(x, y, **out) if exact else torch.zeros(x.shape[0], y.shape[1], dtype=torch.int32)
+
+    monkeypatch.setattr(torch, "_int_mm", spy)
     problem = build(replace(LONG, **changes), poisoned=True)
     expected = run_reference(problem)
     cpu.use("torch")
     got = problem.run()
     rounding = torch.finfo(got.dtype).eps if got.dtype != torch.float32 else 1e-5
     assert (got.float() - expected.float()).abs().max() <= rounding * expected.float().abs().max()
+    large = [shape for shape in shapes if max(shape) >= 2050]
+    assert bool(large) == (exact and torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available())
 
 
 def test_rows_of_any_size_keep_their_digits() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import families
 import pytest
 import torch
+from helpers import tiny_llama
 from transformers import DynamicCache
 
 from hf_kvquant import QuantizedPagedCache
@@ -47,3 +48,16 @@ def test_what_is_not_known_is_not_guessed(model_type: str) -> None:
 def test_models_without_rotation(model_type: str) -> None:
     _, rotary = layouts(model_type)
     assert {layout.kind for layout in rotary} == {"none"}
+
+
+def test_layers_of_one_kind_are_searched_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call of `generate` pays for it: with a search a layer it took 50 ms for 30 of them."""
+    searches, modules = [], torch.nn.Module.modules
+    monkeypatch.setattr(torch.nn.Module, "modules", lambda self: searches.append(self) or modules(self))
+    counts = []
+    for num_layers in (1, 7):
+        model = tiny_llama(num_hidden_layers=num_layers)
+        searches.clear()
+        assert len(QuantizedPagedCache.from_model(model).shared.rotary) == num_layers
+        counts.append(len(searches))
+    assert counts[0] == counts[1] > 0

@@ -197,6 +197,8 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
         !find_rows(a.tables, a.v, block.b, block.h, start, total, slots, v_rows, v_scales))
         return 1;
     const int64_t k_size = a.k.row_size(), v_size = a.v.row_size();
+    // Rows of the next side are fetched in as many pieces as this side's have: so never more of them than a tile holds.
+    const int64_t size = std::max(k_size, v_size);
     const int64_t k_ahead = k_digits ? DIGIT_CHUNK : tokens_ahead(k_size);
     const int64_t v_ahead = v_digits ? 0 : tokens_ahead(v_size);
     for (int64_t t = 0; t < std::min(total, k_ahead); t++) prefetch(k_rows[t], k_size);
@@ -209,7 +211,7 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
             auto codes = reinterpret_cast<const typename C::T* const*>(k_rows + t0);
             if constexpr (C::DIGITS)
                 if (k_digits) {
-                    const Ahead next{reinterpret_cast<const uint8_t* const*>(v_rows + t0), v_size};
+                    const Ahead next{reinterpret_cast<const uint8_t* const*>(v_rows + t0), size};
                     return dots_of_digits(q_digits, rows, codes, count, k_dim, codes_tile, next, logits, chunk);
                 }
             if (k_direct) return dots_of_rows<C>(q, k_padded, rows, codes, count, k_dim, logits, chunk);
@@ -237,7 +239,7 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
             auto codes = reinterpret_cast<const typename C::T* const*>(v_rows + t0);
             if constexpr (C::DIGITS)
                 if (v_digits) {
-                    const Ahead next{reinterpret_cast<const uint8_t* const*>(k_rows + t0 + count), k_size};
+                    const Ahead next{reinterpret_cast<const uint8_t* const*>(k_rows + t0 + count), size};
                     return accumulate_digits(logits, chunk, rows, codes, count, v_dim, weight_digits, codes_tile, next,
                                              values, v_padded);
                 }

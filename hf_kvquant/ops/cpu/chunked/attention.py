@@ -8,8 +8,10 @@ from ....formats import get_format
 from ... import reference
 from ..kernels import Side
 from .digits import Digits, pay
-from .gathering import Gathering, factor, numbers, workspace
+from .gathering import Gathering
+from .numbers import factor, numbers
 from .visible import Visible
+from .workspace import workspace
 
 # Numbers of K or V at once, as codes and in fp32: in smaller blocks, starting operators costs more than what they read
 # past the last cache.

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from .gathering import workspace
+from .workspace import workspace
 
 _BASE = 254  # a digit is -127 ... 127
 # Below so many codes of a head waking the threads for its product takes longer than everything else; from so many rows
@@ -21,17 +21,17 @@ def pay(num_rows: int, num_codes: int) -> bool:
 
 @functools.cache
 def _are_exact() -> bool:
-    """Whether this torch multiplies bytes exactly, by instructions made for it."""
-    if not hasattr(torch, "_int_mm") or not getattr(torch.cpu, "_is_vnni_supported", bool)():
+    """Whether torch multiplies bytes by the processor's instructions for it, and exactly.
+
+    oneDNN does; without it torch has a plain loop, and on older instructions pairs of products may saturate.
+    """
+    has_instructions = getattr(torch.cpu, "_is_vnni_supported", bool)() and torch.backends.mkldnn.is_available()
+    if not has_instructions or not hasattr(torch, "_int_mm"):
         return False
     codes = torch.arange(64 * 40, dtype=torch.int32).remainder(256).sub(128).view(40, 64)
     codes[:4] = -128
     digits = codes[:9].clamp(-127, 127)
-    try:
-        products = torch._int_mm(digits.to(torch.int8), codes.to(torch.int8).T)
-    except (RuntimeError, NotImplementedError):
-        return False
-    return torch.equal(products, digits @ codes.T)
+    return torch.equal(torch._int_mm(digits.to(torch.int8), codes.to(torch.int8).T), digits @ codes.T)
 
 
 class Digits:

@@ -1,4 +1,4 @@
-"""Pages copied by torch operators into memory that is kept from call to call: much fresh memory costs more than that.
+"""Pages copied out of their stores by torch operators, block by block.
 
 Operators take two threads from 32,768 elements on, and waking a thread costs more than most of them do. So bytes are
 copied and changed as words of eight.
@@ -6,40 +6,16 @@ copied and changed as words of eight.
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Iterator
 
 import torch
 
 from ....formats import get_format
+from .workspace import workspace
 
 # Tokens at once: int32 holds the sum of so many products of bytes.
 _TOKENS = 1 << 16
-# Fewer elements than these are as quick to allocate.
-_FEW = 1 << 15
 _HIGHEST_BITS = -0x7F7F7F7F7F7F7F80  # of eight bytes
-
-
-class _Memory(threading.local):
-    def __init__(self) -> None:
-        self.kept: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-
-
-_memory = _Memory()
-
-
-def workspace(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """Uninitialized memory of this thread, until it is asked for by that name again."""
-    size = math.prod(shape)
-    if size < _FEW:
-        return torch.empty(shape, dtype=dtype)
-    kept = _memory.kept
-    if (name, dtype) not in kept or kept[name, dtype].numel() < size:
-        with torch.inference_mode(False):
-            kept[name, dtype] = torch.empty(size, dtype=dtype)
-    return kept[name, dtype][:size].view(shape)
-
 
 Block = tuple[slice, slice, slice]  # sequences, heads, pages
 
@@ -110,27 +86,3 @@ class Gathering:
         if get_format(name).name == "int8":
             return self.copy(store, block, flip=True).view(torch.int8)
         return self.copy(store, block)
-
-
-def numbers(name: str, codes: torch.Tensor) -> torch.Tensor:
-    """Codes of a block as fp32 in code units, but for `factor(name)`."""
-    if get_format(name).name in ("fp8_e4m3", "fp8_e5m2"):
-        codes = _as_half(name, codes)
-    return workspace("numbers", torch.float32, tuple(codes.shape)).copy_(codes)
-
-
-def factor(name: str) -> float:
-    """What the results of `numbers` are to be multiplied by."""
-    return 256.0 if get_format(name).name == "fp8_e4m3" else 1.0
-
-
-def _as_half(name: str, codes: torch.Tensor) -> torch.Tensor:
-    """fp8 codes as half precision; e4m3 as a 256th of its numbers. Several times faster than torch's own conversion."""
-    bits = workspace("half", torch.int16, tuple(codes.shape)).copy_(codes.view(torch.int8))
-    if get_format(name).name == "fp8_e5m2":
-        return bits.bitwise_left_shift_(8).view(torch.float16)
-    bits.bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    # A NaN, and nothing else, carries into the exponent's first bit.
-    carry = torch.add(bits, 0x80, out=workspace("carry", torch.int16, tuple(bits.shape)))
-    bits.bitwise_or_(carry.bitwise_and_(0x4000))
-    return bits.view(torch.float16)
