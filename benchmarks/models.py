@@ -123,8 +123,8 @@ def fill(cache: Any, model: PreTrainedModel, batch: int, length: int) -> None:
     stops = sorted(
         {*([_FIRST_TOKENS] if ours and length > _FIRST_TOKENS else []), *range(piece, length, piece), length}
     )
-    for index in range(config.num_hidden_layers):
-        for start, stop in zip([0, *stops], stops, strict=False):
+    for start, stop in zip([0, *stops], stops, strict=False):
+        for index in range(config.num_hidden_layers):  # as in a model: a layer ahead of others leaves their table
             cache.update(key[:, :, : stop - start], value[:, :, : stop - start], index)
             if ours:
                 cache.layers[index].settle(None)

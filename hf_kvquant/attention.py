@@ -81,7 +81,7 @@ def kvquant_attention(
         elif sinks is not None and sinks.ndim > 1:
             readable, reason = False, "sinks differ between tokens"
         if key.raw is None and readable:
-            plain = is_causal and all(x is None for x in (attention_mask, softcap, sinks, position_bias))
+            plain = is_causal and attention_mask is None and softcap is None and sinks is None and position_bias is None
             if plain and _is_long_turn(query, key):
                 return _attend_long_turn(query, layer, scaling), None
             output = layer.attend(

@@ -58,8 +58,17 @@ class GrowingLayer(PagedLayer):
                 move_to_own_pool(other.table)
         return other
 
-    @torch.compiler.disable  # bookkeeping on the host; a graph would be guarded on every length
     def _advance(self, num_new: int, batch_size: int) -> None:
+        if torch.compiler.is_compiling():
+            self._advance_apart(num_new, batch_size)
+        else:
+            self._count(num_new, batch_size)
+
+    @torch.compiler.disable  # bookkeeping on the host; a graph would be guarded on every length
+    def _advance_apart(self, num_new: int, batch_size: int) -> None:
+        self._count(num_new, batch_size)
+
+    def _count(self, num_new: int, batch_size: int) -> None:
         self._copies = copies = self.shared.copies_of(self.length, num_new, batch_size)
         if self.length != self.table.length and (
             self.length + num_new != self.table.length or self.table.batch_size != batch_size

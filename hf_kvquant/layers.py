@@ -52,10 +52,9 @@ class PagedLayer(LayerState):
             self._held = raw
         else:
             self._write(*raw, self._page_table, self._seq_lens)
-        key, value = (
-            PagedKV(self, side, tensor, was_empty and self._returns_prompt, was_empty or tensor.requires_grad, exact)
-            for side, tensor in zip(("key", "value"), raw, strict=True)
-        )
+        is_all = was_empty and self._returns_prompt
+        key = PagedKV(self, "key", key_states, is_all, was_empty or key_states.requires_grad, exact)
+        value = PagedKV(self, "value", value_states, is_all, was_empty or value_states.requires_grad, exact)
         if self.shared.is_fused:
             return key, value
         reason = f"attention {self.shared.model_config._attn_implementation!r} takes dense tensors"
@@ -167,7 +166,8 @@ class PagedLayer(LayerState):
         return mask.to(key.device).repeat_interleave(key.shape[0] // mask.shape[0], dim=0)
 
     def _write(self, key: torch.Tensor, value: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
-        key, value = key.detach(), value.detach()
+        if key.requires_grad or value.requires_grad:
+            key, value = key.detach(), value.detach()
         if key.shape[2] > self._num_kept:  # a window does not keep the beginning of a long prompt
             key, value = key[:, :, -self._num_kept :], value[:, :, -self._num_kept :]
         ops.write_kv(key, value, self.k.paged, self.v.paged, page_table, seq_lens, self.clipped)

@@ -90,6 +90,14 @@ def test_allocated_memory_follows_use() -> None:
     assert cache.nbytes_allocated <= 4096
 
 
+def test_pages_that_have_moved_are_gone_at_once() -> None:
+    cache = make_cache(llama_config())
+    add(cache, 100)
+    pages = [weakref.ref(getattr(layer, side).paged.pages) for layer in cache.layers for side in ("k", "v")]
+    cache.update(*keys_and_values(1000, seed=0), 0)  # the pages of all layers grow with the first
+    assert all(page() is None for page in pages)
+
+
 def test_generate_sizes_the_pool_by_its_maximum() -> None:
     model = tiny_llama("kvquant")
     options = {"max_new_tokens": 60, "do_sample": False, "return_dict_in_generate": True}

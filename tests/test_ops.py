@@ -117,8 +117,8 @@ def empty_side(name: str, pool_size: int, num_heads: int, page_size: int, head_d
 
 
 def on(side: PagedTensor, device: str) -> PagedTensor:
-    moved = {field.name: getattr(side, field.name) for field in dataclasses.fields(side)}
-    return PagedTensor(**{name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in moved.items()})
+    tensors = {name: tensor for name, tensor in vars(side).items() if isinstance(tensor, torch.Tensor)}
+    return dataclasses.replace(side, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def stored_tokens(
@@ -852,6 +852,7 @@ def test_valid_arguments_are_valid() -> None:
 @pytest.mark.parametrize(("field", "bad"), BAD_SIDES.values(), ids=BAD_SIDES.keys())
 def test_errors_name_the_field_of_the_side(field: str, bad: torch.Tensor, side: str, call: Any) -> None:
     given = _valid()
+    call(given)  # what has passed is not looked at again, until it changes
     setattr(given[side], field, bad)
     with pytest.raises(ValueError, match=rf"{side}\.{field} is ") as error:
         call(given)
@@ -915,3 +916,12 @@ def test_tensors_of_another_device_are_named() -> None:
     scaled = PagedTensor(k.pages, "fp8_e4m3", scale=torch.ones(1, 1, device="meta"))
     with pytest.raises(ValueError, match=r"k\.scale is on meta"):
         paged_attention(query.to("meta"), scaled, k, table, lengths, softmax_scale=1.0)
+    here = {"query": torch.zeros(1, 1, 1, 8), "attn_mask": torch.zeros(1, 1, 1, 1), "sinks": torch.zeros(1)}
+    for name, tensor in here.items():
+        given = {**here, name: tensor.to("meta")}
+        query = given.pop("query")
+        with pytest.raises(ValueError, match=f"{name} is on meta; the pages"):
+            paged_attention(query, k, k, table, lengths, softmax_scale=1.0, **given)
+    new = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(ValueError, match="clipped is on meta; the pages"):
+        write_kv(new, new, k, k, table, lengths, torch.zeros(2, dtype=torch.int64, device="meta"))

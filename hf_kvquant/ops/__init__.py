@@ -35,7 +35,7 @@ class PagedTensor:
         format: name of the storage format.
         scale, zero: fp32 `[1 | H, 1 | D]` or None.
         token_scale: bf16 `[P, H, S]` for dynamic quantization, else None.
-        checked: what has passed the operators' checks.
+        passed: the heads and head_dim for which it has passed the operators' checks; forgotten with every change.
     """
 
     pages: torch.Tensor
@@ -43,7 +43,12 @@ class PagedTensor:
     scale: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     token_scale: torch.Tensor | None = None
-    checked: tuple[object, ...] | None = field(default=None, repr=False)
+    passed: tuple[int, int] | None = field(default=None, init=False, repr=False)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        if name != "passed":
+            object.__setattr__(self, "passed", None)
 
 
 __all__ = ["PagedTensor", "channel_absmax", "check_page_table", "paged_attention", "read_pages", "write_kv"]
@@ -159,8 +164,9 @@ def write_kv(
 
     Raises ValueError naming the argument for shapes and dtypes that do not go together.
     """
-    check_write(key, value, k, v, page_table, seq_lens, clipped)
-    write = getattr(_eager(key), "write_kv", torch.ops.hf_kvquant.write_kv)
+    implementation = _eager(key)
+    check_write(key, value, k, v, page_table, seq_lens, clipped, remembers=implementation is not None)
+    write = torch.ops.hf_kvquant.write_kv if implementation is None else implementation.write_kv
     write(
         key, value, page_table, seq_lens,
         k.pages, k.format, k.scale, k.zero, k.token_scale,
@@ -205,14 +211,15 @@ def paged_attention(
 
     Raises ValueError naming the argument for shapes and dtypes that do not go together.
     """
-    check_attention(query, k, v, page_table, seq_lens, attn_mask, sinks, lse)
+    implementation = _eager(query)
+    check_attention(query, k, v, page_table, seq_lens, attn_mask, sinks, lse, remembers=implementation is not None)
     arguments = (
         query, page_table, seq_lens,
         k.pages, k.format, k.scale, k.zero, k.token_scale,
         v.pages, v.format, v.scale, v.zero, v.token_scale,
         attn_mask, mask_start, sinks, softmax_scale, softcap, window, causal,
     )  # fmt: skip
-    if (implementation := _eager(query)) is not None:
+    if implementation is not None:
         return implementation.paged_attention(*arguments, lse)
     if lse is None:
         return torch.ops.hf_kvquant.paged_attention(*arguments)

@@ -1,7 +1,7 @@
 """What is checked at the operators' boundary, before anything runs.
 
 These run in every layer of every step: messages are only put together when they are needed, and a side of the cache
-that has passed is not looked at again until one of its tensors is another.
+that has passed is not looked at again until it changes.
 """
 
 from __future__ import annotations
@@ -21,29 +21,30 @@ class Paged(Protocol):
     scale: torch.Tensor | None
     zero: torch.Tensor | None
     token_scale: torch.Tensor | None
-    checked: tuple[object, ...] | None
+    passed: tuple[int, int] | None
 
 
-def _check_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    if tensor.dtype != dtype:
+def _check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> None:
+    if shape is not None and tensor.shape != shape:
+        raise ValueError(f"{name} is {list(tensor.shape)}; expected {list(shape)}")
+    if dtype is not None and tensor.dtype != dtype:
         raise ValueError(f"{name} is {tensor.dtype}; expected {dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; the pages it belongs to are on {device}")
 
 
-def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
-        raise ValueError(f"{name} is {list(tensor.shape)}; expected {list(expected)}")
-
-
-def _check_paged(name: str, side: Paged, num_heads: int, head_dim: int) -> None:
-    if torch.compiler.is_compiling():  # a graph has no use for what passed
-        return _check_parts(name, side, num_heads, head_dim)
-    if (passed := side.checked) is not None:
-        pages, scale, zero, token_scale, *shape = passed
-        is_same = pages is side.pages and scale is side.scale and zero is side.zero and token_scale is side.token_scale
-        if is_same and shape == [num_heads, head_dim]:
-            return
+def _check_paged(name: str, side: Paged, num_heads: int, head_dim: int, remembers: bool) -> None:
+    if remembers and side.passed == (num_heads, head_dim):
+        return
     _check_parts(name, side, num_heads, head_dim)
-    side.checked = (side.pages, side.scale, side.zero, side.token_scale, num_heads, head_dim)
+    if remembers:
+        side.passed = num_heads, head_dim
 
 
 def _check_parts(name: str, side: Paged, num_heads: int, head_dim: int) -> None:
@@ -59,34 +60,23 @@ def _check_parts(name: str, side: Paged, num_heads: int, head_dim: int) -> None:
         if tensor.ndim != 2 or tensor.shape[0] not in (1, num_heads) or tensor.shape[1] not in (1, head_dim):
             expected = f"[1 or {num_heads}, 1 or {head_dim}]"
             raise ValueError(f"{name}.{field} is {list(tensor.shape)}; expected {expected}")
-        _check_dtype(f"{name}.{field}", tensor, torch.float32)
-        _check_device(f"{name}.{field}", tensor, pages.device)
+        _check_tensor(f"{name}.{field}", tensor, pages.device, torch.float32)
     if side.token_scale is not None:
-        _check_shape(f"{name}.token_scale", side.token_scale, tuple(pages.shape[:3]))
-        _check_dtype(f"{name}.token_scale", side.token_scale, torch.bfloat16)
-        _check_device(f"{name}.token_scale", side.token_scale, pages.device)
-
-
-def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}; the pages it belongs to are on {device}")
+        _check_tensor(f"{name}.token_scale", side.token_scale, pages.device, torch.bfloat16, pages.shape[:3])
 
 
 def _check_pair(k: Paged, v: Paged) -> None:
     if k.pages.shape[:3] != v.pages.shape[:3]:
         shapes = f"k.pages is {list(k.pages.shape)} and v.pages is {list(v.pages.shape)}"
         raise ValueError(f"{shapes}; both must be [P, H, S, D]")
-    _check_device("v.pages", v.pages, k.pages.device)
+    _check_tensor("v.pages", v.pages, k.pages.device)
 
 
 def _check_table(batch_size: int, page_table: torch.Tensor, seq_lens: torch.Tensor, device: torch.device) -> None:
     if page_table.ndim != 2 or page_table.shape[0] != batch_size:
         raise ValueError(f"page_table is {list(page_table.shape)}; expected [{batch_size}, N]")
-    _check_shape("seq_lens", seq_lens, (batch_size,))
-    _check_dtype("page_table", page_table, torch.int32)
-    _check_dtype("seq_lens", seq_lens, torch.int32)
-    _check_device("page_table", page_table, device)
-    _check_device("seq_lens", seq_lens, device)
+    _check_tensor("page_table", page_table, device, torch.int32)
+    _check_tensor("seq_lens", seq_lens, device, torch.int32, (batch_size,))
 
 
 def check_write(
@@ -97,18 +87,19 @@ def check_write(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     clipped: torch.Tensor | None,
+    remembers: bool,
 ) -> None:
     if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3]:
         raise ValueError(f"key is {list(key.shape)} and value is {list(value.shape)}; both must be [B, H, T, D]")
-    _check_paged("k", k, key.shape[1], key.shape[3])
-    _check_paged("v", v, value.shape[1], value.shape[3])
+    _check_paged("k", k, key.shape[1], key.shape[3], remembers)
+    _check_paged("v", v, value.shape[1], value.shape[3], remembers)
     _check_pair(k, v)
-    _check_table(key.shape[0], page_table, seq_lens, k.pages.device)
-    _check_device("key", key, k.pages.device)
-    _check_device("value", value, k.pages.device)
+    device = k.pages.device
+    _check_table(key.shape[0], page_table, seq_lens, device)
+    _check_tensor("key", key, device)
+    _check_tensor("value", value, device)
     if clipped is not None:
-        _check_shape("clipped", clipped, (2,))
-        _check_dtype("clipped", clipped, torch.int64)
+        _check_tensor("clipped", clipped, device, torch.int64, (2,))
 
 
 def check_attention(
@@ -120,6 +111,7 @@ def check_attention(
     attn_mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
     lse: torch.Tensor | None,
+    remembers: bool,
 ) -> None:
     for name, tensor in (("query", query), ("k.pages", k.pages), ("v.pages", v.pages)):
         if tensor.ndim != 4:
@@ -129,11 +121,12 @@ def check_attention(
     if num_q_heads % num_kv_heads:
         heads = f"its heads do not divide over {num_kv_heads} of keys and values"
         raise ValueError(f"query is {list(query.shape)}; {heads}")
-    _check_paged("k", k, num_kv_heads, head_dim)
-    _check_paged("v", v, num_kv_heads, v.pages.shape[3])
+    _check_paged("k", k, num_kv_heads, head_dim, remembers)
+    _check_paged("v", v, num_kv_heads, v.pages.shape[3], remembers)
     _check_pair(k, v)
-    _check_table(batch_size, page_table, seq_lens, k.pages.device)
-    _check_device("query", query, k.pages.device)
+    device = k.pages.device
+    _check_table(batch_size, page_table, seq_lens, device)
+    _check_tensor("query", query, device)
     if attn_mask is not None:
         fits = (
             attn_mask.ndim == 4
@@ -146,12 +139,11 @@ def check_attention(
             raise ValueError(f"attn_mask is {list(attn_mask.shape)}; expected {expected}")
         if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
             raise ValueError(f"attn_mask is {attn_mask.dtype}; expected bool (True attends) or float (added)")
+        _check_tensor("attn_mask", attn_mask, device)
     if sinks is not None:
-        _check_shape("sinks", sinks, (num_q_heads,))
+        _check_tensor("sinks", sinks, device, shape=(num_q_heads,))
     if lse is not None:
-        _check_shape("lse", lse, (batch_size, num_q_heads, num_tokens))
-        _check_dtype("lse", lse, torch.float32)
-        _check_device("lse", lse, k.pages.device)
+        _check_tensor("lse", lse, device, torch.float32, (batch_size, num_q_heads, num_tokens))
         if not lse.is_contiguous():
             raise ValueError(f"lse has strides {lse.stride()}; expected a contiguous tensor")
 

@@ -35,9 +35,6 @@ Side = tuple[torch.Tensor, str, "torch.Tensor | None", "torch.Tensor | None", "t
 
 
 def _format_code(name: str, pages: torch.Tensor) -> int | None:
-    code = _CODES.get(name)
-    if code is not None:
-        return code
     name = get_format(name).name
     return _NUMBERS.get(pages.dtype) if name == "model" else _CODES[name]
 
@@ -47,15 +44,23 @@ def _strides(tensor: torch.Tensor) -> list[int]:
     return [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
+def _scales(tensor: torch.Tensor | None) -> tuple[int, int, int]:
+    """Of scales or zeros `[1 | H, 1 | D]`."""
+    if tensor is None:
+        return 0, 0, 0
+    (num_heads, num_channels), (head, channel) = tensor.shape, tensor.stride()
+    return tensor.data_ptr(), head if num_heads > 1 else 0, channel if num_channels > 1 else 0
+
+
 def _side(side: Side) -> tuple[int, ...] | None:
     pages, name, scale, zero, token_scale = side
-    code = _format_code(name, pages)
+    code = _CODES.get(name)
+    if code is None:
+        code = _format_code(name, pages)
     if code is None or not pages.is_contiguous() or not (token_scale is None or token_scale.is_contiguous()):
         return None
-    scales = (0, 0, 0) if scale is None else (scale.data_ptr(), *_strides(scale))
-    zeros = (0, 0, 0) if zero is None else (zero.data_ptr(), *_strides(zero))
     return (
-        pages.data_ptr(), code, pages.shape[3], *scales, *zeros,
+        pages.data_ptr(), code, pages.shape[3], *_scales(scale), *_scales(zero),
         0 if token_scale is None else token_scale.data_ptr(),
     )  # fmt: skip
 
