@@ -30,11 +30,10 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StoppingC
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_kvquant import KVQuantConfig, QuantizedPagedCache
+from hf_kvquant import KVQuantConfig, QuantizedPagedCache, huge_pages
 from hf_kvquant.attention import kvquant_attention
 from hf_kvquant.evaluation.timing import Clock
 from hf_kvquant.hosts import with_cache
-from hf_kvquant.huge_pages import prefer_huge_pages
 from hf_kvquant.ops import cpu
 
 from .models import fill
@@ -104,7 +103,7 @@ def in_turn(ways: list[Way], step: Callable[[Way], None], seconds: float, rounds
     The read comes before each step, so that every way finds the processor's caches alike, and none waits for what the
     one before it left to be written.
     """
-    memory = prefer_huge_pages(torch.empty(1 << 25 if rounds > 3 else 1 << 15, dtype=torch.int64)).fill_(1)
+    memory = huge_pages.empty((1 << 25 if rounds > 3 else 1 << 15,), torch.int64, torch.device("cpu")).fill_(1)
     speeds = []
     start = time.perf_counter()
     for index in range(rounds + 1):

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from . import huge_pages
 from .formats import get_format
-from .huge_pages import prefer_huge_pages
 from .ops import PagedTensor, channel_absmax, read_pages
 from .policy import SidePlan
 from .rotary import RotaryLayout
@@ -198,7 +198,7 @@ class PageStore:
 
 def _zeros(store: torch.Tensor, num_pages: int) -> torch.Tensor:
     """Zeroed pages like those of `store`."""
-    return prefer_huge_pages(store.new_empty(num_pages, *store.shape[1:])).zero_()
+    return huge_pages.empty((num_pages, *store.shape[1:]), store.dtype, store.device).zero_()
 
 
 def mutable_everywhere() -> AbstractContextManager[Any]:

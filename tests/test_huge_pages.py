@@ -9,8 +9,7 @@ import pytest
 import torch
 from helpers import tiny_llama
 
-from hf_kvquant import QuantizedPagedCache
-from hf_kvquant.huge_pages import prefer_huge_pages
+from hf_kvquant import QuantizedPagedCache, huge_pages
 
 SMAPS = Path("/proc/self/smaps")
 
@@ -29,7 +28,7 @@ def huge_bytes(tensor: torch.Tensor) -> int:
 @pytest.mark.skipif(not SMAPS.exists(), reason="no /proc/self/smaps")
 @pytest.mark.parametrize("max_cache_len", [None, 200_001])
 def test_a_large_pool_gets_them(max_cache_len: int | None) -> None:
-    if not huge_bytes(prefer_huge_pages(torch.empty(1 << 26, dtype=torch.uint8)).fill_(1)):
+    if not huge_bytes(huge_pages.empty((1 << 26,), torch.uint8, torch.device("cpu")).fill_(1)):
         pytest.skip("this system has no huge pages to give")
     model = tiny_llama(num_key_value_heads=4, head_dim=64, num_hidden_layers=1)
     cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="fp8", max_cache_len=max_cache_len)
@@ -40,7 +39,22 @@ def test_a_large_pool_gets_them(max_cache_len: int | None) -> None:
     assert huge_bytes(pages)
 
 
-def test_small_and_odd_tensors_are_left_alone() -> None:
-    for tensor in (torch.zeros(0), torch.zeros(63), torch.zeros(1000, 1000)[1:, 1:]):
-        assert prefer_huge_pages(tensor) is tensor
-        assert not tensor.any()
+@pytest.mark.skipif(not SMAPS.exists(), reason="no /proc/self/smaps")
+@pytest.mark.parametrize(("nbytes", "huge"), [(2 << 20, 1), ((4 << 20) - 4096, 2), ((3 << 20) + 2, 1), (63 << 20, 32)])
+def test_they_hold_most_of_a_tensor_and_little_more(nbytes: int, huge: int) -> None:
+    if not huge_bytes(huge_pages.empty((1 << 26,), torch.uint8, torch.device("cpu")).fill_(1)):
+        pytest.skip("this system has no huge pages to give")
+    tensor = huge_pages.empty((nbytes // 2,), torch.bfloat16, torch.device("cpu"))
+    tensor.fill_(1)
+    assert tensor.data_ptr() % (2 << 20) == 0
+    assert huge_bytes(tensor) == huge << 21
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (63,), (1000, 1001), (3, 1 << 20)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+def test_tensors_are_as_asked_for(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for device in ("cpu", "meta"):
+        tensor = huge_pages.empty(shape, dtype, torch.device(device))
+        assert (tensor.shape, tensor.dtype, tensor.device.type) == (shape, dtype, device)
+        assert tensor.is_contiguous()
+    assert (huge_pages.empty(shape, dtype, torch.device("cpu")).fill_(3) == 3).all()

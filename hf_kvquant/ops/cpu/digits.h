@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int DIGIT_CHUNK = 128;  // tokens of a tile
+constexpr int DIGIT_CHUNK = 64;  // tokens of a tile; it and the next one's rows have room in the first cache
 
 // Rows of numbers in digits, with room for `stride` numbers each.
 struct Digits {
@@ -27,14 +27,17 @@ Digits digits_from(Carver& carver, int64_t rows, int64_t stride) {
     return {carver.take<int32_t>(rows * stride / 2), carver.take<int32_t>(rows * 2), carver.take<float>(rows), stride};
 }
 
-// Rows that will be read next: as many lines as a tile has are fetched half while it is made, half while it is
-// multiplied, for nothing is fetched faster than memory gives it.
+// The tile that will be read next: as many lines as one has are fetched half while this one is made, half while it is
+// multiplied, for nothing is fetched faster than memory gives it. Lines come from several places in turn: where a
+// processor sees neighbours fetched it goes on by itself, but takes a while to begin.
+constexpr int PLACES = 4;
 struct Ahead {
     const uint8_t* const* row;
     int64_t dim, offset = 0;
 
+    // PLACES lines.
     INLINE void fetch() {
-        fetch_line(*row + offset);
+        UNROLL for (int i = 0; i < PLACES; i++) __builtin_prefetch(row[i * (DIGIT_CHUNK / PLACES)] + offset);
         offset += 64;
         row += offset >= dim;
         offset = offset >= dim ? 0 : offset;
@@ -93,10 +96,11 @@ void split_query(const float* q, int64_t q_stride, int64_t num_rows, int64_t dim
 INLINE void split_weights(const float* x, int64_t count, const Digits& digits, int64_t row) {
     constexpr float range = 65535;
     const float size = size_of_row(x, count), reciprocal = range / size;
-    for (int64_t i = 0; i < count; i += W) {
+    int32_t *high = digits.high(row), *low = digits.low(row);
+    for (int64_t i = 0; i < count; i += W, high += W / 4, low += W / 4) {
         const i32 number = rounded(load<f32>(x + i) * reciprocal);
-        store_bytes(digits.high(row) + i / 4, number >> 8);
-        store_bytes(digits.low(row) + i / 4, number);
+        store_bytes(high, number >> 8);
+        store_bytes(low, number);
     }
     digits.units[row] = size / range;
 }
@@ -129,7 +133,7 @@ INLINE void turn(__m512i (&x)[16]) {
 INLINE void turned_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim, int32_t* tile, Ahead& ahead) {
     for (int64_t t = 0; t < tokens; t += 16)
         for (int64_t d = 0; d < dim; d += 64) {
-            UNROLL for (int i = 0; i < 8; i++) ahead.fetch();
+            UNROLL for (int i = 0; i < 8 / PLACES; i++) ahead.fetch();
             __m512i x[16];
             UNROLL for (int i = 0; i < 16; i++) x[i] = load_bytes(rows[t + i] + d, dim - d);
             turn(x);
@@ -138,27 +142,28 @@ INLINE void turned_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim,
                 if (4 * i < dim - d) _mm512_store_si512(to + i * DIGIT_CHUNK, x[i]);
         }
 }
-// `[tokens / 4, dim]` groups of tokens, as bytes with a sign; tokens is a multiple of 4 and dim of 16.
+// `[tokens / 4, dim]` groups of tokens, as bytes with a sign; tokens is a multiple of 8 and dim of 16.
 INLINE void plain_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim, int32_t* tile, Ahead& ahead) {
     // Unpacking works inside quarters of a register, so channels are dealt to the quarters first.
     const __m512i dealt = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     const __m512i offset = _mm512_set1_epi8(char(0x80));
-    for (int64_t t = 0; t < tokens; t += 4)
+    for (int64_t first = 0; first < tokens; first += 8)
         for (int64_t d = 0; d < dim; d += 64) {
-            ahead.fetch();
-            ahead.fetch();
-            __m512i x[4];
-            UNROLL for (int i = 0; i < 4; i++)
-                x[i] = _mm512_permutexvar_epi32(dealt, load_bytes(rows[t + i] + d, dim - d));
-            const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
-            const __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), e = _mm512_unpackhi_epi8(x[2], x[3]);
-            x[0] = _mm512_unpacklo_epi16(a, c);
-            x[1] = _mm512_unpackhi_epi16(a, c);
-            x[2] = _mm512_unpacklo_epi16(b, e);
-            x[3] = _mm512_unpackhi_epi16(b, e);
-            int32_t* to = tile + t / 4 * dim + d;
-            UNROLL for (int i = 0; i < 4; i++)
-                if (16 * i < dim - d) _mm512_store_si512(to + 16 * i, _mm512_xor_si512(x[i], offset));
+            UNROLL for (int i = 0; i < 4 / PLACES; i++) ahead.fetch();
+            UNROLL for (int64_t t = first; t < first + 8; t += 4) {
+                __m512i x[4];
+                UNROLL for (int i = 0; i < 4; i++)
+                    x[i] = _mm512_permutexvar_epi32(dealt, load_bytes(rows[t + i] + d, dim - d));
+                const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+                const __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), e = _mm512_unpackhi_epi8(x[2], x[3]);
+                x[0] = _mm512_unpacklo_epi16(a, c);
+                x[1] = _mm512_unpackhi_epi16(a, c);
+                x[2] = _mm512_unpacklo_epi16(b, e);
+                x[3] = _mm512_unpackhi_epi16(b, e);
+                int32_t* to = tile + t / 4 * dim + d;
+                UNROLL for (int i = 0; i < 4; i++)
+                    if (16 * i < dim - d) _mm512_store_si512(to + 16 * i, _mm512_xor_si512(x[i], offset));
+            }
         }
 }
 
@@ -169,7 +174,8 @@ INLINE void plain_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim, 
 #define KEEP_LOOPS __attribute__((optimize("no-tree-pre")))
 #endif
 
-// out[r][c] = row r of the query . column c of the tile, or, with weights, that much more; N rows, M vectors wide.
+// out[r][c] = row r of the query . column c of the tile, or, with weights, that much more; N rows, M vectors wide. Depth
+// is a multiple of PLACES.
 template <int N, int M, bool QUERY>
 KEEP_LOOPS void multiply(const Digits& digits, int64_t row, const int32_t* tile, int64_t tile_stride, int64_t depth,
                          Ahead* ahead, float* out, int64_t out_stride) {
@@ -178,15 +184,17 @@ KEEP_LOOPS void multiply(const Digits& digits, int64_t row, const int32_t* tile,
     const int32_t* groups = digits.high(row);
     UNROLL for (int p = 0; p < 2; p++) UNROLL for (int r = 0; r < N; r++) UNROLL for (int m = 0; m < M; m++)
         sums[p][r][m] = _mm512_set1_epi32(QUERY ? digits.starts[2 * (row + r) + p] : 0);
-    for (int64_t k = 0; k < depth; k++) {
-        __m512i codes[M];
-        UNROLL for (int m = 0; m < M; m++) codes[m] = _mm512_load_si512(tile + k * tile_stride + 16 * m);
+    for (int64_t first = 0; first < depth; first += PLACES) {
         if (ahead) ahead->fetch();
-        UNROLL for (int p = 0; p < 2; p++) UNROLL for (int r = 0; r < N; r++) {
-            const __m512i digit = _mm512_set1_epi32(groups[(2 * r + p) * stride + k]);
-            UNROLL for (int m = 0; m < M; m++)  // bytes without a sign times bytes with one
-                sums[p][r][m] = QUERY ? _mm512_dpbusd_epi32(sums[p][r][m], codes[m], digit)
-                                      : _mm512_dpbusd_epi32(sums[p][r][m], digit, codes[m]);
+        for (int64_t k = first; k < first + PLACES; k++) {
+            __m512i codes[M];
+            UNROLL for (int m = 0; m < M; m++) codes[m] = _mm512_load_si512(tile + k * tile_stride + 16 * m);
+            UNROLL for (int p = 0; p < 2; p++) UNROLL for (int r = 0; r < N; r++) {
+                const __m512i digit = _mm512_set1_epi32(groups[(2 * r + p) * stride + k]);
+                UNROLL for (int m = 0; m < M; m++)  // bytes without a sign times bytes with one
+                    sums[p][r][m] = QUERY ? _mm512_dpbusd_epi32(sums[p][r][m], codes[m], digit)
+                                          : _mm512_dpbusd_epi32(sums[p][r][m], digit, codes[m]);
+            }
         }
     }
     UNROLL for (int r = 0; r < N; r++) UNROLL for (int m = 0; m < M; m++) {

@@ -32,7 +32,8 @@ bool find_rows(const Tables& tables, const Side& side, int64_t b, int64_t h, int
     int64_t t = 0;
     for (int64_t i = 0; i < num_pages; i++, skipped = 0) {
         const int64_t slot = slots[i] + skipped, here = std::min(count - t, page_size - skipped);
-        for (int64_t j = 0; j < here; j++) rows[t + j] = pages + (slot + j) * row_size;
+        const char* row = pages + slot * row_size;
+        for (int64_t j = 0; j < here; j++, row += row_size) rows[t + j] = row;
         if (token_scale)
             for (int64_t j = 0; j < here; j++) scales[t + j] = bfloat_number(token_scale[slot + j]);
         t += here;
