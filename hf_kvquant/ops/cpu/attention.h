@@ -57,9 +57,10 @@ Interval seen_by(const Attention& a, int64_t b, int64_t t) {
     return {start, std::max(start, stop)};
 }
 
-// Rows [first, first + count) of key/value head h of sequence b, and the spans of tokens that they are cut into.
+// Rows [first, first + count) of every head of sequence b, and the spans of tokens that they are cut into. Items go
+// through the heads of a span, which are neighbours in memory, before the next one.
 struct Block {
-    int64_t b, h, first, count, start, stop, span, num_spans, first_item, first_part;
+    int64_t b, first, count, start, stop, span, num_spans, first_item, first_part;
 };
 
 // Spans are long enough to be worth their start, and short and many enough for many cores.
@@ -70,7 +71,7 @@ int64_t span_of(int64_t length, bool few_rows, int64_t num_blocks) {
 
 // Raw logits of one row over tokens [start, start + count), of which it sees `seen`, to weights; returns their sum.
 // `highest` is the running maximum.
-float softmax(const Attention& a, const Block& block, int64_t row, int64_t start, int64_t count, Interval seen,
+float softmax(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t start, int64_t count, Interval seen,
               const float* k_scales, const float* v_scales, float offset, float* logits, float& highest) {
     int64_t low = std::min(std::max(seen.start - start, int64_t(0)), count);
     int64_t high = std::max(std::min(seen.stop - start, count), low);
@@ -83,8 +84,8 @@ float softmax(const Attention& a, const Block& block, int64_t row, int64_t start
         store(logits + i, x);
     }
     if (a.mask) {
-        int64_t head = block.h * a.group() + row % a.group();
-        int64_t at = block.b * a.mask_batch + head * a.mask_head + row / a.group() * a.mask_token + start + low -
+        int64_t head = h * a.group() + row % a.group();
+        int64_t at = b * a.mask_batch + head * a.mask_head + row / a.group() * a.mask_token + start + low -
                      a.mask_start;
         float* x = logits + low;
         if (a.mask_format < 0) {
@@ -115,8 +116,9 @@ float softmax(const Attention& a, const Block& block, int64_t row, int64_t start
     return sum_of(sums);
 }
 
-// One item: sums[row], highest[row] and values[row] of a block over one span.
-int attend(const Attention& a, const Block& block, int64_t span_index, float* sums, float* highest, float* values) {
+// One item: sums[row], highest[row] and values[row] of a block's head h over one span.
+int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index, float* sums, float* highest,
+           float* values) {
     static thread_local Workspace workspace;
     const int64_t rows = block.count, k_dim = a.k.dim, v_dim = a.v.dim, group = a.group();
     const int64_t k_padded = round_up(k_dim, W), v_padded = round_up(v_dim, W);
@@ -125,6 +127,9 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
     const bool k_direct = few && k_dim % W == 0, v_direct = few && v_dim % W == 0;
     const bool digits = HAS_DIGITS && a.query_format != FLOAT && rows > 1;  // one row waits for memory anyway
     const bool k_digits = digits && k_direct && a.k.format == INT8, v_digits = digits && v_direct && a.v.format == INT8;
+    const int64_t k_size = a.k.row_size(), v_size = a.v.row_size();
+    // Rows of the next side are fetched in as many pieces as this side's have: so never more of them than a tile holds.
+    const int64_t size = std::max(k_size, v_size), tile = tile_tokens(size);
     const int64_t chunk = k_direct && v_direct ? DIRECT_CHUNK : CHUNK, padded = round_up(block.span, W) + PADDING;
 
     float *q, *units, *zeros, *logits, *offsets, *k_scales, *v_scales, *k_tile, *v_tile;
@@ -151,7 +156,7 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
         v_tile_rows = carver.take<const float*>(v_direct ? 0 : CHUNK);
         slots = carver.take<int64_t>(padded);
         // Behind the rows: where K and V differ in size, fetching ahead looks at pointers beyond them, at most so many.
-        codes_tile = carver.take<int32_t>(std::max(k_digits ? k_dim : 0, v_digits ? v_dim : 0) * DIGIT_CHUNK / 4);
+        codes_tile = carver.take<int32_t>(std::max(k_digits ? k_dim : 0, v_digits ? v_dim : 0) * tile / 4);
         q_digits = digits_from(carver, k_digits ? rows : 0, k_dim);
         weight_digits = digits_from(carver, v_digits ? rows : 0, chunk);
     }
@@ -163,11 +168,11 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
     // The query in units of the codes, and what K's zero adds.
     float factor = 1.0f;
     with_format(a.k.format, [&](auto codec) { factor = codec.factor; });
-    a.k.scales_of(block.h, units);
-    a.k.zeros_of(block.h, zeros);
+    a.k.scales_of(h, units);
+    a.k.zeros_of(h, zeros);
     for (int64_t d = 0; d < k_dim; d++) units[d] = units[d] * float(a.softmax_scale) * factor;
     for (int64_t r = 0; r < rows; r++) {
-        int64_t row = block.first + r, head = block.h * group + row % group;
+        int64_t row = block.first + r, head = h * group + row % group;
         const char* from = a.query + (block.b * a.query_batch + head * a.query_head + row / group * a.query_token) *
                                          size_of(a.query_format);
         float* to = q + r * k_padded;
@@ -193,13 +198,10 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
     });
 
     const int64_t total = stop - start;
-    if (!find_rows(a.tables, a.k, block.b, block.h, start, total, slots, k_rows, k_scales) ||
-        !find_rows(a.tables, a.v, block.b, block.h, start, total, slots, v_rows, v_scales))
+    if (!find_rows(a.tables, a.k, block.b, h, start, total, slots, k_rows, k_scales) ||
+        !find_rows(a.tables, a.v, block.b, h, start, total, slots, v_rows, v_scales))
         return 1;
-    const int64_t k_size = a.k.row_size(), v_size = a.v.row_size();
-    // Rows of the next side are fetched in as many pieces as this side's have: so never more of them than a tile holds.
-    const int64_t size = std::max(k_size, v_size);
-    const int64_t k_ahead = k_digits ? DIGIT_CHUNK : tokens_ahead(k_size);
+    const int64_t k_ahead = k_digits ? tile : tokens_ahead(k_size);
     const int64_t v_ahead = v_digits ? 0 : tokens_ahead(v_size);
     for (int64_t t = 0; t < std::min(total, k_ahead); t++) prefetch(k_rows[t], k_size);
     for (int64_t t = 0; t < std::min(total, v_ahead); t++) prefetch(v_rows[t], v_size);
@@ -211,7 +213,7 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
             auto codes = reinterpret_cast<const typename C::T* const*>(k_rows + t0);
             if constexpr (C::DIGITS)
                 if (k_digits) {
-                    const Ahead next{reinterpret_cast<const uint8_t* const*>(v_rows + t0), size};
+                    const Ahead next{reinterpret_cast<const uint8_t* const*>(v_rows + t0), size, tile};
                     return dots_of_digits(q_digits, rows, codes, count, k_dim, codes_tile, next, logits, chunk);
                 }
             if (k_direct) return dots_of_rows<C>(q, k_padded, rows, codes, count, k_dim, logits, chunk);
@@ -223,7 +225,7 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
         for (int64_t r = 0; r < rows; r++) {
             int64_t row = block.first + r;
             float before = highest[r];
-            float sum = softmax(a, block, row, start + t0, count, seen_by(a, block.b, row / group),
+            float sum = softmax(a, block.b, h, row, start + t0, count, seen_by(a, block.b, row / group),
                                 a.k.token_scale ? k_scales + t0 : nullptr, a.v.token_scale ? v_scales + t0 : nullptr,
                                 offsets[r], logits + r * chunk, highest[r]);
             if (highest[r] != before && before != -INF) {
@@ -239,7 +241,7 @@ int attend(const Attention& a, const Block& block, int64_t span_index, float* su
             auto codes = reinterpret_cast<const typename C::T* const*>(v_rows + t0);
             if constexpr (C::DIGITS)
                 if (v_digits) {
-                    const Ahead next{reinterpret_cast<const uint8_t* const*>(k_rows + t0 + count), size};
+                    const Ahead next{reinterpret_cast<const uint8_t* const*>(k_rows + t0 + count), size, tile};
                     return accumulate_digits(logits, chunk, rows, codes, count, v_dim, weight_digits, codes_tile, next,
                                              values, v_padded);
                 }
@@ -278,18 +280,18 @@ void store_numbers(char* output, int64_t index, int64_t format, const float* x, 
 
 // The spans of a block put together, normalized, in the output. Span i has sums[i * stride + r] and so on; the values
 // of span 0 are written over.
-void finish(const Attention& a, const Block& block, const float* sums, const float* highest, float* values,
+void finish(const Attention& a, const Block& block, int64_t h, const float* sums, const float* highest, float* values,
             int64_t stride) {
     static thread_local Workspace workspace;
     const int64_t v_dim = a.v.dim, v_padded = round_up(v_dim, W), group = a.group();
     float *units = reinterpret_cast<float*>(workspace.of(2 * v_padded * sizeof(float))), *zeros = units + v_padded;
     float factor = 1.0f;
     with_format(a.v.format, [&](auto codec) { factor = codec.factor; });
-    a.v.scales_of(block.h, units);
-    a.v.zeros_of(block.h, zeros);
+    a.v.scales_of(h, units);
+    a.v.zeros_of(h, zeros);
     for (int64_t d = 0; d < v_dim; d++) units[d] *= factor;
     for (int64_t r = 0; r < block.count; r++) {
-        const int64_t row = block.first + r, head = block.h * group + row % group;
+        const int64_t row = block.first + r, head = h * group + row % group;
         const float sink = a.sinks ? a.sinks[head] : -INF;
         float top = sink;
         for (int64_t i = 0; i < block.num_spans; i++) top = std::max(top, highest[i * stride + r]);
@@ -319,20 +321,20 @@ extern "C" int64_t hf_kvquant_paged_attention(const Attention* arguments) {
     const int64_t rows = a.num_rows(), group = a.group(), v_padded = round_up(a.v.dim, W);
     const bool few = rows <= DIRECT_ROWS;
     const int64_t rows_each = few ? rows : std::min<int64_t>(rows, ROW_BLOCK);
-    const int64_t row_blocks = (rows + rows_each - 1) / rows_each;
-    const int64_t num_blocks = a.tables.batch_size * a.tables.num_heads * row_blocks;
+    const int64_t row_blocks = (rows + rows_each - 1) / rows_each, num_heads = a.tables.num_heads;
+    const int64_t num_blocks = a.tables.batch_size * row_blocks;
 
     Block* blocks;
-    std::atomic<int64_t>* unfinished;
+    std::atomic<int64_t>* unfinished;  // spans, of every block's heads
     Carver carver{nullptr};
     for (int pass = 0; pass < 2; pass++) {
         if (pass) carver = {block_space.of(carver.used)};
         blocks = carver.take<Block>(num_blocks);
-        unfinished = carver.take<std::atomic<int64_t>>(num_blocks);
+        unfinished = carver.take<std::atomic<int64_t>>(num_blocks * num_heads);
     }
     int64_t num_items = 0, num_parts = 0, work = 0, index = 0;
     for (int64_t b = 0; b < a.tables.batch_size; b++)
-        for (int64_t i = 0; i < row_blocks; i++) {
+        for (int64_t i = 0; i < row_blocks; i++, index++) {
             const int64_t first = i * rows_each, count = std::min(rows_each, rows - first);
             Interval seen{INT64_MAX, 0};
             for (int64_t t = first / group; t <= (first + count - 1) / group; t++) {
@@ -341,15 +343,13 @@ extern "C" int64_t hf_kvquant_paged_attention(const Attention* arguments) {
             }
             if (seen.stop == 0) seen.start = 0;
             const int64_t length = seen.stop - seen.start;
-            const int64_t span = span_of(length, few, num_blocks);
+            const int64_t span = span_of(length, few, num_blocks * num_heads);
             const int64_t num_spans = std::max<int64_t>((length + span - 1) / span, 1);
-            for (int64_t h = 0; h < a.tables.num_heads; h++, index++) {
-                blocks[index] = {b, h, first, count, seen.start, seen.stop, span, num_spans, num_items, num_parts};
-                unfinished[index] = num_spans;
-                num_items += num_spans;
-                num_parts += num_spans > 1 ? num_spans : 0;
-                work += length * count * (a.k.dim + a.v.dim);
-            }
+            blocks[index] = {b, first, count, seen.start, seen.stop, span, num_spans, num_items, num_parts};
+            for (int64_t h = 0; h < num_heads; h++) unfinished[index * num_heads + h] = num_spans;
+            num_items += num_heads * num_spans;
+            num_parts += num_spans > 1 ? num_heads * num_spans : 0;
+            work += num_heads * length * count * (a.k.dim + a.v.dim);
         }
 
     float *sums, *highest, *values;
@@ -360,11 +360,14 @@ extern "C" int64_t hf_kvquant_paged_attention(const Attention* arguments) {
         values = carver.take<float>(num_parts * rows_each * v_padded);
     }
     std::atomic<int> failed{0};
-    in_parallel(num_items, std::min(a.tables.num_threads, 1 + work / SMALL_ATTENTION), [&](int64_t item) {
+    const int64_t num_threads = std::min(a.tables.num_threads, 1 + work / SMALL_ATTENTION);
+    const int64_t num_each = std::clamp<int64_t>(num_items / (8 * num_threads), 1, num_heads);
+    in_parallel(num_items, num_each, num_threads, [&](int64_t item) {
         const Block* after = std::upper_bound(blocks, blocks + num_blocks, item,
                                               [](int64_t i, const Block& block) { return i < block.first_item; });
         const Block& block = after[-1];
-        const int64_t part = block.first_part * rows_each;
+        const int64_t span = (item - block.first_item) / num_heads, h = (item - block.first_item) % num_heads;
+        const int64_t part = (block.first_part + h * block.num_spans) * rows_each, at = span * rows_each;
         float *block_sums = sums + part, *block_highest = highest + part, *block_values = values + part * v_padded;
         if (block.num_spans == 1) {
             static thread_local Workspace own_space;
@@ -373,10 +376,9 @@ extern "C" int64_t hf_kvquant_paged_attention(const Attention* arguments) {
             block_highest = block_sums + each;
             block_values = block_highest + each;
         }
-        const int64_t span = item - block.first_item, at = span * rows_each;
-        if (attend(a, block, span, block_sums + at, block_highest + at, block_values + at * v_padded)) failed = 1;
-        if (--unfinished[&block - blocks] == 0 && !failed)
-            finish(a, block, block_sums, block_highest, block_values, rows_each);
+        if (attend(a, block, h, span, block_sums + at, block_highest + at, block_values + at * v_padded)) failed = 1;
+        if (--unfinished[(&block - blocks) * num_heads + h] == 0 && !failed)
+            finish(a, block, h, block_sums, block_highest, block_values, rows_each);
     });
     return failed;
 }

@@ -11,7 +11,8 @@
 
 namespace {
 
-constexpr int DIGIT_CHUNK = 64;  // tokens of a tile; it and the next one's rows have room in the first cache
+// Tokens of a tile: it and the next one's rows have room in the first cache.
+constexpr int64_t tile_tokens(int64_t dim) { return dim <= 64 ? 128 : 64; }
 
 // Rows of numbers in digits, with room for `stride` numbers each.
 struct Digits {
@@ -33,11 +34,11 @@ Digits digits_from(Carver& carver, int64_t rows, int64_t stride) {
 constexpr int PLACES = 4;
 struct Ahead {
     const uint8_t* const* row;
-    int64_t dim, offset = 0;
+    int64_t dim, tokens, offset = 0;  // tokens of a tile
 
     // PLACES lines.
     INLINE void fetch() {
-        UNROLL for (int i = 0; i < PLACES; i++) __builtin_prefetch(row[i * (DIGIT_CHUNK / PLACES)] + offset);
+        UNROLL for (int i = 0; i < PLACES; i++) __builtin_prefetch(row[i * (tokens / PLACES)] + offset);
         offset += 64;
         row += offset >= dim;
         offset = offset >= dim ? 0 : offset;
@@ -47,7 +48,7 @@ struct Ahead {
 // Rows of the query, `dim` a multiple of 16.
 void split_query(const float* q, int64_t q_stride, int64_t num_rows, int64_t dim, const Digits& digits);
 
-// As dots_of_rows, for a query that has been split. Rows `next` are fetched on the way.
+// As dots_of_rows, for a query that has been split. Tiles are as large as `next`, which is fetched on the way.
 void dots_of_digits(const Digits& q, int64_t num_rows, const uint8_t* const* rows, int64_t count, int64_t dim,
                     int32_t* tile, Ahead next, float* out, int64_t out_stride);
 
@@ -129,17 +130,18 @@ INLINE void turn(__m512i (&x)[16]) {
         x[i + 12] = _mm512_shuffle_i32x4(b, d, 0xDD);
     }
 }
-// `[dim / 4, DIGIT_CHUNK]` groups of channels; tokens and dim are multiples of 16.
+// `[dim / 4, ahead.tokens]` groups of channels; tokens and dim are multiples of 16.
 INLINE void turned_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim, int32_t* tile, Ahead& ahead) {
+    const int64_t stride = ahead.tokens;
     for (int64_t t = 0; t < tokens; t += 16)
         for (int64_t d = 0; d < dim; d += 64) {
             UNROLL for (int i = 0; i < 8 / PLACES; i++) ahead.fetch();
             __m512i x[16];
             UNROLL for (int i = 0; i < 16; i++) x[i] = load_bytes(rows[t + i] + d, dim - d);
             turn(x);
-            int32_t* to = tile + d / 4 * DIGIT_CHUNK + t;
+            int32_t* to = tile + d / 4 * stride + t;
             UNROLL for (int i = 0; i < 16; i++)
-                if (4 * i < dim - d) _mm512_store_si512(to + i * DIGIT_CHUNK, x[i]);
+                if (4 * i < dim - d) _mm512_store_si512(to + i * stride, x[i]);
         }
 }
 // `[tokens / 4, dim]` groups of tokens, as bytes with a sign; tokens is a multiple of 8 and dim of 16.
@@ -220,20 +222,20 @@ void multiply_rows(const Digits& digits, int64_t num_rows, const int32_t* tile, 
 
 void dots_of_digits(const Digits& q, int64_t num_rows, const uint8_t* const* rows, int64_t count, int64_t dim,
                     int32_t* tile, Ahead next, float* out, int64_t out_stride) {
-    for (int64_t t = 0; t < count; t += DIGIT_CHUNK) {
-        const int64_t here = round_up(std::min<int64_t>(DIGIT_CHUNK, count - t), W);
-        Ahead ahead = t + here < count ? Ahead{rows + t + here, dim} : next;
+    for (int64_t t = 0; t < count; t += next.tokens) {
+        const int64_t here = round_up(std::min(next.tokens, count - t), W);
+        Ahead ahead = t + here < count ? Ahead{rows + t + here, dim, next.tokens} : next;
         turned_tile(rows + t, here, dim, tile, ahead);
-        multiply_rows<true>(q, num_rows, tile, DIGIT_CHUNK, here, dim / 4, ahead, out + t, out_stride);
+        multiply_rows<true>(q, num_rows, tile, next.tokens, here, dim / 4, ahead, out + t, out_stride);
     }
 }
 void accumulate_digits(const float* weights, int64_t weight_stride, int64_t num_rows, const uint8_t* const* rows,
                        int64_t count, int64_t dim, const Digits& digits, int32_t* tile, Ahead next, float* out,
                        int64_t out_stride) {
     for (int64_t r = 0; r < num_rows; r++) split_weights(weights + r * weight_stride, round_up(count, W), digits, r);
-    for (int64_t t = 0; t < count; t += DIGIT_CHUNK) {
-        const int64_t here = round_up(std::min<int64_t>(DIGIT_CHUNK, count - t), W);
-        Ahead ahead = t + here < count ? Ahead{rows + t + here, dim} : next;
+    for (int64_t t = 0; t < count; t += next.tokens) {
+        const int64_t here = round_up(std::min(next.tokens, count - t), W);
+        Ahead ahead = t + here < count ? Ahead{rows + t + here, dim, next.tokens} : next;
         const Digits part = {digits.groups + t / 4, digits.starts, digits.units, digits.stride};
         plain_tile(rows + t, here, dim, tile, ahead);
         multiply_rows<false>(part, num_rows, tile, dim, dim, here / 4, ahead, out, out_stride);
