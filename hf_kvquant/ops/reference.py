@@ -51,7 +51,7 @@ def newest_slots(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pages and slots `[B, T]` of the newest tokens."""
     positions = seq_lens[:, None].long() - num_tokens + torch.arange(num_tokens, device=seq_lens.device)
-    pages = page_table.long().gather(1, (positions // page_size) % page_table.shape[1])
+    pages = page_table.gather(1, (positions // page_size) % page_table.shape[1]).long()
     return pages, positions % page_size
 
 

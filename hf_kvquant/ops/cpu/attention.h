@@ -361,7 +361,7 @@ extern "C" int64_t hf_kvquant_paged_attention(const Attention* arguments) {
     }
     std::atomic<int> failed{0};
     const int64_t num_threads = std::min(a.tables.num_threads, 1 + work / SMALL_ATTENTION);
-    const int64_t num_each = std::clamp<int64_t>(num_items / (8 * num_threads), 1, num_heads);
+    const int64_t num_each = few ? std::clamp<int64_t>(num_items / (8 * num_threads), 1, num_heads) : 1;
     in_parallel(num_items, num_each, num_threads, [&](int64_t item) {
         const Block* after = std::upper_bound(blocks, blocks + num_blocks, item,
                                               [](int64_t i, const Block& block) { return i < block.first_item; });

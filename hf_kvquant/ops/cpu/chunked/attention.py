@@ -18,6 +18,10 @@ from .workspace import workspace
 _CODES, _NUMBERS = 1 << 22, 1 << 21
 # Logits at once; more query tokens come some at a time.
 _LOGITS = 1 << 23
+# Digits of 8 bits. Two for queries of 16 bits, whose output is rounded to as many anyway; but a long row of weights may
+# have most of its sum in small ones, which two digits would round away.
+_PLACES_OF_QUERY = {torch.bfloat16: 2, torch.float16: 2}
+_PLACES = 3
 
 
 def paged_attention(
@@ -52,7 +56,7 @@ def paged_attention(
         tokens = slice(first, min(first + at_once, num_tokens))
         shape = (batch_size, num_heads, group, tokens.stop - tokens.start)
         q = query[:, :, tokens].to(torch.float32).reshape(batch_size, num_heads, -1, dim)
-        logits = _dot(q * softmax_scale, k, gathering, seen)
+        logits = _dot(q * softmax_scale, k, gathering, seen, _PLACES_OF_QUERY.get(query.dtype, _PLACES))
         if k_scales is not None:
             logits *= k_scales[:, :, None]
         if k[3] is not None:
@@ -98,13 +102,13 @@ def _token_scales(side: Side, gathering: Gathering, seen: Visible) -> torch.Tens
     return gathering.copy(side[4])[..., seen.start_slot : seen.start_slot + seen.length].to(torch.float32)
 
 
-def _dot(q: torch.Tensor, k: Side, gathering: Gathering, seen: Visible) -> torch.Tensor:
+def _dot(q: torch.Tensor, k: Side, gathering: Gathering, seen: Visible, num_places: int) -> torch.Tensor:
     """Products `[B, H, R, length]` of `q` `[B, H, R, D]` with K without its token scales and zeros."""
     store, name, scale = k[:3]
     q = q if scale is None else q * scale[:, None]
     shape = (*q.shape[:3], seen.length)
     logits = workspace("logits", torch.float32, shape)
-    digits = _digits(q, k, seen)
+    digits = _digits(q, k, seen, num_places)
     q = q if factor(name) == 1.0 else q * factor(name)
     for block, slots, columns in gathering.blocks(
         store, _NUMBERS if digits is None else _CODES, seen.start_slot, seen.length
@@ -125,7 +129,7 @@ def _weigh(weights: torch.Tensor, v: Side, gathering: Gathering, seen: Visible) 
     """Sums `[B, H, R, D]` of V without its token scales and zeros. `weights` `[B, H, R, length]` are overwritten."""
     store, name, scale = v[:3]
     values = weights.new_zeros(*weights.shape[:3], store.shape[3])
-    digits = _digits(weights, v, seen)
+    digits = _digits(weights, v, seen, _PLACES)
     for block, slots, columns in gathering.blocks(
         store, _NUMBERS if digits is None else _CODES, seen.start_slot, seen.length
     ):
@@ -142,7 +146,8 @@ def _weigh(weights: torch.Tensor, v: Side, gathering: Gathering, seen: Visible) 
     return values if scale is None else values * scale[:, None]
 
 
-def _digits(rows: torch.Tensor, side: Side, seen: Visible) -> Digits | None:
+def _digits(rows: torch.Tensor, side: Side, seen: Visible, num_places: int) -> Digits | None:
     """Digits of the rows to be multiplied with `side`, or None where floats are better."""
     is_int8 = get_format(side[1]).name == "int8"
-    return Digits(rows) if is_int8 and pay(rows.shape[2], seen.length * side[0].shape[3]) else None
+    pays = is_int8 and pay(rows.shape[2], seen.length * side[0].shape[3])
+    return Digits(rows, num_places) if pays else None

@@ -1,4 +1,4 @@
-"""Products with int8 codes by the processor's products of bytes, through torch: the other factor in three digits."""
+"""Products with int8 codes by the processor's products of bytes, through torch: the other factor in digits."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def _are_exact() -> bool:
 
 
 class Digits:
-    """Rows fp32 `[B, H, R, N]` in three digits: 24 bits of each row's largest number. The rows are overwritten.
+    """Rows fp32 `[B, H, R, N]` in P digits of 8 bits, from each row's largest number down. The rows are overwritten.
 
-    `digits`, int8 `[B, H, 3 * R, N]`, is this thread's until the next `Digits`. `sums @ (products with them)`, with
-    `sums` `[B, H, R, 3 * R]`, are the products with the rows.
+    `digits`, int8 `[B, H, P * R, N]`, is this thread's until the next `Digits`. `sums @ (products with them)`, with
+    `sums` `[B, H, R, P * R]`, are the products with the rows.
     """
 
-    def __init__(self, rows: torch.Tensor) -> None:
+    def __init__(self, rows: torch.Tensor, num_places: int) -> None:
         batch_size, num_heads, num_rows, count = rows.shape
         # NaN and infinity go on to all products of the row.
         scale = rows.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30) * (1 / 127)
-        by_place = workspace("digits", torch.int8, (batch_size, num_heads, 3, num_rows, count))
+        by_place = workspace("digits", torch.int8, (batch_size, num_heads, num_places, num_rows, count))
         digit = workspace("digit", torch.float32, (batch_size, num_heads, num_rows, count))
         rest = rows.mul_(1.0 / scale)
-        for place in range(3):
+        for place in range(num_places):
             torch.round(rest, out=digit)
             by_place[:, :, place] = digit
-            if place < 2:
+            if place + 1 < num_places:
                 rest.sub_(digit).mul_(_BASE)
         self.digits = by_place.flatten(2, 3)
-        self.sums = scale * _places(num_rows)
+        self.sums = scale * _places(num_rows, num_places)
 
     def dot(self, codes: torch.Tensor, sequences: slice, heads: slice) -> torch.Tensor:
         """Products `[B', H', R, L]` with the codes int8 `[B', H', L, N]` of some sequences and heads."""
@@ -77,8 +77,8 @@ def _multiply(digits: torch.Tensor, codes: torch.Tensor, products: torch.Tensor)
 
 
 @functools.cache
-def _places(num_rows: int) -> torch.Tensor:
-    """`[R, 3 * R]`: what adds up the digits of each row by their places."""
+def _places(num_rows: int, num_places: int) -> torch.Tensor:
+    """`[R, P * R]`: what adds up the digits of each row by their places."""
     with torch.inference_mode(False):
-        weights = torch.tensor([1, 1 / _BASE, 1 / _BASE**2])
-        return torch.eye(num_rows).repeat(1, 3) * weights.repeat_interleave(num_rows)
+        weights = torch.tensor([1 / _BASE**place for place in range(num_places)])
+        return torch.eye(num_rows).repeat(1, num_places) * weights.repeat_interleave(num_rows)
