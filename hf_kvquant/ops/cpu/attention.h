@@ -76,12 +76,14 @@ float softmax(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t sta
     int64_t low = std::min(std::max(seen.start - start, int64_t(0)), count);
     int64_t high = std::max(std::min(seen.stop - start, count), low);
     int64_t padded = round_up(count, W), from = low / W * W, to = round_up(high, W);
+    f32 most = splat(highest);
     for (int64_t i = from; i < to; i += W) {
         f32 x = load<f32>(logits + i);
         if (k_scales) x = x * load<f32>(k_scales + i);
         x = x + offset;
         if (a.softcap) x = float(a.softcap) * tanh_of(x / float(a.softcap));
         store(logits + i, x);
+        most = larger(x, most);
     }
     if (a.mask) {
         int64_t head = h * a.group() + row % a.group();
@@ -102,8 +104,10 @@ float softmax(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t sta
     std::fill(logits, logits + low, -INF);
     std::fill(logits + high, logits + padded, -INF);
 
-    f32 most = splat(highest);
-    for (int64_t i = 0; i < padded; i += W) most = larger(load<f32>(logits + i), most);
+    if (a.mask || from < low || high < to) {  // some of these are hidden
+        most = splat(highest);
+        for (int64_t i = from; i < to; i += W) most = larger(load<f32>(logits + i), most);
+    }
     for (int i = 0; i < W; i++) highest = most[i] > highest ? most[i] : highest;
 
     f32 base = splat(highest == -INF ? 0.0f : highest), sums = {};
