@@ -205,8 +205,7 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
     if (!find_rows(a.tables, a.k, block.b, h, start, total, slots, k_rows, k_scales) ||
         !find_rows(a.tables, a.v, block.b, h, start, total, slots, v_rows, v_scales))
         return 1;
-    const int64_t k_ahead = k_digits ? tile : tokens_ahead(k_size);
-    const int64_t v_ahead = v_digits ? 0 : tokens_ahead(v_size);
+    const int64_t k_ahead = k_digits ? tile : TILE, v_ahead = v_digits ? 0 : TILE;
     for (int64_t t = 0; t < std::min(total, k_ahead); t++) prefetch(k_rows[t], k_size);
     for (int64_t t = 0; t < std::min(total, v_ahead); t++) prefetch(v_rows[t], v_size);
 

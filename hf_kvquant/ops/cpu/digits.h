@@ -29,9 +29,7 @@ Digits digits_from(Carver& carver, int64_t rows, int64_t stride) {
 }
 
 // The tile that will be read next: as many lines as one has are fetched half while this one is made, half while it is
-// multiplied, for nothing is fetched faster than memory gives it. Lines come from several places in turn: where a
-// processor sees neighbours fetched it goes on by itself, but takes a while to begin.
-constexpr int PLACES = 4;
+// multiplied, for nothing is fetched faster than memory gives it.
 struct Ahead {
     const uint8_t* const* row;
     int64_t dim, tokens, offset = 0;  // tokens of a tile

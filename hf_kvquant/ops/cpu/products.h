@@ -4,9 +4,6 @@
 
 #include <algorithm>
 #include <type_traits>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 #include "formats.h"
 
@@ -16,45 +13,28 @@ constexpr int TILE = 64;        // tokens that stay in the first cache while row
 constexpr int CHUNK = 128;      // tokens of a tile of numbers
 constexpr int ROWS = 4;         // rows of a kernel in registers
 constexpr int VECTORS = W == 8 ? 2 : 4;
-constexpr int MOST_AHEAD = 128; // tokens to prefetch ahead, at most
 constexpr int PADDING = 160;    // readable entries behind arrays of rows
 
-// What comes soon is fetched into the first cache, on Intel's cores into the second: measured, 2 to 5 % less time for fp8
-// at 16k and 32k tokens there (Emerald Rapids), a third more on AMD's (Zen 4).
-#if defined(__x86_64__)
-bool made_by_intel() {
-    unsigned most, vendor, rest[2];
-    return __get_cpuid(0, &most, &vendor, rest, rest + 1) && vendor == signature_INTEL_ebx;
-}
-const bool SECOND_CACHE = made_by_intel();
-#else
-constexpr bool SECOND_CACHE = false;
-#endif
-const int64_t AHEAD = SECOND_CACHE ? 4096 : 8192;  // bytes
-
-INLINE void fetch_line(const void* p) {
-    if (SECOND_CACHE)
-        __builtin_prefetch(p, 0, 2);
-    else
-        __builtin_prefetch(p, 0, 3);
-}
 template <class T>
 INLINE void prefetch(const T* row, int64_t count) {
     for (int64_t offset = 0; offset < count * int64_t(sizeof(T)); offset += 64)
-        fetch_line(reinterpret_cast<const char*>(row) + offset);
+        __builtin_prefetch(reinterpret_cast<const char*>(row) + offset);
 }
-INLINE int64_t tokens_ahead(int64_t row_size) { return std::min<int64_t>(AHEAD / row_size + 1, MOST_AHEAD); }
+// The next tile is fetched while rows go over one. Its tokens come from several places in turn: where a processor sees
+// neighbours fetched it goes on by itself, but takes a while to begin.
+constexpr int PLACES = 4;
+INLINE int64_t next_token(int64_t token) { return TILE + token % PLACES * (TILE / PLACES) + token / PLACES; }
 
 // out[r][t] = q[r] . rows[t], for N rows; `rows` is readable, and `out` writable, up to a multiple of four.
 template <class C, int N>
 void dots(const float* q, int64_t q_stride, const typename C::T* const* rows, int64_t count, int64_t dim, float* out,
-          int64_t out_stride, int64_t ahead) {
+          int64_t out_stride, bool fetches) {
     constexpr int S = C::STEP;
     for (int64_t t = 0; t < count; t += 4) {
         f32 sums[N][4];
         UNROLL for (int r = 0; r < N; r++) UNROLL for (int j = 0; j < 4; j++) sums[r][j] = f32{};
-        if (ahead)
-            UNROLL for (int j = 0; j < 4; j++) prefetch(rows[t + j + ahead], dim);
+        if (fetches)
+            UNROLL for (int j = 0; j < 4; j++) prefetch(rows[next_token(t + j)], dim);
         int64_t d = 0;
         if constexpr (S > 1)
             for (; d + S * W <= dim; d += S * W)
@@ -79,13 +59,13 @@ void dots(const float* q, int64_t q_stride, const typename C::T* const* rows, in
 // out[r][j] += sum over i of weights[r][i] * rows[i][j], for N rows and M vectors of columns.
 template <class C, int N, int M>
 void accumulate(const float* weights, int64_t weight_stride, const typename C::T* const* rows, int64_t count,
-                int64_t column, float* out, int64_t out_stride, int64_t ahead, int64_t columns) {
+                int64_t column, float* out, int64_t out_stride, bool fetches, int64_t columns) {
     f32 sums[N][M];
     UNROLL for (int r = 0; r < N; r++)
         UNROLL for (int m = 0; m < M; m++) sums[r][m] = load<f32>(out + r * out_stride + column + m * W);
     for (int64_t i = 0; i < count; i++) {
         f32 x[M];
-        if (ahead) prefetch(rows[i + ahead], columns);
+        if (fetches) prefetch(rows[next_token(i)], columns);
         if constexpr (C::STEP == M && M > 1)
             C::read_step(rows[i] + column, x);
         else
@@ -114,19 +94,17 @@ INLINE void in_groups(int64_t num_rows, Kernel kernel) {
 template <class C>
 void dots_of_rows(const float* q, int64_t q_stride, int64_t num_rows, const typename C::T* const* rows, int64_t count,
                   int64_t dim, float* out, int64_t out_stride) {
-    const int64_t ahead = tokens_ahead(dim * sizeof(typename C::T));
     for (int64_t t = 0; t < count; t += TILE)
         in_groups(num_rows, [&](int64_t r, auto n) {
             dots<C, n()>(q + r * q_stride, q_stride, rows + t, std::min<int64_t>(TILE, count - t), dim,
-                         out + r * out_stride + t, out_stride, r == 0 ? ahead : 0);
+                         out + r * out_stride + t, out_stride, r == 0);
         });
 }
 
 // `columns` is a multiple of W.
 template <class C>
 void accumulate_rows(const float* weights, int64_t weight_stride, int64_t num_rows, const typename C::T* const* rows,
-                     int64_t count, int64_t columns, float* out, int64_t out_stride, bool prefetches) {
-    const int64_t far = tokens_ahead(columns * sizeof(typename C::T));
+                     int64_t count, int64_t columns, float* out, int64_t out_stride, bool fetches) {
     for (int64_t i = 0; i < count; i += TILE) {
         int64_t here = std::min<int64_t>(TILE, count - i);
         for (int64_t column = 0; column < columns;) {
@@ -134,12 +112,12 @@ void accumulate_rows(const float* weights, int64_t weight_stride, int64_t num_ro
             in_groups(num_rows, [&](int64_t r, auto n) {
                 const float* from = weights + r * weight_stride + i;
                 float* to = out + r * out_stride;
-                int64_t ahead = prefetches && r == 0 && column == 0 ? far : 0;
+                const bool first = fetches && r == 0 && column == 0;
                 if (wide)
-                    accumulate<C, n(), VECTORS>(from, weight_stride, rows + i, here, column, to, out_stride, ahead,
+                    accumulate<C, n(), VECTORS>(from, weight_stride, rows + i, here, column, to, out_stride, first,
                                                 columns);
                 else
-                    accumulate<C, n(), 1>(from, weight_stride, rows + i, here, column, to, out_stride, ahead, columns);
+                    accumulate<C, n(), 1>(from, weight_stride, rows + i, here, column, to, out_stride, first, columns);
             });
             column += wide ? VECTORS * W : W;
         }
