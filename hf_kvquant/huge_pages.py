@@ -34,3 +34,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     )
     strides = torch.empty(shape, device="meta").stride()
     return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), skipped // dtype.itemsize, shape, strides)
+
+
+def copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of `tensor`, in memory as `empty` gives it."""
+    return empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)

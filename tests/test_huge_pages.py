@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,15 +41,12 @@ def test_a_large_pool_gets_them(max_cache_len: int | None) -> None:
     assert huge_bytes(pages)
 
 
-@pytest.mark.skipif(not SMAPS.exists(), reason="no /proc/self/smaps")
-@pytest.mark.parametrize(("nbytes", "huge"), [(2 << 20, 1), ((4 << 20) - 4096, 2), ((3 << 20) + 2, 1), (63 << 20, 32)])
-def test_they_hold_most_of_a_tensor_and_little_more(nbytes: int, huge: int) -> None:
-    if not huge_bytes(huge_pages.empty((1 << 26,), torch.uint8, torch.device("cpu")).fill_(1)):
-        pytest.skip("this system has no huge pages to give")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked for huge pages")
+@pytest.mark.parametrize("nbytes", [2 << 20, (4 << 20) - 4096, (3 << 20) + 2, 63 << 20])
+def test_a_tensor_starts_with_one_and_takes_little_more(nbytes: int) -> None:
     tensor = huge_pages.empty((nbytes // 2,), torch.bfloat16, torch.device("cpu"))
-    tensor.fill_(1)
     assert tensor.data_ptr() % (2 << 20) == 0
-    assert huge_bytes(tensor) == huge << 21
+    assert tensor.untyped_storage().nbytes() <= nbytes * 17 / 16 + (2 << 20)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (63,), (1000, 1001), (3, 1 << 20)])
@@ -58,3 +57,20 @@ def test_tensors_are_as_asked_for(shape: tuple[int, ...], dtype: torch.dtype) ->
         assert (tensor.shape, tensor.dtype, tensor.device.type) == (shape, dtype, device)
         assert tensor.is_contiguous()
     assert (huge_pages.empty(shape, dtype, torch.device("cpu")).fill_(3) == 3).all()
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 10_001])
+def test_a_copied_cache_is_no_larger(max_cache_len: int | None) -> None:
+    model = tiny_llama(num_key_value_heads=4, head_dim=64, num_hidden_layers=1)
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="fp8", max_cache_len=max_cache_len)
+    tokens = torch.randn(1, 4, 10_000, 64)
+    cache.update(tokens, tokens, 0)
+    other = copy.deepcopy(cache)
+    for side in ("k", "v"):
+        pages, copied = (getattr(c.layers[0], side).paged.pages for c in (cache, other))
+        used = cache.layers[0].table.pages_in_use
+        assert torch.equal(copied[:used], pages[:used])
+        assert copied.data_ptr() not in (0, pages.data_ptr())
+        if sys.platform == "linux":
+            assert copied.data_ptr() % (2 << 20) == 0
+        assert copied.untyped_storage().nbytes() <= pages.untyped_storage().nbytes()

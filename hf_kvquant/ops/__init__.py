@@ -15,13 +15,15 @@ missing. Inside attention: q·k · softmax_scale -> softcap -> mask -> softmax w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from .. import huge_pages
 from . import cpu, gpu, reference
 from .checks import check_attention, check_page_table, check_write
 
@@ -49,6 +51,16 @@ class PagedTensor:
         object.__setattr__(self, name, value)
         if name != "passed":
             object.__setattr__(self, "passed", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedTensor:
+        # A tensor's own copy has all the memory that its huge pages were cut from, and does not begin where one does.
+        return replace(
+            self,
+            pages=huge_pages.copy(self.pages),
+            scale=copy.deepcopy(self.scale, memo),
+            zero=copy.deepcopy(self.zero, memo),
+            token_scale=None if self.token_scale is None else huge_pages.copy(self.token_scale),
+        )
 
 
 __all__ = ["PagedTensor", "channel_absmax", "check_page_table", "paged_attention", "read_pages", "write_kv"]
