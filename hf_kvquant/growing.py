@@ -60,13 +60,9 @@ class GrowingLayer(PagedLayer):
 
     def _advance(self, num_new: int, batch_size: int) -> None:
         if torch.compiler.is_compiling():
-            self._advance_apart(num_new, batch_size)
+            self._count_apart(num_new, batch_size)
         else:
             self._count(num_new, batch_size)
-
-    @torch.compiler.disable  # bookkeeping on the host; a graph would be guarded on every length
-    def _advance_apart(self, num_new: int, batch_size: int) -> None:
-        self._count(num_new, batch_size)
 
     def _count(self, num_new: int, batch_size: int) -> None:
         self._copies = copies = self.shared.copies_of(self.length, num_new, batch_size)
@@ -77,6 +73,9 @@ class GrowingLayer(PagedLayer):
         if self.length == self.table.length:
             self.table.append(num_new, batch_size, copies)
         self.length += num_new
+
+    # Bookkeeping on the host: a graph would be guarded on every length. In eager steps the wrapper would only cost time.
+    _count_apart = torch.compiler.disable(_count)
 
     def _write(self, key: torch.Tensor, value: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
         if self._copies > 1:  # they share their pages

@@ -26,14 +26,15 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     length = -(-nbytes // _SIZE) * _SIZE
     if length > (1 + _WASTE) * nbytes:
         length -= _SIZE
-    memory = torch.empty(max(nbytes, length) + _SIZE, dtype=torch.uint8)
+    memory = torch.empty(max(nbytes, length) + _SIZE, dtype=torch.uint8, device=device)
     skipped = -memory.data_ptr() % _SIZE
     # A hint; nothing depends on whether it is taken.
     ctypes.CDLL(None).madvise(
         ctypes.c_void_p(memory.data_ptr() + skipped), ctypes.c_size_t(length), ctypes.c_int(_ADVICE)
     )
     strides = torch.empty(shape, device="meta").stride()
-    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), skipped // dtype.itemsize, shape, strides)
+    tensor = torch.empty(0, dtype=dtype, device=device)
+    return tensor.set_(memory.untyped_storage(), skipped // dtype.itemsize, shape, strides)
 
 
 def copy(tensor: torch.Tensor) -> torch.Tensor:

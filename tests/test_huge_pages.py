@@ -57,6 +57,8 @@ def test_tensors_are_as_asked_for(shape: tuple[int, ...], dtype: torch.dtype) ->
         assert (tensor.shape, tensor.dtype, tensor.device.type) == (shape, dtype, device)
         assert tensor.is_contiguous()
     assert (huge_pages.empty(shape, dtype, torch.device("cpu")).fill_(3) == 3).all()
+    with torch.device("meta"):  # what the program's default device is does not matter
+        assert huge_pages.empty(shape, dtype, torch.device("cpu")).device.type == "cpu"
 
 
 @pytest.mark.parametrize("max_cache_len", [None, 10_001])

@@ -133,7 +133,8 @@ INLINE void turned_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim,
     const int64_t stride = ahead.tokens;
     for (int64_t t = 0; t < tokens; t += 16)
         for (int64_t d = 0; d < dim; d += 64) {
-            UNROLL for (int i = 0; i < 8 / PLACES; i++) ahead.fetch();
+            ahead.fetch();
+            ahead.fetch();
             __m512i x[16];
             UNROLL for (int i = 0; i < 16; i++) x[i] = load_bytes(rows[t + i] + d, dim - d);
             turn(x);
@@ -149,7 +150,7 @@ INLINE void plain_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim, 
     const __m512i offset = _mm512_set1_epi8(char(0x80));
     for (int64_t first = 0; first < tokens; first += 8)
         for (int64_t d = 0; d < dim; d += 64) {
-            UNROLL for (int i = 0; i < 4 / PLACES; i++) ahead.fetch();
+            ahead.fetch();
             UNROLL for (int64_t t = first; t < first + 8; t += 4) {
                 __m512i x[4];
                 UNROLL for (int i = 0; i < 4; i++)
