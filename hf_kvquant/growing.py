@@ -74,7 +74,7 @@ class GrowingLayer(PagedLayer):
             self.table.append(num_new, batch_size, copies)
         self.length += num_new
 
-    # Bookkeeping on the host: a graph would be guarded on every length. In eager steps the wrapper would only cost time.
+    # Bookkeeping on the host: a graph would be guarded on every length. Eager steps go without what the wrapper costs.
     _count_apart = torch.compiler.disable(_count)
 
     def _write(self, key: torch.Tensor, value: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_llama
+
+from hf_kvquant import QuantizedPagedCache
 
 ROOT = Path(__file__).parent.parent
 PARTS = ["bandwidth", "decode", "small", "write", "prefill", "generate", "capacity"]
@@ -157,3 +160,15 @@ def test_our_loops_stand_beside_published_ones(
     file.write_text("from sglang.srt.utils import not_there")
     with pytest.raises(SystemExit, match=r"decode_attention\.py is not the sglang.*not_there"):
         published.main()
+
+
+def test_filled_layers_share_their_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a model's prompt: what a step does to the table it then does once."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.models import fill
+
+    model = tiny_llama("kvquant")
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8")
+    fill(cache, model, 2, 150)
+    assert cache.get_seq_length() == 150
+    assert len({id(layer.table) for layer in cache.layers}) == 1

@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
 
 from hf_kvquant import QuantizedPagedCache
+from hf_kvquant.hosts import with_cache
 
 MODELS = {"llama": tiny_llama, "sliding": lambda attention: sliding_model(window=12)}
 
@@ -175,3 +176,22 @@ def test_a_cache_at_fixed_addresses_is_reused_over_turns(name: str) -> None:
         torch.testing.assert_close(got, expected)
     assert int(fixed.get_seq_length()) == grown.get_seq_length() == 180
     assert fixed.get_max_length() == 300
+
+
+def test_a_growing_cache_in_a_compiled_model_makes_no_graph_a_step() -> None:
+    model = tiny_llama("kvquant")
+    caches = [QuantizedPagedCache.from_model(model, kv_cache_dtype="int8") for _ in range(2)]
+    tokens = prompt()
+    compiled = torch.compile(model, backend="eager")
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    with torch.no_grad():
+        for step in range(14):
+            new = tokens if step == 0 else tokens[:, step % 3 : step % 3 + 1]
+            expected, got = (
+                call(new, **with_cache(cache)).logits for call, cache in zip((model, compiled), caches, strict=True)
+            )
+            assert torch.equal(got, expected)
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[5] == graphs[-1]

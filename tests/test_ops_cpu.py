@@ -144,7 +144,10 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
-def test_queries_of_16_bits_may_be_split_into_bytes(dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
+@pytest.mark.parametrize("path", [*KERNELS[:1], "torch"])
+def test_queries_of_16_bits_may_be_split_into_bytes(
+    path: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]
+) -> None:
     """Over int8, query and weights may be rounded to 16 bits of the row's largest; and no further."""
     head_dim, heads, groups, length, tokens = shape
     case = Case(
@@ -153,6 +156,7 @@ def test_queries_of_16_bits_may_be_split_into_bytes(dtype: torch.dtype, shape: t
     )  # fmt: skip
     problem = build(case, poisoned=True)
     tables, scale = (problem.page_table, problem.seq_lens), problem.options["softmax_scale"]
+    cpu.use(path)
     lse, expected_lse = (torch.full(problem.query.shape[:3], torch.nan) for _ in range(2))
     got = problem.run(lse=lse).to(torch.float32)
     query = problem.query.to(torch.float32)
@@ -164,8 +168,8 @@ def test_queries_of_16_bits_may_be_split_into_bytes(dtype: torch.dtype, shape: t
     unit = problem.k.scale.repeat_interleave(groups, 0)[:, None]
     for b, (k, v) in enumerate(zip(*problem.numbers, strict=True)):
         keys = torch.tensor(k, dtype=torch.float32).repeat_interleave(groups, 0)
-        # Half a step in every channel of the query, of which there are 127 * 256 up to its largest.
-        step = scale * (query[b] * unit).abs().amax(-1) / (127 * 256)
+        # Half a step in every channel of the query, of which there are 127 * 256 up to its largest (torch: 127 * 254).
+        step = scale * (query[b] * unit).abs().amax(-1) / (127 * 254)
         logit_error = step / 2 * (keys / unit).abs().sum(-1).amax(-1)[:, None] + fp32_error * (
             1 + expected_lse[b].abs()
         )
@@ -431,6 +435,17 @@ def test_a_kernel_leaves_denormals_as_they_are(path: str) -> None:
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", KERNELS)
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_threads_that_take_several_heads_leave_none_out(num_threads: int, path: str) -> None:
+    case = Case(lengths=(13_001,), num_kv_heads=4, groups=2, head_dim=16, formats=("int8", "fp8_e4m3"))
+    problem = build(case, poisoned=True)
+    expected = run_reference(problem)
+    cpu.use(path)
+    torch.set_num_threads(num_threads)
+    assert (problem.run() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
