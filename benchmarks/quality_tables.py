@@ -45,7 +45,8 @@ def readme_table(record: dict[str, Any]) -> str:
         Table(header, lines).markdown()
         + f"\nPerplexity over that of `DynamicCache`, windows of {setup['context']:,} tokens of unseen text in growing "
         "chunks, the repository's models in fp32 (trained to be small, one of each kind); bytes as held for a model in "
-        f"bf16. Twins compute the same with a few channels or heads made large. {provenance(setup)}.\n"
+        "bf16. Outlier twins compute the same function, with a few channels or heads of K or V made large and the "
+        f"weights that read them small. {provenance(setup)}.\n"
     )
 
 

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
@@ -28,8 +27,6 @@ from .config import KVQuantConfig
 from .fixed import FixedLayer
 from .growing import GrowingLayer, move_to_own_pool
 from .hosts import (
-    attention_name,
-    checkpoint_of,
     disable_fake_quantization,
     layer_type_names,
     tokens_to_take_back,
@@ -37,14 +34,13 @@ from .hosts import (
 )
 from .hybrid import HybridFixedLayer, HybridGrowingLayer
 from .layers import PagedLayer
+from .options import find_checkpoint, options_for
 from .pages import PageTable, PageTables
 from .policy import ROUNDED_QUERIES, SAFER, asks_for_files, minds_key_biases, plan_layers
-from .reading import read_scales
 from .report import CacheReport, LayerReport
 from .risks import large_key_biases
 from .rotary import rotary_layouts
 from .shared import SharedState
-from .stores import PageStore
 
 logger = logging.get_logger(__name__)
 
@@ -142,13 +138,25 @@ class QuantizedPagedCache(DynamicCache):
 
     @classmethod
     def for_generation(
-        cls, model: PreTrainedModel, options: Any, expected_length: int | None = None, max_cache_len: int | None = None
+        cls,
+        model: PreTrainedModel,
+        options: KVQuantConfig | Mapping[str, Any] | None,
+        expected_length: int | None = None,
+        max_cache_len: int | None = None,
     ) -> QuantizedPagedCache:
-        """`from_model` with what `generate` knows beside the user's `options`."""
+        """`from_model`, with what `generate` knows beside the user's `options`.
+
+        Args:
+            model, options: as of `from_model`; None for no options.
+            expected_length: tokens a sequence will reach at most; memory is not allocated beyond it.
+            max_cache_len: as the option, where the user has given none.
+
+        Raises ValueError or TypeError for options that are unknown or do not fit the model.
+        """
         model = without_wrapper(model)
         kvquant = options_for(model, options, max_cache_len)
         notes: list[str] = []
-        checkpoint = _find_checkpoint(model, kvquant, notes) if asks_for_files(kvquant) else None
+        checkpoint = find_checkpoint(model, kvquant, notes) if asks_for_files(kvquant) else None
         biases = large_key_biases(model) if checkpoint is not None or minds_key_biases(kvquant) else None
         cache = cls(
             model.config, kvquant, checkpoint=checkpoint, notes=notes, expected_length=expected_length,
@@ -223,7 +231,7 @@ class QuantizedPagedCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget all tokens and give the memory back; frozen scales stay."""
-        self.shared.copies = 1
+        self.shared.forget_prompt()
         for table in self._tables:
             table.clear()
         for layer in self.layers:
@@ -385,65 +393,6 @@ class QuantizedPagedCache(DynamicCache):
                 rows.append(LayerReport(index, name, (dtype, dtype), sources, nbytes, nbytes, (0, 0)))
         total = sum(row.model_dtype_bytes for row in rows)
         return CacheReport(rows, list(self.notes), self.nbytes, self.nbytes_allocated, total)
-
-
-def nbytes_of(caches: Iterable[QuantizedPagedCache]) -> int:
-    """Bytes that these caches use together: pages and scales that they share are counted once, tables not at all."""
-    total = 0
-    tables: dict[int, dict[int, np.ndarray]] = {}  # pool -> table -> its pages
-    stores: dict[int, dict[int, PageStore]] = {}  # pool -> what lies in it
-    for cache in caches:
-        for layer in cache.layers:
-            if isinstance(layer, GrowingLayer) and layer.is_initialized:
-                pool = id(layer.table.pool)
-                tables.setdefault(pool, {})[id(layer.table)] = layer.table.rows.ravel()
-                stores.setdefault(pool, {}).update({id(store): store for store in (layer.k, layer.v)})
-                total += layer.exact_nbytes + layer.state_nbytes
-            else:
-                total += cache._stored_nbytes(layer)
-    for pool, users in stores.items():
-        num_pages = len(np.unique(np.concatenate(list(tables[pool].values()))))
-        total += sum(num_pages * store.page_nbytes + store.scale_nbytes for store in users.values())
-    return total
-
-
-def trim(caches: Iterable[QuantizedPagedCache]) -> None:
-    """Give back the pages of these caches' pools that no cache refers to any more, without waiting for a step."""
-    for pool in {id(table.pool): table.pool for cache in caches for table in cache._tables}.values():
-        pool.shrink()
-
-
-def options_for(model: PreTrainedModel, options: Any, max_cache_len: int | None = None) -> KVQuantConfig:
-    """The user's `options` over what the model's attention implementation says."""
-    defaults: dict[str, Any] = {}
-    implementation = attention_name(model.config.get_text_config(decoder=True))
-    if implementation.startswith("kvquant_"):
-        defaults["kv_cache_dtype"] = implementation.removeprefix("kvquant_")
-    if max_cache_len is not None:
-        defaults["max_cache_len"] = max_cache_len
-    return KVQuantConfig.parse(options, **defaults)
-
-
-def _find_checkpoint(model: PreTrainedModel, kvquant: KVQuantConfig, notes: list[str]) -> CheckpointScales | None:
-    """The checkpoint whose scales are asked for. Raises ValueError if one is asked for by name and has none."""
-    own = isinstance(kvquant.scales, str) and kvquant.scales in ("auto", "checkpoint")
-    source = model if own else kvquant.scales
-    try:  # with `auto` nobody asked for a download, and a model may outlive the directory it came from
-        wanted = kvquant.kv_cache_dtype
-        dtype = wanted if isinstance(wanted, str) and wanted not in ("auto", "model") else "int8"
-        found = read_scales(source, model, fetch=kvquant.scales != "auto", kv_cache_dtype=dtype)
-    except FileNotFoundError as error:
-        if kvquant.scales != "auto":
-            raise
-        notes.append(f"no KV scales were looked for: {error}; name a checkpoint with scales=... if it has some")
-        return None
-    if found is None and kvquant.scales != "auto":
-        where = (checkpoint_of(model)[0] or "a model that was not loaded from files") if own else source
-        raise ValueError(
-            f"scales={kvquant.scales!r}, but {where} has no KV scales; "
-            "use scales='dynamic' (no calibration needed), or name a checkpoint that has some"
-        )
-    return found
 
 
 def _paged_report(layer: PagedLayer) -> LayerReport:

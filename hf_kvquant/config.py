@@ -84,6 +84,12 @@ class KVQuantConfig:
             raise ValueError(f"granularity={self.granularity!r}; choose one of {', '.join(GRANULARITIES)}")
         if not isinstance(self.margin, Real) or not 1.0 <= self.margin < float("inf"):
             raise ValueError(f"margin={self.margin!r}; it is a factor of at least 1.0 on the largest value seen")
+        for name in ("granularity", "margin"):
+            if self.scales != "first_batch" and getattr(self, name) != getattr(KVQuantConfig, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for scales='first_batch'; dynamic scales are one per token and "
+                    "head, and those of a checkpoint or a calibration are taken as they are"
+                )
         for name in ("page_size", "num_pages", "max_cache_len"):
             value = getattr(self, name)
             if value is None and name != "page_size":

@@ -19,10 +19,11 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMode, configuration_utils
 from transformers.utils import logging
 
-from .cache import QuantizedPagedCache, options_for
+from .cache import QuantizedPagedCache
 from .config import KVQuantConfig
 from .encoder_decoder import QuantizedEncoderDecoderCache
 from .hosts import CACHE_NAME, CACHE_NAMES, is_fused
+from .options import options_for
 from .policy import asks_for_files
 
 CACHE_IMPLEMENTATION = "kvquant"
@@ -182,6 +183,8 @@ def _describe_prompt(model: Any, model_kwargs: dict[str, Any], cache: QuantizedP
     cache.shared.padding_mask = mask
     known = positions if positions is not None else mask  # the host drops a mask that hides nothing
     cache.shared.prompt_length = 0 if known is None or model.config.is_encoder_decoder else known.shape[-1]
+    if cache.get_seq_length():
+        cache.shared.copies = 1  # what comes now may differ between sequences that began with the same prompt
 
 
 def _share_prompts(model: Any, generation_config: Any, cache: QuantizedPagedCache, batch_size: int) -> None:

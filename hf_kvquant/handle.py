@@ -158,6 +158,6 @@ for _name in (
     "ge",
 ):
     setattr(PagedKV, f"__{_name}__", _forward_operator(_name))
-for _name in ("add", "sub", "mul", "truediv", "matmul"):
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow"):
     setattr(PagedKV, f"__r{_name}__", _forward_reflected(_name))
 PagedKV.__hash__ = object.__hash__  # type: ignore[method-assign]

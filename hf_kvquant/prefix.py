@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .cache import QuantizedPagedCache, nbytes_of, trim
-from .hosts import with_cache
+from .cache import QuantizedPagedCache
+from .growing import GrowingLayer
+from .hosts import with_cache, without_wrapper
+from .stores import PageStore
 
 _MEDIA_TOKEN = re.compile(r".*(image|video|audio|vision).*_token_(id|index)")
 
@@ -76,7 +80,7 @@ class PrefixCache:
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept."""
-        return nbytes_of(entry.cache for entry in self._entries)
+        return _nbytes_of(entry.cache for entry in self._entries)
 
     def cache_for(self, input_ids: torch.Tensor, num_copies: int = 1) -> QuantizedPagedCache:
         """A cache for `generate(input_ids, past_key_values=...)` that holds what is kept of their beginning.
@@ -132,6 +136,9 @@ class PrefixCache:
         Raises ValueError if they do not belong together.
         """
         row = _as_rows(tokens)
+        owner = cache.shared.model
+        if owner is None or owner() is not without_wrapper(self.model) or cache.kvquant != self._empty.kvquant:
+            raise ValueError("this cache is another model's, or has other options; keep one that cache_for() has made")
         length = int(cache.get_seq_length())
         if not length:
             raise ValueError("the cache holds no tokens")
@@ -146,14 +153,14 @@ class PrefixCache:
         if mask is not None and not mask.all():
             raise ValueError("the cache was filled under a mask that hides tokens; keep a sequence without padding")
         tokens = row[0, :length].clone()
-        if nbytes_of([cache]) > self.max_bytes:
+        if _nbytes_of([cache]) > self.max_bytes:
             return False
         self._entries = [entry for entry in self._entries if not torch.equal(entry.tokens, tokens)]
         self._entries.append(_Entry(tokens, cache.fork()))
         if self.nbytes > self.max_bytes:
             while self.nbytes > self.max_bytes:
                 del self._entries[0]
-            trim(entry.cache for entry in self._entries)
+            _trim(entry.cache for entry in self._entries)
         return True
 
     def clear(self) -> None:
@@ -200,3 +207,29 @@ def _as_rows(tokens: torch.Tensor) -> torch.Tensor:
 
 def _media_tokens(config: PreTrainedConfig) -> list[int]:
     return [value for name, value in vars(config).items() if _MEDIA_TOKEN.fullmatch(name) and isinstance(value, int)]
+
+
+def _nbytes_of(caches: Iterable[QuantizedPagedCache]) -> int:
+    """Bytes that these caches use together: pages and scales that they share are counted once, tables not at all."""
+    total = 0
+    tables: dict[int, dict[int, np.ndarray]] = {}  # pool -> table -> its pages
+    stores: dict[int, dict[int, PageStore]] = {}  # pool -> what lies in it
+    for cache in caches:
+        for layer in cache.layers:
+            if isinstance(layer, GrowingLayer) and layer.is_initialized:
+                pool = id(layer.table.pool)
+                tables.setdefault(pool, {})[id(layer.table)] = layer.table.rows.ravel()
+                stores.setdefault(pool, {}).update({id(store): store for store in (layer.k, layer.v)})
+                total += layer.exact_nbytes + layer.state_nbytes
+            else:
+                total += cache._stored_nbytes(layer)
+    for pool, users in stores.items():
+        num_pages = len(np.unique(np.concatenate(list(tables[pool].values()))))
+        total += sum(num_pages * store.page_nbytes + store.scale_nbytes for store in users.values())
+    return total
+
+
+def _trim(caches: Iterable[QuantizedPagedCache]) -> None:
+    """Give back the pages of these caches' pools that no cache refers to any more, without waiting for a step."""
+    for pool in {id(table.pool): table.pool for cache in caches for table in cache._tables}.values():
+        pool.shrink()

@@ -21,7 +21,7 @@ class LayerScales:
 
     Attributes:
         k_scale, v_scale: `[1]`, `[H]` or `[H, D]`, finite and positive; a 0-d tensor or a number counts as `[1]`.
-        q_scale: the same for the query (only fp8 arithmetic uses it), or None.
+        q_scale: `[1]` or `[Hq]`, one per query head, for queries in fp8 (`q_dtype`); or None.
         k_zero, v_zero: finite, same shapes, or None for symmetric quantization.
 
     Raises ValueError naming the field for values that are NaN, infinite, zero or negative, or of another rank.

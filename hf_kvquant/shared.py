@@ -22,11 +22,11 @@ class SharedState:
         model_config: the text model's; its attention implementation may change between calls.
         page_size: tokens per page.
         rotary: how the model turns the keys of each layer; empty if that is not known.
-        padding_mask: `[B, T]` of the first prompt (True is a token), when `generate` knows it.
+        padding_mask: `[B, T]` of the latest prompt (True is a token), when `generate` knows it.
         copies: how many sequences in a row begin with the same prompt (beams); they share its pages.
         num_prompts: how many prompts there are, each with its copies.
-        prompt_length: tokens of the first prompt, when `generate` knows it; it may come in pieces, or with drafts
-            behind it.
+        prompt_length: tokens of the latest prompt, those of earlier turns among them, when `generate` knows it; it may
+            come in pieces, or with drafts behind it.
         model: whose cache it is, if that is known.
         replaced: table of the layer whose contents were replaced last, for others that become as long.
     """
@@ -50,6 +50,10 @@ class SharedState:
     def is_fused(self) -> bool:
         """Whether the model's attention reads the pages itself."""
         return is_fused(self.model_config)
+
+    def forget_prompt(self) -> None:
+        """What comes next is not what `generate` has described."""
+        self.padding_mask, self.copies, self.num_prompts, self.prompt_length = None, 1, 0, 0
 
     def copy(self) -> SharedState:
         """For a copy of the cache: the same model's, so it has to see the configuration that the model goes by."""

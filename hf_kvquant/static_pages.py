@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .pools import OutOfPagesError
+
 
 class StaticPageTable:
     """A page table with every page reserved, as tensors at fixed addresses: nothing of a step happens on the host.
@@ -91,11 +93,20 @@ class StaticPageTable:
         return self.rows
 
     def append(self, num_tokens: int) -> None:
-        """Count `num_tokens` more tokens. Beyond the capacity it is an error, on a GPU when the device gets there."""
-        torch._assert_async(
-            self._seq_lens[0] + num_tokens <= self.capacity,
-            "more tokens a sequence than max_cache_len; make the cache with a larger max_cache_len",
-        )
+        """Count `num_tokens` more tokens.
+
+        Raises OutOfPagesError beyond the capacity; in a graph, and on a GPU, it is an assertion of the device instead,
+        which fails when the device gets there.
+        """
+        problem = "more tokens per sequence than max_cache_len; make the cache with a larger max_cache_len"
+        fits = self._seq_lens[0] + num_tokens <= self.capacity
+        if torch.compiler.is_compiling() or self._seq_lens.device.type != "cpu":
+            torch._assert_async(fits, problem)
+        else:
+            try:
+                torch._assert_async(fits, problem)
+            except RuntimeError as error:
+                raise OutOfPagesError(problem) from error
         self._seq_lens += num_tokens
 
     def crop(self, num_tokens: int) -> None:

@@ -87,6 +87,34 @@ def test_sequences_share_nothing_they_were_not_promised_to() -> None:
             assert torch.equal(one[0], other[0])
 
 
+@pytest.mark.parametrize("max_new_tokens", [1, 12])
+def test_answers_to_one_prompt_go_on_with_turns_of_their_own(max_new_tokens: int) -> None:
+    """The prompt of the second turn is as long for all of them, and another one for each."""
+    model = tiny_llama("kvquant", initializer_range=0.5)
+    way = {"num_return_sequences": 2, "do_sample": True, "max_new_tokens": max_new_tokens}
+    answers = {}
+    for name, options in {"ours": {"cache_config": UNQUANTIZED}, "dense": {"cache_implementation": "dynamic"}}.items():
+        first = generate(model, prompt(1), **way, **options)
+        turn = torch.cat([first.sequences, prompt(2, 4, seed=7)], dim=1)
+        answers[name] = generate(model, turn, past_key_values=first.past_key_values).sequences
+    assert torch.equal(answers["ours"], answers["dense"])
+
+
+def test_answers_that_are_cropped_go_on_alone() -> None:
+    model = tiny_llama("kvquant")
+    way = {"num_return_sequences": 2, "do_sample": True, "max_new_tokens": 1}
+    caches = [
+        generate(model, prompt(1), **way, **options).past_key_values
+        for options in ({"cache_config": UNQUANTIZED}, {"cache_implementation": "dynamic"})
+    ]
+    logits = []
+    for cache in caches:
+        cache.crop(-6)
+        with torch.no_grad():
+            logits.append(model(prompt(2, 5), past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
 def test_training_shares_nothing() -> None:
     """Dropout makes the copies of a prompt differ."""
     model = tiny_llama("kvquant", attention_dropout=0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import operator
 import weakref
 from typing import Any
 
@@ -556,6 +557,18 @@ def test_keys_and_values_of_different_lengths_are_refused() -> None:
     assert cache.get_seq_length() == 5
 
 
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"])
+def test_handles_stand_in_for_tensors_on_both_sides_of_an_operator(name: str) -> None:
+    config = llama_config()
+    config._attn_implementation = "kvquant"
+    handle, _ = make_cache(config, kv_cache_dtype="model").update(*keys_and_values(5), 0)
+    dense, operate = keys_and_values(5)[0], getattr(operator, name)
+    assert not isinstance(handle, torch.Tensor)
+    other = dense.mT if name == "matmul" else 3.0
+    torch.testing.assert_close(operate(handle, other), operate(dense, other), equal_nan=True)
+    torch.testing.assert_close(operate(other, handle), operate(other, dense), equal_nan=True)
+
+
 def test_fixed_addresses_have_bounds() -> None:
     with pytest.raises(OutOfPagesError, match="max_cache_len=320 for 1 .* takes 20 pages.*num_pages=2"):
         add(make_cache(num_pages=2, max_cache_len=320), 5)
@@ -563,7 +576,7 @@ def test_fixed_addresses_have_bounds() -> None:
     with pytest.raises(OutOfPagesError, match="layer 0: 17 tokens, but max_cache_len=16"):
         add(cache, 17)
     add(cache, 16)
-    with pytest.raises(RuntimeError, match="more tokens a sequence than max_cache_len"):
+    with pytest.raises(OutOfPagesError, match="more tokens per sequence than max_cache_len"):
         add(cache, 1)
 
 

@@ -120,6 +120,14 @@ def test_bad_granularity(given: Any) -> None:
         KVQuantConfig(granularity=given)
 
 
+@pytest.mark.parametrize("given", [{"granularity": "head"}, {"margin": 2.0}], ids=str)
+@pytest.mark.parametrize("scales", ["auto", "dynamic", "checkpoint", SCALES], ids=str)
+def test_what_only_a_first_batch_asks_for(scales: Any, given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is for scales='first_batch'"):
+        KVQuantConfig(scales=scales, **given)
+    assert KVQuantConfig(scales="first_batch", **given)
+
+
 @pytest.mark.parametrize("given", [0, 0.99, -1, math.nan, math.inf, -math.inf, "1.5", None, [1.5]])
 def test_bad_margin(given: Any) -> None:
     with pytest.raises(ValueError, match="margin=.*at least 1.0"):
@@ -138,13 +146,14 @@ def test_numbers_of_numpy() -> None:
     config = KVQuantConfig(
         page_size=np.int64(8),  # type: ignore[arg-type]
         max_cache_len=np.int32(99),  # type: ignore[arg-type]
-        margin=np.float32(2.0),  # type: ignore[arg-type]
         skip_layers=np.arange(2),  # type: ignore[arg-type]
         scales={np.int64(1): SCALES},
     )
     assert config.skip_layers == (0, 1)
     assert json.loads(json.dumps(config.to_dict()))["page_size"] == 8
     assert KVQuantConfig.parse(config.to_dict()).max_cache_len == 99
+    margin = KVQuantConfig(scales="first_batch", margin=np.float32(2.0)).margin  # type: ignore[arg-type]
+    assert json.dumps(margin) == "2.0"
     cache = QuantizedPagedCache(llama_config(), KVQuantConfig("fp8", scales={np.int64(1): SCALES}))
     assert [row.scales[0] for row in cache.report().layers] == ["dynamic", "given"]
     assert KVQuantConfig(num_pages=np.uint8(4)).num_pages == 4  # type: ignore[arg-type]

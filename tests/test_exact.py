@@ -397,7 +397,12 @@ def test_first_tokens_behind_padding_are_found() -> None:
         model, ids, attention_mask=mask, cache_implementation="kvquant", cache_config=options,
         return_dict_in_generate=True,
     )  # fmt: skip
-    assert output.past_key_values.layers[0].exact.num_first == 20
+    cache = output.past_key_values
+    assert cache.layers[0].exact.num_first == 20
+    cache.reset()  # and with it what was padding
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert cache.layers[0].exact.num_first == PAGE
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -16,9 +16,9 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"_version", "formats", "huge_pages", "scales", "tables"}, {"config"}),
     ({"checkpoints", "ops"},),
     (
-        {"rotary", "hosts", "pools", "static_pages", "policy", "identity", "query"},
-        {"pages", "stores", "reading", "risks"},
-        {"offload", "exact"},
+        {"rotary", "hosts", "pools", "policy", "identity", "query"},
+        {"pages", "static_pages", "stores", "reading", "risks"},
+        {"offload", "exact", "options"},
         {"parts"},
     ),
     (
@@ -44,6 +44,7 @@ HEIGHT = {
     name: (floor, step) for floor, steps in enumerate(FLOORS) for step, names in enumerate(steps) for name in names
 }
 FIRST_FLOOR_WITH_TRANSFORMERS = 3
+BELOW_WITH_TRANSFORMERS = {"hosts", "options", "reading", "risks"}
 THIRD_PARTY = {
     "datasets",
     "lm_eval",
@@ -136,7 +137,7 @@ def test_what_is_imported_from_outside(module: str) -> None:
     outside = {name.split(".")[0] for name in _imports(module)} - {"hf_kvquant"} - set(sys.stdlib_module_names)
     assert outside <= THIRD_PARTY
     if "transformers" in outside:
-        assert module in ("hosts", "reading", "risks") or HEIGHT[_unit(module)][0] >= FIRST_FLOOR_WITH_TRANSFORMERS
+        assert module in BELOW_WITH_TRANSFORMERS or HEIGHT[_unit(module)][0] >= FIRST_FLOOR_WITH_TRANSFORMERS
     if "triton" in outside:
         assert module.startswith("ops.triton")
     if "lm_eval" in outside:

@@ -246,6 +246,12 @@ def test_refusals() -> None:
         prefixes.keep(text, single)
     with pytest.raises(ValueError, match="the cache holds 20 tokens, but 9"):
         prefixes.keep(ids[:1], single)
+    other = tiny_llama()
+    for owner, options in ((other, OPTIONS), (model, {**OPTIONS, "kv_cache_dtype": "fp8"})):
+        cache = QuantizedPagedCache.from_model(owner, **options)
+        text = generate(owner, ids[:1], cache)
+        with pytest.raises(ValueError, match="another model's, or has other options"):
+            prefixes.keep(text, cache)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))

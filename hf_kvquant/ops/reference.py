@@ -172,19 +172,8 @@ def paged_attention(
     pages, kv_positions = by_age(page_table, seq_lens, k_pages.shape[2])  # [B, N], [B, L]
     q_positions = seq_lens[:, None].long() - num_tokens + torch.arange(num_tokens, device=query.device)  # [B, T]
 
-    def load(
-        store: torch.Tensor,
-        format_name: str,
-        scale: torch.Tensor | None,
-        zero: torch.Tensor | None,
-        token_scale: torch.Tensor | None,
-    ) -> torch.Tensor:
-        codes = gather(store, pages)
-        token_scale = None if token_scale is None else gather(token_scale, pages)
-        return dequantize(codes, format_name, scale, zero, token_scale).to(compute_dtype)
-
-    key = load(k_pages, k_format, k_scale, k_zero, k_token_scale)
-    value = load(v_pages, v_format, v_scale, v_zero, v_token_scale)
+    key = read_pages(pages, k_pages, k_format, k_scale, k_zero, k_token_scale, compute_dtype)
+    value = read_pages(pages, v_pages, v_format, v_scale, v_zero, v_token_scale, compute_dtype)
     # Slots that hold no token yet may hold anything, NaN included, and 0 · NaN is NaN: hide them from V too.
     written = kv_positions < seq_lens[:, None]
     value = value.masked_fill(~written[:, None, :, None], 0.0)

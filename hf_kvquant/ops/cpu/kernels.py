@@ -36,7 +36,7 @@ Side = tuple[torch.Tensor, str, "torch.Tensor | None", "torch.Tensor | None", "t
 
 def _format_code(name: str, pages: torch.Tensor) -> int | None:
     name = get_format(name).name
-    return _NUMBERS.get(pages.dtype) if name == "model" else _CODES[name]
+    return _NUMBERS.get(pages.dtype) if name == "model" else _CODES.get(name)
 
 
 def _strides(tensor: torch.Tensor) -> list[int]:

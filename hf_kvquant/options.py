@@ -1,0 +1,45 @@
+"""What a user's options mean for a model: defaults from its attention, and whose checkpoint has its scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .checkpoints import CheckpointScales
+from .config import KVQuantConfig
+from .hosts import attention_name, checkpoint_of
+from .reading import read_scales
+
+
+def options_for(model: PreTrainedModel, options: Any, max_cache_len: int | None = None) -> KVQuantConfig:
+    """The user's `options` over what the model's attention implementation says."""
+    defaults: dict[str, Any] = {}
+    implementation = attention_name(model.config.get_text_config(decoder=True))
+    if implementation.startswith("kvquant_"):
+        defaults["kv_cache_dtype"] = implementation.removeprefix("kvquant_")
+    if max_cache_len is not None:
+        defaults["max_cache_len"] = max_cache_len
+    return KVQuantConfig.parse(options, **defaults)
+
+
+def find_checkpoint(model: PreTrainedModel, kvquant: KVQuantConfig, notes: list[str]) -> CheckpointScales | None:
+    """The checkpoint whose scales are asked for. Raises ValueError if one is asked for by name and has none."""
+    own = isinstance(kvquant.scales, str) and kvquant.scales in ("auto", "checkpoint")
+    source = model if own else kvquant.scales
+    try:  # with `auto` nobody asked for a download, and a model may outlive the directory it came from
+        wanted = kvquant.kv_cache_dtype
+        dtype = wanted if isinstance(wanted, str) and wanted not in ("auto", "model") else "int8"
+        found = read_scales(source, model, fetch=kvquant.scales != "auto", kv_cache_dtype=dtype)
+    except FileNotFoundError as error:
+        if kvquant.scales != "auto":
+            raise
+        notes.append(f"no KV scales were looked for: {error}; name a checkpoint with scales=... if it has some")
+        return None
+    if found is None and kvquant.scales != "auto":
+        where = (checkpoint_of(model)[0] or "a model that was not loaded from files") if own else source
+        raise ValueError(
+            f"scales={kvquant.scales!r}, but {where} has no KV scales; "
+            "use scales='dynamic' (no calibration needed), or name a checkpoint that has some"
+        )
+    return found
