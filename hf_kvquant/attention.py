@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
@@ -66,6 +66,7 @@ def kvquant_attention(
 
     Returns `[B, T, Hq, D]` and None for the weights, which are never formed.
     """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = s_aux if s_aux is not None else kwargs.pop("sinks", None)
     if sinks is not None and sinks.numel() == query.shape[1]:
         sinks = sinks.flatten()
@@ -88,7 +89,7 @@ def kvquant_attention(
                 query,
                 key.num_new,
                 _with_bias(attention_mask, position_bias),
-                softmax_scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                softmax_scale=scaling,
                 sinks=sinks,
                 softcap=softcap,
                 causal=is_causal and attention_mask is None and key.num_new > 0,
@@ -96,10 +97,8 @@ def kvquant_attention(
             )
             return output.transpose(1, 2).contiguous(), None
         if key.raw is not None and value.raw is not None and readable and layer.num_prompt < key.num_new:
-            return _attend_with_drafts(
-                module, key, query, key.raw, value.raw, attention_mask, dropout, scaling, is_causal, softcap, sinks,
-                position_bias, **kwargs,
-            ), None  # fmt: skip
+            options = _Options(module, scaling, is_causal, softcap, sinks, dropout, kwargs)
+            return _attend_with_drafts(key, query, key.raw, value.raw, attention_mask, position_bias, options), None
         if key.raw is not None:
             key, value = key.raw, value.raw
             if key.device.type == "cpu":  # where heads in one piece save the kernel more than it costs to copy them
@@ -112,25 +111,30 @@ def kvquant_attention(
         value = value.dense(reason)
     if attention_mask is not None and attention_mask.shape[-1] > key.shape[-2]:
         attention_mask = attention_mask[..., : key.shape[-2]]  # a mask for reserved pages over a fresh prompt
-    return _dense_attention(
-        module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap, sinks, position_bias, **kwargs
-    ), None
+    options = _Options(module, scaling, is_causal, softcap, sinks, dropout, kwargs)
+    return _dense_attention(query, key, value, attention_mask, position_bias, options), None
+
+
+class _Options(NamedTuple):
+    """What attention over dense tensors is to do; names as of `kvquant_attention`."""
+
+    module: torch.nn.Module
+    scaling: float
+    is_causal: bool
+    softcap: float | None
+    sinks: torch.Tensor | None
+    dropout: float
+    others: dict[str, Any]
 
 
 def _attend_with_drafts(
-    module: torch.nn.Module,
     handle: PagedKV,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
     position_bias: torch.Tensor | None,
-    **kwargs: Any,
+    options: _Options,
 ) -> torch.Tensor:
     """Attention of a fresh prompt with drafted tokens behind it.
 
@@ -146,17 +150,17 @@ def _attend_with_drafts(
         return None if x is None else x[..., rows, columns]
 
     of_prompt = _dense_attention(
-        module, query[:, :, prompt], key[:, :, prompt], value[:, :, prompt], part(mask, prompt, prompt),
-        dropout, scaling, is_causal, softcap, sinks, part(position_bias, prompt, prompt), **kwargs,
+        query[:, :, prompt], key[:, :, prompt], value[:, :, prompt], part(mask, prompt, prompt),
+        part(position_bias, prompt, prompt), options,
     )  # fmt: skip
     of_drafts = layer.attend(
         query[:, :, drafts],
         num_drafts,
         _with_bias(part(mask, drafts, view), part(position_bias, drafts, view)),
-        softmax_scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sinks=sinks,
-        softcap=softcap,
-        causal=is_causal and mask is None,
+        softmax_scale=options.scaling,
+        sinks=options.sinks,
+        softcap=options.softcap,
+        causal=options.is_causal and mask is None,
         exact=handle.exact,
     )
     return torch.cat([of_prompt, of_drafts.transpose(1, 2)], dim=1)
@@ -175,7 +179,7 @@ def _is_long_turn(query: torch.Tensor, key: PagedKV) -> bool:
     )
 
 
-def _attend_long_turn(query: torch.Tensor, layer: PagedLayer, scaling: float | None) -> torch.Tensor:
+def _attend_long_turn(query: torch.Tensor, layer: PagedLayer, scaling: float) -> torch.Tensor:
     """`[B, T, Hq, D]`: many new tokens over everything that is stored."""
     num_tokens = query.shape[2]
     key, value = (layer.read(side, num_tokens) for side in ("key", "value"))
@@ -187,30 +191,24 @@ def _attend_long_turn(query: torch.Tensor, layer: PagedLayer, scaling: float | N
 
 
 def _dense_attention(
-    module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
     position_bias: torch.Tensor | None,
-    **kwargs: Any,
+    options: _Options,
 ) -> torch.Tensor:
     """What `sdpa` computes; softcap and sinks, which it lacks, in plain torch."""
+    module, scaling, is_causal, softcap, sinks, dropout, others = options
     if softcap is None and sinks is None:
         return sdpa_attention_forward(
             module, query, key, value, mask,
-            dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias, **kwargs,
+            dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias, **others,
         )[0]  # fmt: skip
     if mask is None and is_causal and query.shape[2] > 1:
         mask = _causal_mask(query, key.shape[2])
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = reference.attend(
-        query, key, value, scale, softcap, None, _with_bias(mask, position_bias), sinks,
+        query, key, value, scaling, softcap, None, _with_bias(mask, position_bias), sinks,
         dropout=dropout if module.training else 0.0,
     )  # fmt: skip
     return output.transpose(1, 2).contiguous()
