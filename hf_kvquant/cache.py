@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
@@ -93,7 +94,7 @@ class QuantizedPagedCache(DynamicCache):
         self._layer_types = names
         self.shared = SharedState(text_config, kvquant.page_size)
         capacity = kvquant.max_cache_len
-        others = template if capacity is None else StaticCache(config=text_config, max_cache_len=capacity).layers
+        others = template if capacity is None else _fixed_layers(text_config, capacity)
         tables = PageTables(kvquant.page_size, kvquant.num_pages, expected_length)
         layers: list[Any] = []
         for index, host_layer in enumerate(template):
@@ -165,6 +166,14 @@ class QuantizedPagedCache(DynamicCache):
         cache.shared.rotary = rotary_layouts(model, cache._layer_types)
         cache.shared.model = weakref.ref(model)
         cache.notes += disable_fake_quantization(model)
+        if kvquant.max_cache_len is not None and not model._can_compile_fullgraph:
+            note = (
+                f"max_cache_len: transformers does not say that {type(model).__name__} works over a cache at fixed "
+                "addresses (_can_compile_fullgraph), and with some such models tokens are others; leave it out, or "
+                "compare with a cache that grows"
+            )
+            cache.notes.append(note)
+            logger.warning_once(f"{note}.")
         return cache
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -272,9 +281,8 @@ class QuantizedPagedCache(DynamicCache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these sequences."""
-        if self.batch_size < 1:
-            return
-        kept = torch.arange(self.batch_size)[indices.cpu()].tolist()
+        # Without paged layers that hold something nobody asks which they are.
+        kept = torch.arange(self.batch_size)[indices.cpu()].tolist() if self.batch_size > 0 else []
         self._select(kept, lambda layer: layer.batch_select_indices(indices))
 
     def _select(self, indices: Sequence[int], change_host_layer: Any) -> None:
@@ -283,7 +291,7 @@ class QuantizedPagedCache(DynamicCache):
         for layer in filled:
             layer.check_select(indices)
         for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
+            if not isinstance(layer, PagedLayer) and _host_tensors(layer):
                 change_host_layer(layer)
         for table in self._tables:
             table.select(indices)
@@ -393,6 +401,17 @@ class QuantizedPagedCache(DynamicCache):
                 rows.append(LayerReport(index, name, (dtype, dtype), sources, nbytes, nbytes, (0, 0)))
         total = sum(row.model_dtype_bytes for row in rows)
         return CacheReport(rows, list(self.notes), self.nbytes, self.nbytes_allocated, total)
+
+
+def _fixed_layers(config: PreTrainedConfig, capacity: int) -> list[Any]:
+    """The host's layers at fixed addresses. Raises ValueError if it has none for a type of layer."""
+    try:
+        return list(StaticCache(config=config, max_cache_len=capacity).layers)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"max_cache_len={capacity}: transformers {transformers.__version__} has no layers at fixed addresses for "
+            f"{config.model_type} ({error!r}); leave max_cache_len out"
+        ) from error
 
 
 def _paged_report(layer: PagedLayer) -> LayerReport:

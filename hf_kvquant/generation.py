@@ -1,7 +1,7 @@
-"""`cache_implementation="kvquant"`: the two places where `generate` has to know the name.
+"""`cache_implementation="kvquant"`: the two places where `generate` has to know the name, and one where models drop caches.
 
-The host has no registry for cache implementations. Both hooks are made once, check what they change, and leave every
-other cache implementation to the host.
+The host has no registry for cache implementations. The first two hooks are made once, on import, the third on the class
+of a model that a quantized cache is used with. They check what they change, and leave every other cache to the host.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ CACHE_IMPLEMENTATION = "kvquant"
 _COMPILED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _NAMES = "ALL_CACHE_IMPLEMENTATIONS"
 _METHOD = "_prepare_cache_for_generation"
+_INPUTS = "prepare_inputs_for_generation"
 _PARAMETERS = ["self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"]
 
 logger = logging.get_logger(__name__)
@@ -72,14 +73,17 @@ def _extended(prepare_cache: Any) -> Any:
         given = [model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None]
         for cache in given:
             if isinstance(cache, QuantizedPagedCache):
+                cache.shared.speculates = generation_mode == GenerationMode.ASSISTED_GENERATION
                 _describe_prompt(self, model_kwargs, cache)
                 _take_adapters_prefix(self, cache)
+                _keep_in_inputs(type(self))
         if given and asked and generation_config.is_assistant:
             # An assistant is called again and again with the cache of its first call; the name was meant for that one.
             with _without_name(generation_config):
                 return prepare_cache(self, generation_config, *arguments)
         wanted = asked or (fused and chosen is None)
-        if not given and not wanted and chosen is None and generation_config.cache_config:
+        is_ignored = not given and not wanted and chosen is None and not generation_config.is_assistant
+        if is_ignored and generation_config.cache_config:
             logger.warning_once(
                 "`cache_config` is ignored: it takes cache_implementation='kvquant' or a kvquant attention to make the "
                 "8-bit cache."
@@ -145,7 +149,39 @@ def _replace(
     if generation_config.is_assistant:
         cache.activate_past_recording()
     _take_adapters_prefix(model, cache)
+    _keep_in_inputs(type(model))
     return cache
+
+
+def _keep_in_inputs(model_class: Any) -> None:
+    """Have models of a class keep a quantized cache where their inputs are prepared.
+
+    Some begin anew in the middle of a text (where a long rotary embedding takes over), by leaving the cache out: the
+    host would go on with one of its own, so ours is emptied and stays. And where speculation begins over a cache that
+    holds tokens, the host gives the model all tokens again.
+    """
+    method = getattr(model_class, _INPUTS)
+    if getattr(method, "_is_kvquant", False):
+        return
+
+    @functools.wraps(method)
+    def prepare_inputs(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        if not isinstance(cache, QuantizedPagedCache):
+            return method(self, input_ids, *args, **kwargs)
+        if cache.shared.speculates and kwargs.get("is_first_iteration"):
+            num_held = int(cache.get_seq_length())
+            if kwargs.get("next_sequence_length") is None and 0 < num_held < input_ids.shape[1]:
+                kwargs["next_sequence_length"] = input_ids.shape[1] - num_held
+        inputs = method(self, input_ids, *args, **kwargs)
+        if all(inputs.get(name) is None for name in CACHE_NAMES):
+            if cache.get_seq_length():
+                cache.reset()
+            inputs[CACHE_NAME] = cache
+        return inputs
+
+    prepare_inputs._is_kvquant = True  # type: ignore[attr-defined]
+    setattr(model_class, _INPUTS, prepare_inputs)
 
 
 def _take_adapters_prefix(model: Any, cache: QuantizedPagedCache) -> None:
@@ -215,6 +251,9 @@ def _will_compile(model: Any, generation_config: Any, generation_mode: Any) -> b
     On an accelerator it would do so by itself. That suits a cache that is gone afterwards; one that is returned may
     have to grow, and one with a bound on its pages must not reserve more.
     """
+    # Not every model can use such a cache, and the host knows of some only.
+    if not model._can_compile_fullgraph:
+        return False
     # The host compiles neither beam search nor speculation; both are better off with pages that grow.
     if generation_config.disable_compile or generation_config.is_assistant or generation_mode not in _COMPILED_MODES:
         return False

@@ -11,7 +11,8 @@ import torch
 
 # Configuration entries that say nothing about keys and values.
 _IRRELEVANT = {
-    "_name_or_path", "architectures", "dtype", "quantization_config", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "dtype", "output_attentions", "output_hidden_states", "quantization_config",
+    "return_dict", "transformers_version", "use_cache",
 }  # fmt: skip
 _SAMPLES = 16  # numbers taken from each weight
 

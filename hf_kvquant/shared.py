@@ -27,6 +27,7 @@ class SharedState:
         num_prompts: how many prompts there are, each with its copies.
         prompt_length: tokens of the latest prompt, those of earlier turns among them, when `generate` knows it; it may
             come in pieces, or with drafts behind it.
+        speculates: whether `generate` has other tokens checked than those that it will keep.
         model: whose cache it is, if that is known.
         replaced: table of the layer whose contents were replaced last, for others that become as long.
     """
@@ -38,6 +39,7 @@ class SharedState:
     copies: int = 1
     num_prompts: int = 0
     prompt_length: int = 0
+    speculates: bool = False
     model: weakref.ref[torch.nn.Module] | None = None
     replaced: PageTable | None = None
 

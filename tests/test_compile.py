@@ -38,6 +38,28 @@ def run(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> Any:
     )
 
 
+def test_models_that_are_not_for_fixed_addresses_get_pages_that_grow(caplog: pytest.LogCaptureFixture) -> None:
+    """Where nobody asks for fixed ones; who does is told."""
+    model = families.build("dbrx")
+    expected = run(model, prompt(), cache_implementation="dynamic").sequences
+    model.set_attn_implementation("kvquant")
+    options: dict[str, Any] = {"kv_cache_dtype": "model", "page_size": 4}
+    out = run(model, prompt(), cache_config=options, compile_config=compile_config("eager"))
+    assert torch.equal(out.sequences, expected)
+    assert not out.past_key_values.is_compileable
+    with caplog.at_level("WARNING", logger="transformers"):
+        cache = QuantizedPagedCache.from_model(model, **options, max_cache_len=64)
+    message = "does not say that DbrxForCausalLM works over a cache at fixed addresses"
+    assert message in caplog.text
+    assert any(message in note for note in cache.report().notes)
+
+
+@pytest.mark.parametrize("model_type", families.available(["deepseek_v4"]))
+def test_layers_that_transformers_cannot_reserve(model_type: str) -> None:
+    with pytest.raises(ValueError, match="max_cache_len=64: transformers .* has no layers at fixed addresses"):
+        QuantizedPagedCache.from_model(families.build(model_type), max_cache_len=64)
+
+
 @pytest.mark.parametrize("dtype", ["model", "int8", "fp8"])
 @pytest.mark.parametrize("attention", ["kvquant", "sdpa"])
 @pytest.mark.parametrize("name", MODELS)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import prompt, tiny_llama
+from helpers import llama_config, prompt, tiny_llama
 from test_cache import sliding_model
-from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache
 from hf_kvquant.attention import NAMES
@@ -290,3 +290,33 @@ def test_custom_4d_mask() -> None:
             )
     for one, other in zip(*outputs, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["", "given"])
+@pytest.mark.parametrize("length", [10, 26, 40])
+def test_a_model_that_begins_anew_keeps_the_cache(length: int, given: bool) -> None:
+    """Beyond 32 tokens its rotary embedding is another: it leaves the cache out once, to compute all tokens again."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    config = Phi3Config(
+        **{name: getattr(llama_config(), name) for name in names},
+        num_hidden_layers=2,
+        max_position_embeddings=128,
+        original_max_position_embeddings=32,
+        rope_parameters={**rope, "original_max_position_embeddings": 32},
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(config).eval()
+    expected = generate(model, prompt(length=length), cache_implementation="dynamic").sequences
+    model.set_attn_implementation("kvquant")
+    options = {"kv_cache_dtype": "model", "page_size": 4}
+    ours: dict[str, Any] = {"cache_config": options}
+    if given:
+        ours = {"past_key_values": QuantizedPagedCache.from_model(model, **options)}
+    out = generate(model, prompt(length=length), **ours)
+    assert torch.equal(out.sequences, expected)
+    assert isinstance(out.past_key_values, QuantizedPagedCache)
+    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+    assert all(layer.dense == () for layer in out.past_key_values.report().layers)

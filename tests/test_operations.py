@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from typing import Any
 
+import families
 import pytest
 import torch
 from helpers import NAN_BYTE, QMAX, prompt, tiny_llama
@@ -578,3 +579,16 @@ TestCacheOperations.settings = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.parametrize("model_type", families.available(["deepseek_v32", "glm_moe_dsa"]))
+def test_sequences_of_layers_that_transformers_keeps(model_type: str) -> None:
+    """No layer of these models is in pages, and nobody but the operation knows which sequences there are."""
+    model = families.build(model_type)
+    logits = []
+    for cache in (DynamicCache(config=model.config), QuantizedPagedCache.from_model(model)):
+        with torch.no_grad():
+            model(prompt(3, 12), past_key_values=cache, use_cache=True)
+            cache.batch_select_indices(torch.tensor([2, 0]))
+            logits.append(model(prompt(2, 1), past_key_values=cache, use_cache=True).logits)
+    assert torch.equal(*logits)

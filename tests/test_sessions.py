@@ -251,6 +251,7 @@ def test_a_cache_without_its_model_is_checked_by_configuration(tmp_path: Path) -
     add(cache, 9)
     cache.save_pretrained(tmp_path)
     assert equal(QuantizedPagedCache.from_pretrained(tmp_path, tiny_llama(seed=5)), cache)
+    assert equal(QuantizedPagedCache.from_pretrained(tmp_path, tiny_llama(output_hidden_states=True)), cache)
     with pytest.raises(ValueError, match="vocab_size"):
         QuantizedPagedCache.from_pretrained(tmp_path, tiny_llama(vocab_size=101))
 

@@ -12,7 +12,7 @@ from test_cache import sliding_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerFast, modeling_layers
 
-from hf_kvquant import QuantizedPagedCache
+from hf_kvquant import PrefixCache, QuantizedPagedCache
 
 NUM_NEW = 24
 
@@ -76,6 +76,41 @@ def test_prompt_lookup(make_model: Any, attention: str, dtype: str) -> None:
     expected = generate(model, repetitive(), **options)
     out = generate(model, repetitive(), prompt_lookup_num_tokens=4, **options)
     assert torch.equal(out.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("way", ["lookup", "assistant"])
+@pytest.mark.parametrize("kind", ["turns", "prefix", "fixed"])
+def test_over_a_cache_that_holds_tokens(kind: str, way: str) -> None:
+    """A second turn, and a beginning that is kept: what the cache holds is not given to the model again."""
+    model = tiny_llama("kvquant")
+    drafts = {"assistant_model": drafter(model, "kvquant")} if way == "assistant" else {"prompt_lookup_num_tokens": 3}
+    first, ids = repetitive(18), torch.cat([repetitive(18), prompt(1, 6, seed=9)], dim=1)
+    options = {"scales": "unit", "kv_cache_dtype": "fp8", "page_size": 4}
+    prefixes = PrefixCache(model, 1 << 30, **options)
+    prefixes.prefill(first)
+
+    def with_first_turn() -> QuantizedPagedCache:
+        if kind == "prefix":
+            return prefixes.cache_for(ids)
+        cache = QuantizedPagedCache.from_model(model, **options, max_cache_len=99 if kind == "fixed" else None)
+        with torch.no_grad():
+            model(first, past_key_values=cache)
+        return cache
+
+    expected = generate(model, ids, past_key_values=with_first_turn()).sequences
+    cache = with_first_turn()
+    assert torch.equal(generate(model, ids, past_key_values=cache, **drafts).sequences, expected)
+    assert cache.get_seq_length() == expected.shape[1] - 1
+    assert torch.equal(generate(model, first, **drafts).sequences, generate(model, first).sequences)
+
+
+def test_an_assistant_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
+    """It sees the options without the name that they belong to."""
+    model = tiny_llama()
+    options: dict[str, Any] = {"cache_implementation": "kvquant", "cache_config": {"kv_cache_dtype": "fp8"}}
+    with caplog.at_level("WARNING", logger="transformers"):
+        generate(model, repetitive(), assistant_model=drafter(model, "sdpa"), **options)
+    assert "`cache_config` is ignored" not in caplog.text
 
 
 def test_verify_steps_read_the_pages() -> None:
