@@ -1,4 +1,4 @@
-"""`cache_implementation="kvquant"`: the two places where `generate` has to know the name, and one where models drop caches.
+"""`cache_implementation="kvquant"`: the two places where `generate` has to know the name, and one that loses caches.
 
 The host has no registry for cache implementations. The first two hooks are made once, on import, the third on the class
 of a model that a quantized cache is used with. They check what they change, and leave every other cache to the host.
@@ -28,6 +28,7 @@ from .policy import asks_for_files
 
 CACHE_IMPLEMENTATION = "kvquant"
 _COMPILED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_COMPILED_DEVICES = ("cuda", "xpu")  # on which `generate` compiles without being asked
 _NAMES = "ALL_CACHE_IMPLEMENTATIONS"
 _METHOD = "_prepare_cache_for_generation"
 _INPUTS = "prepare_inputs_for_generation"
@@ -175,7 +176,7 @@ def _keep_in_inputs(model_class: Any) -> None:
                 kwargs["next_sequence_length"] = input_ids.shape[1] - num_held
         inputs = method(self, input_ids, *args, **kwargs)
         if all(inputs.get(name) is None for name in CACHE_NAMES):
-            if cache.get_seq_length():
+            if cache.batch_size > 0:
                 cache.reset()
             inputs[CACHE_NAME] = cache
         return inputs
@@ -219,7 +220,7 @@ def _describe_prompt(model: Any, model_kwargs: dict[str, Any], cache: QuantizedP
     cache.shared.padding_mask = mask
     known = positions if positions is not None else mask  # the host drops a mask that hides nothing
     cache.shared.prompt_length = 0 if known is None or model.config.is_encoder_decoder else known.shape[-1]
-    if cache.get_seq_length():
+    if cache.batch_size > 0:
         cache.shared.copies = 1  # what comes now may differ between sequences that began with the same prompt
 
 
@@ -251,9 +252,6 @@ def _will_compile(model: Any, generation_config: Any, generation_mode: Any) -> b
     On an accelerator it would do so by itself. That suits a cache that is gone afterwards; one that is returned may
     have to grow, and one with a bound on its pages must not reserve more.
     """
-    # Not every model can use such a cache, and the host knows of some only.
-    if not model._can_compile_fullgraph:
-        return False
     # The host compiles neither beam search nor speculation; both are better off with pages that grow.
     if generation_config.disable_compile or generation_config.is_assistant or generation_mode not in _COMPILED_MODES:
         return False
@@ -265,7 +263,9 @@ def _will_compile(model: Any, generation_config: Any, generation_mode: Any) -> b
         return True
     if compile_config is None and (generation_config.return_dict_in_generate or options.num_pages):
         return False
-    return is_fused(model.config.get_text_config(decoder=True)) and model.device.type in ("cuda", "xpu")
+    # Not every model works over such a cache, and the host says of some that they do.
+    fused = is_fused(model.config.get_text_config(decoder=True))
+    return fused and model._can_compile_fullgraph and model.device.type in _COMPILED_DEVICES
 
 
 def _padding_mask(model_kwargs: dict[str, Any]) -> Any:
