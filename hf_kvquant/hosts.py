@@ -41,14 +41,28 @@ def without_wrapper(model: Any) -> PreTrainedModel:
 
 
 def attention_paths(model: PreTrainedModel, num_layers: int) -> list[list[str]]:
-    """For each cache layer the paths of the attention modules that carry its index."""
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
+    """For each cache layer the path of the module that feeds it, [] where there is none.
+
+    Of the modules with "attention" in their class's name and the layer's index it is the innermost and first below the
+    decoder: others wrap it, attend to an encoder, or are of an encoder or a vision tower whose layers count from 0 too.
+    """
+    decoder = model.get_decoder()
+    inside = next((path for path, module in model.named_modules() if module is decoder), "")
+    # Some models call their output layer a decoder.
+    paths = _attention_by_index(decoder, inside) or _attention_by_index(model, "")
+    return [[paths[index]] if index in paths else [] for index in range(num_layers)]
+
+
+def _attention_by_index(decoder: torch.nn.Module, inside: str) -> dict[int, str]:
+    paths: dict[int, str] = {}
+    for path, module in decoder.named_modules(prefix=inside):
         index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
         name = type(module).__name__.lower()
         if isinstance(index, int) and ("attention" in name or name.endswith("mla")):
-            paths.setdefault(index, []).append(path)
-    return [paths.get(index, []) for index in range(num_layers)]
+            first = paths.setdefault(index, path)
+            if path.startswith(f"{first}."):
+                paths[index] = path
+    return paths
 
 
 def layer_devices(model: PreTrainedModel, num_layers: int) -> list[torch.device]:
@@ -84,11 +98,15 @@ def model_layers(model: PreTrainedModel) -> ModelLayers:
 
 def _num_kv_heads(config: PreTrainedConfig, modules: Sequence[torch.nn.Module]) -> int | None:
     num_heads = getattr(config, "num_attention_heads", None)
-    for module in modules:  # layers may differ
-        groups = getattr(module, "num_key_value_groups", None)
-        if isinstance(groups, int) and groups > 0 and isinstance(num_heads, int):
-            return num_heads // groups
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    for module in modules:  # layers may differ
+        if getattr(module, "kv_lora_rank", None) is not None:
+            return None  # whether latents or what they are expanded to is stored is the model's code's choice
+        own, groups = getattr(module, "num_key_value_heads", None), getattr(module, "num_key_value_groups", None)
+        if isinstance(own, int) and own > 0:
+            num_kv_heads = own
+        elif isinstance(groups, int) and groups > 0 and isinstance(num_heads, int):
+            num_kv_heads = num_heads // groups
     return num_kv_heads if isinstance(num_kv_heads, int) else None
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import FP8, INT8, PATHS, Tensors, layers_at, layers_of, scales_of_layers, write, write_sharded
-from families import FAMILIES, available, build
+from families import build
 from helpers import llama_config, need_fake_quantization, prompt, tiny_llama
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_kvquant import KVQuantConfig, QuantizedPagedCache, read_scales
 from hf_kvquant.checkpoints import ModelLayers, ScaleSource
@@ -656,18 +656,15 @@ def test_attention_paths_of_a_loaded_model() -> None:
     assert model_layers(tiny_llama()) == replace(PATHS, model_type="llama")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_neo", "gpt2", "qwen3_next", "deepseek_v3", "longcat_flash"])
-def test_every_layer_with_keys_has_a_path(model_type: str) -> None:
-    """Families call their attention classes and the index of a layer otherwise."""
-    if not available([model_type]):
-        pytest.skip("this transformers does not know it")
-    model = build(model_type, FAMILIES[model_type])
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(prompt(1, 7), past_key_values=cache)
-    with_keys = [getattr(layer, "keys", None) is not None for layer in cache.layers]
-    assert [bool(paths) for paths in model_layers(model).paths] == with_keys
-    assert any(with_keys)
+def test_scales_of_an_encoder_are_not_of_the_cache(tmp_path: Path) -> None:
+    given = scales_of_layers(prefix="model.decoder.layers.{}.self_attn")
+    others = scales_of_layers(prefix="model.encoder.layers.{}.self_attn")
+    others |= scales_of_layers(prefix="model.decoder.layers.{}.encoder_attn")
+    found = read_scales(write(tmp_path, {**given, **others}), build("bart"))
+    assert [layer.v_scale.item() for layer in layers_of(found)] == [0.5, 1.0]
+    assert found is not None
+    assert found.sources[1]["k_scale"].key == "model.decoder.layers.1.self_attn.k_scale"
+    assert found.ignored == sorted(others)
 
 
 def test_scales_of_a_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

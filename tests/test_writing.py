@@ -650,3 +650,28 @@ def test_layers_with_other_states(tmp_path: Path, model_type: str) -> None:
     found = read_scales(tmp_path / "new", model)
     same(found.layers, calibrated.layers)
     assert found.notes == found.ignored == []
+
+
+# How the checkpoint spells the module that feeds a cache layer, beside what wraps it, encoders and vision towers.
+SPELLED = {
+    "bart": "model.decoder.layers.{}.self_attn",
+    "dbrx": "transformer.blocks.{}.norm_attn_norm.attn",
+    "gemma4": "model.language_model.layers.{}.self_attn",
+    "gpt_neo": "transformer.h.{}.attn.attention",
+    "mllama": "language_model.model.layers.{}.self_attn",
+    "t5": "decoder.block.{}.layer.0.SelfAttention",
+}
+
+
+@pytest.mark.parametrize("model_type", families.available(SPELLED))
+def test_names_are_of_the_modules_that_feed_the_cache(tmp_path: Path, model_type: str) -> None:
+    model = families.build(model_type)
+    model.save_pretrained(tmp_path / "base")
+    scales = Scales(scales_of())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some configurations have no num_key_value_heads
+        write_scales(scales, tmp_path / "base", tmp_path / "new", model=model)
+    added = load_file(tmp_path / "new" / "model-kv-scales.safetensors")
+    paths = [SPELLED[model_type].format(index) for index in range(2)]
+    assert set(added) == {f"{path}.{side}_scale" for path in paths for side in "kv"}
+    same(read_scales(tmp_path / "new", model).layers, scales.layers)
