@@ -89,14 +89,15 @@ def prepare_checkpoint(
     check_holds(layout, dtype, by_prefix)
     target = Path(files.path if output is None else output)
 
-    def prepared(write: Callable[[], list[str]]) -> PreparedScales:
+    def prepared(write: Callable[[], list[str]], *more: str) -> PreparedScales:
         notes = limits(layout, dtype, by_prefix, files.config, files.tensors)
-        return PreparedScales(str(target), layout, notes, write)
+        return PreparedScales(str(target), layout, [*notes, *more], write)
 
     if layout in JSON_LAYOUTS:
         if layout == "sidecar":
             name, content = sidecar.FILE, sidecar.content(dtype, by_prefix, settings or {})
         else:
+            _check_not_shadowed(target)
             name, content = _VLLM_JSON, vllm_json(by_prefix, files.config)
         return prepared(lambda: _put_json(target / name, content))
     _check_complete(scales, model, files)
@@ -113,7 +114,10 @@ def prepare_checkpoint(
         return prepared(lambda: _add(files, addition))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not empty; give a new directory")
-    return prepared(lambda: _add_to_copy(files, addition, target))
+    notes = [f"{sidecar.FILE} of {files.path} is not copied: it would come before the new scales"]
+    if not (Path(files.path) / sidecar.FILE).exists():
+        notes = []
+    return prepared(lambda: _add_to_copy(files, addition, target), *notes)
 
 
 def _by_prefix(scales: HasScales, model: ModelLayers, files: CheckpointFiles) -> dict[str, LayerScales]:
@@ -172,7 +176,7 @@ def _add_to_copy(files: CheckpointFiles, addition: _Addition, target: Path) -> l
     partial.mkdir(parents=True)
     try:
         for file in Path(files.path).iterdir():
-            if file.is_file():
+            if file.is_file() and file.name != sidecar.FILE:
                 shutil.copy2(file, partial / file.name)
         changed = _add(CheckpointFiles.find(partial), addition)
         if target.exists():
@@ -187,12 +191,22 @@ def _add_to_copy(files: CheckpointFiles, addition: _Addition, target: Path) -> l
 def _check_in_place(files: CheckpointFiles, addition: _Addition) -> None:
     """Raise ValueError for what could not be done without a moment at which the checkpoint is wrong."""
     advice = "give an output directory for a checkpoint with the new ones"
+    _check_not_shadowed(Path(files.path))
     if stale := _stale(files, addition):
         raise ValueError(f"{files.path} has KV scales among the weights of {', '.join(sorted(stale))}; {advice}")
     before = quantization_of(files.config).get("kv_cache_scheme")
     after = quantization_of(addition.config).get("kv_cache_scheme")
     if before not in (None, after) and _SHARD in files.tensors.values():
         raise ValueError(f"{files.path} has KV scales for {before}, the new ones are for {after}; {advice}")
+
+
+def _check_not_shadowed(directory: Path) -> None:
+    """Raise ValueError if there are scales that come before whatever else is written."""
+    if (directory / sidecar.FILE).exists():
+        raise ValueError(
+            f"{directory} has scales in {sidecar.FILE}, which come before the new ones; remove it, write with "
+            "layout='sidecar', or give an output directory"
+        )
 
 
 def _stale(files: CheckpointFiles, addition: _Addition) -> dict[str, set[str]]:
