@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,9 +92,40 @@ def model_layers(model: PreTrainedModel) -> ModelLayers:
         of_layer if isinstance(layer, DynamicLayer) else []
         for layer, of_layer in zip(layers, attention_paths(model, len(layers)), strict=True)
     ]
-    modules = dict(model.named_modules())
-    return ModelLayers(paths, [_num_kv_heads(config, [modules[path] for path in of_layer]) for of_layer in paths],
-                       model.config.model_type)  # fmt: skip
+    num_kv_heads = [_num_kv_heads(config, [model.get_submodule(path) for path in of_layer]) for of_layer in paths]
+    in_files = _paths_in_files(model, [path for of_layer in paths for path in of_layer])
+    paths = [list(dict.fromkeys([*of_layer, *(in_files[path] for path in of_layer)])) for of_layer in paths]
+    return ModelLayers(paths, num_kv_heads, model.config.model_type)
+
+
+def _paths_in_files(model: PreTrainedModel, paths: Sequence[str]) -> dict[str, str]:
+    """What the modules at `paths` are called in checkpoints, whose names transformers changes while it loads some."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange, WeightConverter
+    except ImportError:
+        return {path: path for path in paths}
+    changes = get_model_conversion_mapping(model, add_legacy=False)
+    # Prefixes are left to matching, which knows them all. Names in files are what saving makes: the changes backwards,
+    # one that makes other tensors before those of names alone.
+    back = [change.reverse_transform() for change in reversed(changes) if not isinstance(change, PrefixChange)]
+    back.sort(key=lambda change: not isinstance(change, WeightConverter))
+
+    def in_files(name: str) -> str:
+        is_made = False
+        for change in back:
+            if not (isinstance(change, WeightConverter) and is_made):
+                name, made_by = change.rename_source_key(name)
+                is_made |= made_by is not None
+        return name
+
+    found = {}
+    for path in paths:
+        names = [name for name, _ in model.get_submodule(path).named_parameters() if name.count(".") == 1]
+        # Some of these projections and norms may be elsewhere in files: most are in the module.
+        parents = [in_files(f"{path}.{name}").rsplit(".", 2)[0] for name in names]
+        found[path] = Counter(parents).most_common(1)[0][0] if parents else path
+    return found
 
 
 def _num_kv_heads(config: PreTrainedConfig, modules: Sequence[torch.nn.Module]) -> int | None:

@@ -668,7 +668,8 @@ def test_layers_with_other_states(tmp_path: Path, model_type: str) -> None:
     assert found.notes == found.ignored == []
 
 
-# How the checkpoint spells the module that feeds a cache layer, beside what wraps it, encoders and vision towers.
+# How the checkpoint spells the module that feeds a cache layer: beside what wraps it, encoders and vision towers, and
+# where transformers renames it while loading.
 SPELLED = {
     "bart": "model.decoder.layers.{}.self_attn",
     "dbrx": "transformer.blocks.{}.norm_attn_norm.attn",
@@ -676,18 +677,42 @@ SPELLED = {
     "gpt_neo": "transformer.h.{}.attn.attention",
     "mllama": "language_model.model.layers.{}.self_attn",
     "t5": "decoder.block.{}.layer.0.SelfAttention",
+    "bailing_hybrid": "model.layers.{}.attention",
+    "exaone": "transformer.h.{}.attn.attention",
+    "inkling2_text": "model.llm.layers.{}.attn",
+    "sarvam_moe": "model.layers.{}.attention",
 }
 
 
 @pytest.mark.parametrize("model_type", families.available(SPELLED))
-def test_names_are_of_the_modules_that_feed_the_cache(tmp_path: Path, model_type: str) -> None:
+def test_names_are_the_checkpoints_own(tmp_path: Path, model_type: str) -> None:
     model = families.build(model_type)
     model.save_pretrained(tmp_path / "base")
-    scales = Scales(scales_of())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some configurations have no num_key_value_heads
+    (one, _) = scales_of()
+    scales = Scales([one if paths else None for paths in model_layers(model).paths])
+    with warnings.catch_warnings(record=True) as caught:  # some configurations have no num_key_value_heads
+        warnings.simplefilter("always")
         write_scales(scales, tmp_path / "base", tmp_path / "new", model=model)
+    assert not any("no weights of" in str(warning.message) for warning in caught)
     added = load_file(tmp_path / "new" / "model-kv-scales.safetensors")
-    paths = [SPELLED[model_type].format(index) for index in range(2)]
-    assert set(added) == {f"{path}.{side}_scale" for path in paths for side in "kv"}
-    same(read_scales(tmp_path / "new", model).layers, scales.layers)
+    indices = [index for index, layer in enumerate(scales.layers) if layer is not None]
+    assert set(added) == {f"{SPELLED[model_type].format(index)}.{side}_scale" for index in indices for side in "kv"}
+    found = read_scales(tmp_path / "new", model)
+    same(found.layers, scales.layers)
+    assert found.ignored == []
+
+
+def test_names_that_the_checkpoint_does_not_have(tmp_path: Path, base: Path) -> None:
+    file = base / "model.safetensors"
+    save_file({name.replace("self_attn", "sa"): value for name, value in load_file(file).items()}, file)
+    write(make("fp8")[0], [f"no weights of {MODULES[0]}: .* other readers"], base, tmp_path / "new", model=LAYERS)
+    same(read_scales(tmp_path / "new", LAYERS).layers, make("fp8")[0].layers)
+
+
+def test_names_with_another_word_for_attention(tmp_path: Path, base: Path) -> None:
+    """What reading takes for the same module, writing does too."""
+    file = base / "model.safetensors"
+    save_file({name.replace("self_attn", "attention"): value for name, value in load_file(file).items()}, file)
+    write(make("fp8")[0], [], base, tmp_path / "new", model=LAYERS)
+    added = load_file(tmp_path / "new" / "model-kv-scales.safetensors")
+    assert set(added) == {f"model.layers.{index}.attention.{side}_scale" for index in range(2) for side in "kv"}

@@ -48,7 +48,7 @@ class ModelLayers:
     """What must be known of a model to tell which of its cache layers a scale belongs to.
 
     Attributes:
-        paths: for each cache layer the module paths its attention may have (`model.layers.0.self_attn`).
+        paths: for each cache layer the path of its attention (`model.layers.0.self_attn`), then other names in files
         num_kv_heads: of each cache layer; None where unknown.
         model_type: the host's name of the architecture, or None.
     """

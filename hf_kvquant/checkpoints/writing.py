@@ -33,7 +33,7 @@ from .layouts import (
     tensors_of,
     vllm_json,
 )
-from .matching import bare
+from .matching import find_layers
 from .names import looks_like_kv_scale
 
 # Sorts behind every shard of weights: who asks a checkpoint for its dtype looks into the first file.
@@ -114,27 +114,24 @@ def prepare_checkpoint(
         return prepared(lambda: _add(files, addition))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not empty; give a new directory")
-    notes = [f"{sidecar.FILE} of {files.path} is not copied: it would come before the new scales"]
-    if not (Path(files.path) / sidecar.FILE).exists():
-        notes = []
-    return prepared(lambda: _add_to_copy(files, addition, target), *notes)
+    left = [f"{sidecar.FILE} of {files.path} is not copied: it would come before the new scales"]
+    left = left if (Path(files.path) / sidecar.FILE).exists() else []
+    return prepared(lambda: _add_to_copy(files, addition, target), *left)
 
 
 def _by_prefix(scales: HasScales, model: ModelLayers, files: CheckpointFiles) -> dict[str, LayerScales]:
-    """The scales by their module's path as the checkpoint spells it, which may have other wrappers than the model."""
-    spelled: dict[str, str] = {}
-    for name in files.tensors:
-        parts = name.split(".")
-        for end in range(1, len(parts)):
-            parent = ".".join(parts[:end])
-            spelled.setdefault(bare(parent), parent)
+    """The scales by their module's path as the checkpoint spells it, which may be another than the model's."""
+    parts = [name.split(".") for name in files.tensors]
+    modules = (".".join(of_name[:end]) for of_name in parts for end in range(1, len(of_name)))
     by_prefix = {}
-    for index, (layer, paths) in enumerate(zip(scales.layers, model.paths, strict=True)):
+    for index, (layer, paths, spelled) in enumerate(
+        zip(scales.layers, model.paths, find_layers(modules, model.paths), strict=True)
+    ):
         if layer is None:
             continue
         if not paths:
             raise ValueError(f"there are scales of layer {index}, but this model has no attention module for it")
-        by_prefix[next((spelled[bare(path)] for path in paths if bare(path) in spelled), paths[0])] = layer
+        by_prefix[spelled[-1] if spelled else paths[0]] = layer  # the last one is the innermost
     return by_prefix
 
 
