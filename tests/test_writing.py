@@ -716,3 +716,22 @@ def test_names_with_another_word_for_attention(tmp_path: Path, base: Path) -> No
     write(make("fp8")[0], [], base, tmp_path / "new", model=LAYERS)
     added = load_file(tmp_path / "new" / "model-kv-scales.safetensors")
     assert set(added) == {f"model.layers.{index}.attention.{side}_scale" for index in range(2) for side in "kv"}
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head", "channel"])
+@pytest.mark.parametrize("model_type", families.available(["deepseek_v3", "kimi_linear"]))
+def test_scales_of_latents(tmp_path: Path, model_type: str, granularity: str) -> None:
+    """What is cached has other heads, and as K and as V other channels, than attention has."""
+    families.build(model_type).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="kvquant")
+    calibrated = calibrate(model, prompt(2, 21), kv_cache_dtype="int8", granularity=granularity, progress=False)
+    write_scales(calibrated, tmp_path, layout="sidecar")
+    same(read_scales(tmp_path, model).layers, calibrated.layers)
+    model.generate(prompt(), max_new_tokens=2, cache_config={"scales": "checkpoint"})
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 16), (1, 16)])
+def test_scales_for_another_number_of_heads(base: Path, shape: tuple[int, ...]) -> None:
+    write_scales(Scales(scales_of(shape)), base, layout="sidecar")
+    with pytest.raises(ValueError, match="does not fit 2 KV heads; were the scales made for another model"):
+        read_scales(base, LAYERS)
