@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -165,6 +166,27 @@ def test_modelopt_with_a_file_of_its_own(tmp_path: Path, algorithm: str, name: s
     hf_quant_config(tmp_path, algorithm)
     found = read(tmp_path)
     assert (found.producer, found.kv_cache_dtype, found.notes) == ("modelopt", name, [])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "said"),
+    [
+        ("INT8", "config.json declares static fp8_e4m3, hf_quant_config.json declares static int8; config.json is"),
+        ("NVFP4", "hf_quant_config.json declares a KV cache of format 'NVFP4', .*; config.json is followed"),
+        ("FP8", None),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("quantization", [COMPRESSED, MODELOPT], ids=["compressed-tensors", "modelopt"])
+def test_config_json_comes_before_a_file_beside_it(
+    tmp_path: Path, quantization: Any, algorithm: str | None, said: str | None
+) -> None:
+    """As in vLLM: the file may be of an earlier quantization."""
+    checkpoint(tmp_path, PROJECTIONS, quantization)
+    hf_quant_config(tmp_path, algorithm)
+    found = read(tmp_path)
+    assert found.kv_cache_dtype == "fp8_e4m3"
+    assert [re.search(str(said), note) is not None for note in found.notes] == ([True] if said else [])
 
 
 def test_modelopt_that_quantizes_no_cache(tmp_path: Path) -> None:

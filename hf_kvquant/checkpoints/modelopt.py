@@ -9,7 +9,7 @@ Source: the TensorRT-Model-Optimizer project, `torch/export`; checkpoints writte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .compressed_tensors import read_scheme
@@ -21,8 +21,18 @@ _FORMATS = {"FP8": "fp8_e4m3", "INT8": "int8"}
 
 
 def declared(files: CheckpointFiles) -> Declared | None:
-    """What hf_quant_config.json or config.json says of the KV cache."""
-    for file, scheme in _schemes(files):
+    """What config.json says of the KV cache."""
+    return _first(files, _in_config(files))
+
+
+def declared_beside(files: CheckpointFiles) -> Declared | None:
+    """What hf_quant_config.json says of it."""
+    contents = files.settings("hf_quant_config.json")
+    return _first(files, ((file, scheme) for file, content in contents for scheme in _of(content.get("quantization"))))
+
+
+def _first(files: CheckpointFiles, schemes: Iterable[tuple[str, Any]]) -> Declared | None:
+    for file, scheme in schemes:
         if isinstance(scheme, dict):
             name, dynamic = read_scheme(scheme, files.path)
             return Declared("modelopt", file, name, dynamic, means_one=True)
@@ -35,9 +45,7 @@ def declared(files: CheckpointFiles) -> Declared | None:
     return None
 
 
-def _schemes(files: CheckpointFiles) -> Iterator[tuple[str, Any]]:
-    for file, content in files.settings("hf_quant_config.json"):
-        yield from ((file, scheme) for scheme in _of(content.get("quantization")))
+def _in_config(files: CheckpointFiles) -> Iterator[tuple[str, Any]]:
     for quantization in files.quantizations():
         if str(quantization.get("quant_method")).lower().startswith("modelopt"):
             yield from (("config.json", scheme) for scheme in _of(quantization))
@@ -62,3 +70,4 @@ PRODUCER = Producer(
     },
     declared,
 )
+BESIDE = Producer("modelopt", {}, declared_beside)
