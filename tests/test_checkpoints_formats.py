@@ -540,6 +540,18 @@ def test_vllm_json_ranks_are_groups_of_heads(tmp_path: Path) -> None:
         read_scales(tmp_path)
 
 
+def test_vllm_json_of_a_checkpoint_whose_text_model_is_loaded_alone(tmp_path: Path) -> None:
+    write_json(tmp_path, "kv_cache_scales.json", vllm_json({"0": 0.1, "1": 0.1}, model_type="seeing"))
+    text = ModelLayers(PATHS.paths, PATHS.num_kv_heads, "seeing_text")
+    with pytest.raises(ValueError, match="for a model of type 'seeing', this one is 'seeing_text'"):
+        read_scales(tmp_path, text)
+    config = {"model_type": "seeing", "text_config": {"model_type": "seeing_text"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert len(layers_of(read(tmp_path, text))) == 2
+    with pytest.raises(ValueError, match="for a model of type 'seeing', this one is 'llama'"):
+        read_scales(tmp_path, LLAMA)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
