@@ -56,10 +56,11 @@ def _read_own(
 ) -> CheckpointScales | None:
     state = _state(path) or revision  # a hub's revision never changes
     known = _own.get(model)
-    if known is None or state is None or known[0] != (path, state, kv_cache_dtype, granularity):
+    asked = (path, state, fetch, kv_cache_dtype, granularity)
+    if known is None or state is None or known[0] != asked:
         wanted = Wanted(model_layers(model), kv_cache_dtype, granularity)
         found = read_checkpoint(path, wanted, revision=revision, fetch=fetch)
-        _own[model] = known = ((path, state, kv_cache_dtype, granularity), found)
+        _own[model] = known = (asked, found)
     return known[1]
 
 

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import FP8, INT8, PATHS, Tensors, layers_at, layers_of, scales_of_layers, write, write_sharded
+from checkpoint_files import (
+    FP8,
+    INT8,
+    PATHS,
+    Hub,
+    Tensors,
+    layers_at,
+    layers_of,
+    scales_of_layers,
+    write,
+    write_sharded,
+)
 from families import build
 from helpers import llama_config, need_fake_quantization, prompt, tiny_llama
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from hf_kvquant import KVQuantConfig, QuantizedPagedCache, read_scales
+from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache, read_scales, write_scales
 from hf_kvquant.checkpoints import ModelLayers, ScaleSource
+from hf_kvquant.checkpoints.files import CheckpointFiles
 from hf_kvquant.hosts import attention_paths, model_layers
 
 
@@ -687,36 +698,49 @@ def test_scales_of_a_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_of_a_hub_checkpoint_only_what_has_scales_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights from one place and scales from another must not cost the second one's weights."""
-    from hf_kvquant.checkpoints import files
-
-    remote, local = tmp_path / "remote", tmp_path / "local"
     weights = {name: {f"{name}.weight": torch.ones(3)} for name in ("a", "b")}
     shards = {f"{name}.safetensors": tensors for name, tensors in weights.items()}
-    write_sharded(remote, {**shards, "c.safetensors": scales_of_layers()})
-
-    def download(repo: str, *, allow_patterns: list[str], local_files_only: bool = False, **_: Any) -> str:
-        if not local.exists() and local_files_only:
-            raise LocalEntryNotFoundError("nothing is here")
-        local.mkdir(exist_ok=True)
-        for file in remote.iterdir() if not local_files_only else ():
-            if any(file.match(pattern) for pattern in allow_patterns):
-                shutil.copy(file, local)
-        return str(local)
-
-    monkeypatch.setattr(files, "snapshot_download", download)
+    hub = Hub(write_sharded(tmp_path / "remote", {**shards, "c.safetensors": scales_of_layers()}), tmp_path / "local")
+    hub.install(monkeypatch)
     with pytest.raises(FileNotFoundError, match="some-org/tiny is not on this machine"):
         read_scales("some-org/tiny", fetch=False)
     for _ in range(2):
         assert len(layers_of(read_scales("some-org/tiny"))) == 2
-        present = {file.name for file in local.iterdir()}
-        assert present == {"config.json", "model.safetensors.index.json", "c.safetensors"}
-    whole = files.CheckpointFiles.find("some-org/tiny")  # who copies a checkpoint needs all of it
-    assert {file.name for file in local.iterdir()} > set(whole.tensors.values()) == {*shards, "c.safetensors"}
+        assert hub.present() == {"config.json", "model.safetensors.index.json", "c.safetensors"}
+    whole = CheckpointFiles.find("some-org/tiny")  # who copies a checkpoint needs all of it
+    assert hub.present() > set(whole.tensors.values()) == {*shards, "c.safetensors"}
     # Somebody had loaded the configuration alone: what is missing is fetched when it is asked for.
-    (local / "c.safetensors").unlink()
+    (hub.local / "c.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="not on this machine, or not as a whole"):
         read_scales("some-org/tiny", fetch=False)
     assert len(layers_of(read_scales("some-org/tiny"))) == 2
+
+
+@pytest.mark.parametrize("file", ["hf_kvquant_scales.json", "kv_cache_scales.json"])
+def test_files_of_scales_beside_a_model_that_was_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """Loading a model fetches its configuration and weights; the hub is asked once what else there is."""
+    hub = Hub(tmp_path / "remote", tmp_path / "local")
+    hub.install(monkeypatch)
+    tiny_llama().save_pretrained(hub.remote)
+    layers = [LayerScales(torch.tensor([0.5]), torch.tensor([0.5]))] * 2
+    given = SimpleNamespace(kv_cache_dtype="fp8_e4m3", layers=layers)
+    write_scales(given, hub.remote, layout="sidecar" if "hf_kvquant" in file else "vllm-json")
+    hub.load("config.json", "model.safetensors")
+    model = tiny_llama()
+    model.config._name_or_path = "some-org/tiny"
+    model.config._commit_hash = "0123456789abcdef0123456789abcdef01234567"
+    assert read_scales(model, fetch=False) is None
+    assert read_scales("some-org/tiny", fetch=False) is None
+    hub.is_reachable = False  # what is here is enough then
+    assert read_scales("some-org/tiny") is None
+    hub.is_reachable = True
+    for source in ("some-org/tiny", model):
+        assert read_scales(source, model).sources[0]["k_scale"].file == file
+        num_asked = hub.num_asked
+        assert read_scales(source, model).sources[0]["k_scale"].file == file
+        assert hub.num_asked == num_asked
 
 
 def test_modelopt_end_to_end(tmp_path: Path) -> None:

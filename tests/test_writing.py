@@ -15,6 +15,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from checkpoint_files import Hub
 from helpers import need_fake_quantization, prompt, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -469,6 +470,50 @@ def test_what_a_killed_run_left_is_cleaned_up(tmp_path: Path, base: Path) -> Non
     (leftover / "config.json").write_text("half")
     write_scales(make("fp8")[0], base, tmp_path / "new")
     assert not leftover.exists()
+
+
+def with_small_files(directory: Path) -> set[str]:
+    """What a checkpoint has beside configuration and weights."""
+    names = {
+        "chat_template.jinja",
+        "tokenizer.model",
+        "merges.txt",
+        "modeling_own.py",
+        "LICENSE",
+        "templates/tool.jinja",
+    }
+    for name in names:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(name)
+    return names
+
+
+def test_a_new_checkpoint_has_what_is_in_folders(tmp_path: Path, base: Path) -> None:
+    names = with_small_files(base)
+    (base / ".git").mkdir()
+    (base / ".git" / "HEAD").touch()
+    (base / "new").mkdir()
+    for output in (base / "new", tmp_path / "new"):
+        write_scales(make("fp8")[0], base, output)
+        present = {str(file.relative_to(output)) for file in output.rglob("*") if file.is_file()}
+        assert names <= present
+        assert not any(name.startswith(("new", ".")) for name in present)
+        shutil.rmtree(base / "new", ignore_errors=True)
+
+
+def test_a_new_checkpoint_of_the_hub_is_whole(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokenizer too, which reading scales does not need; not its weights in other formats."""
+    names = with_small_files(base)
+    (base / "pytorch_model.bin").touch()
+    hub = Hub(base, tmp_path / "local")
+    hub.install(monkeypatch)
+    hub.load("config.json", "model.safetensors")
+    written = write_scales(make("fp8")[0], "some-org/tiny", tmp_path / "new", model=LAYERS)
+    present = {str(file.relative_to(tmp_path / "new")) for file in (tmp_path / "new").rglob("*") if file.is_file()}
+    weights = {"model-00001-of-00001.safetensors", "model-kv-scales.safetensors", "model.safetensors.index.json"}
+    assert present == names | weights | {"config.json", "generation_config.json", "tokenizer.json"}
+    assert set(written.files) == weights | {"config.json"}
+    same(read_scales(tmp_path / "new", LAYERS).layers, make("fp8")[0].layers)
 
 
 # -- other layouts -----------------------------------------------------------------------------------------------------

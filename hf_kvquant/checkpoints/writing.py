@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ..scales import LayerScales
 from . import sidecar
-from .files import INDEX, CheckpointFiles
+from .files import INDEX, CheckpointFiles, whole_directory
 from .found import ModelLayers
 from .layouts import (
     JSON_LAYOUTS,
@@ -116,7 +116,7 @@ def prepare_checkpoint(
         raise ValueError(f"{target} exists and is not empty; give a new directory")
     left = [f"{sidecar.FILE} of {files.path} is not copied: it would come before the new scales"]
     left = left if (Path(files.path) / sidecar.FILE).exists() else []
-    return prepared(lambda: _add_to_copy(files, addition, target), *left)
+    return prepared(lambda: _add_to_copy(whole_directory(checkpoint, files), addition, target), *left)
 
 
 def _by_prefix(scales: HasScales, model: ModelLayers, files: CheckpointFiles) -> dict[str, LayerScales]:
@@ -166,15 +166,19 @@ class _Addition:
     is_modelopt: bool
 
 
-def _add_to_copy(files: CheckpointFiles, addition: _Addition, target: Path) -> list[str]:
+def _add_to_copy(directory: Path, addition: _Addition, target: Path) -> list[str]:
     """Copy a checkpoint and add to the copy; `target` is there as a whole or not at all."""
     partial = target.parent / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
+
+    def left_out(where: str, names: list[str]) -> set[str]:
+        """What is of other tools (.git, .cache), this copy itself, and what would come before the new scales."""
+        here = [Path(where) / name for name in names]
+        folders = {path.name for path in here if path.is_dir() and (path.name.startswith(".") or path == target)}
+        return folders | ({sidecar.FILE} if Path(where) == directory else set())
+
     try:
-        for file in Path(files.path).iterdir():
-            if file.is_file() and file.name != sidecar.FILE:
-                shutil.copy2(file, partial / file.name)
+        shutil.copytree(directory, partial, ignore=left_out, ignore_dangling_symlinks=True)
         changed = _add(CheckpointFiles.find(partial), addition)
         if target.exists():
             target.rmdir()
