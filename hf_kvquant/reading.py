@@ -60,6 +60,13 @@ def _read_own(
     if known is None or state is None or known[0] != asked:
         wanted = Wanted(model_layers(model), kv_cache_dtype, granularity)
         found = read_checkpoint(path, wanted, revision=revision, fetch=fetch)
+        if (
+            found is None
+            and not fetch
+            and os.path.isdir(path)
+            and not os.path.exists(os.path.join(path, "config.json"))
+        ):
+            raise FileNotFoundError(f"{path} has no config.json, so the model may come from a folder in it")
         _own[model] = known = (asked, found)
     return known[1]
 

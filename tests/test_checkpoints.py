@@ -631,6 +631,19 @@ def test_auto_fetches_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         QuantizedPagedCache.from_model(model, scales="checkpoint")
 
 
+def test_a_model_from_a_folder_of_what_it_is_named_after(tmp_path: Path) -> None:
+    directory, _ = _save_model(tmp_path / "folder", FP8)
+    config = AutoConfig.from_pretrained(directory)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder=directory.name, config=config)
+    cache = QuantizedPagedCache.from_model(model)
+    assert any(
+        f"{tmp_path} has no config.json" in note and "name a checkpoint" in note for note in cache.report().notes
+    )
+    cache = QuantizedPagedCache.from_model(model, scales=directory)
+    assert cache.report().layers[0].scales[0] == "checkpoint: model.layers.0.self_attn.k_scale"
+
+
 def test_scales_are_asked_for_and_there_are_none(tmp_path: Path) -> None:
     model = tiny_llama()
     with pytest.raises(ValueError, match="scales='checkpoint', but a model that was not loaded from files"):

@@ -189,10 +189,18 @@ def test_config_json_comes_before_a_file_beside_it(
     assert [re.search(str(said), note) is not None for note in found.notes] == ([True] if said else [])
 
 
-def test_modelopt_that_quantizes_no_cache(tmp_path: Path) -> None:
-    checkpoint(tmp_path, {})
-    hf_quant_config(tmp_path, None)
+@pytest.mark.parametrize("algorithm", [None, "None", ""])
+def test_modelopt_that_quantizes_no_cache(tmp_path: Path, algorithm: str | None) -> None:
+    checkpoint(tmp_path, {}, {"quant_method": "modelopt", "kv_cache_quant_algo": algorithm})
+    hf_quant_config(tmp_path, algorithm)
     assert read_scales(tmp_path, PATHS) is None
+
+
+def test_modelopt_int8_without_scales_is_dynamic(tmp_path: Path) -> None:
+    """1.0 would leave most numbers no more than three codes."""
+    found = read(checkpoint(tmp_path, {}, {"quant_method": "modelopt", "kv_cache_scheme": "INT8"}))
+    assert (found.kv_cache_dtype, found.dynamic, found.layers) == ("int8", True, [None, None])
+    assert found.notes == [f"config.json declares int8, but {tmp_path} holds no KV scales; they are dynamic"]
 
 
 @pytest.mark.parametrize("model", [PATHS, None], ids=["by_path", "by_number"])
@@ -357,6 +365,14 @@ def test_autoround_heads_are_flat_and_unused_ones_zero(tmp_path: Path) -> None:
     assert found.layers[0] is not None
     assert found.layers[0].granularity == "head"
     assert found.layers[1] is None
+
+
+@pytest.mark.parametrize("target", ["LlamaAttention", "re:.*self_attn$", "re:model[.]layers[.].*[.]attn"])
+def test_attention_modules_by_class_or_pattern(tmp_path: Path, target: str) -> None:
+    group = {"targets": [target], "weights": None, "input_activations": {**FP8, "type": "int"}}
+    quantization = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    found = read(checkpoint(tmp_path, OWN, quantization))
+    assert (found.kv_cache_dtype, found.notes) == ("int8", [])
 
 
 def test_flat_values_without_the_number_of_heads(tmp_path: Path) -> None:
@@ -540,6 +556,17 @@ def test_vllm_json_ranks_are_groups_of_heads(tmp_path: Path) -> None:
         read_scales(tmp_path)
 
 
+def test_vllm_json_of_more_ranks_than_heads(tmp_path: Path) -> None:
+    """Which then share heads, and their scales if the file is right."""
+    ranks = [{"0": 0.25 * (1 + rank // 2), "1": 0.5} for rank in range(4)]
+    write_json(tmp_path, "kv_cache_scales.json", vllm_json(*ranks))
+    assert layers_of(read(tmp_path))[0].k_scale.tolist() == [0.25, 0.5]
+    ranks[1]["0"] = 0.75
+    write_json(tmp_path, "kv_cache_scales.json", vllm_json(*ranks))
+    with pytest.raises(ValueError, match="has 4 tensor-parallel ranks, .* does not fit 2 KV heads"):
+        read_scales(tmp_path, PATHS)
+
+
 def test_vllm_json_of_a_checkpoint_whose_text_model_is_loaded_alone(tmp_path: Path) -> None:
     write_json(tmp_path, "kv_cache_scales.json", vllm_json({"0": 0.1, "1": 0.1}, model_type="seeing"))
     text = ModelLayers(PATHS.paths, PATHS.num_kv_heads, "seeing_text")
@@ -672,6 +699,13 @@ def test_tensorrt_llm_ranks(tmp_path: Path) -> None:
     assert found.kv_cache_dtype == "fp8_e4m3"
     assert layers_of(found)[0].k_scale.tolist() == [K, K, 3 * K, 3 * K]
     assert layers_of(found)[0].v_scale.tolist() == [V]
+
+
+def test_tensorrt_llm_that_declares_nothing(tmp_path: Path) -> None:
+    for algorithm in (None, "None", ""):
+        found = read(write_ranks(tmp_path, [{TRT + "kv_cache_scaling_factor": [K]}], algorithm))
+        assert found.kv_cache_dtype == "fp8_e4m3"
+        assert any("declares no KV cache format" in note for note in found.notes)
 
 
 def test_tensorrt_llm_that_is_wrong(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from .compressed_tensors import read_scheme
 from .files import CheckpointFiles
 from .found import Declared
 from .names import Producer
-
-_FORMATS = {"FP8": "fp8_e4m3", "INT8": "int8"}
+from .spellings import ALGORITHMS, names_a_format
 
 
 def declared(files: CheckpointFiles) -> Declared | None:
@@ -36,12 +35,12 @@ def _first(files: CheckpointFiles, schemes: Iterable[tuple[str, Any]]) -> Declar
         if isinstance(scheme, dict):
             name, dynamic = read_scheme(scheme, files.path)
             return Declared("modelopt", file, name, dynamic, means_one=True)
-        if str(scheme).upper() not in _FORMATS:
+        if str(scheme).upper() not in ALGORITHMS:
             raise ValueError(
                 f"{files.path}: {file} declares a KV cache of format {scheme!r}, which is not supported; supported are "
                 "FP8 and INT8; scales='dynamic' with kv_cache_dtype='fp8' or 'int8' works with any model"
             )
-        return Declared("modelopt", file, _FORMATS[str(scheme).upper()], means_one=True)
+        return Declared("modelopt", file, ALGORITHMS[str(scheme).upper()], means_one=True)
     return None
 
 
@@ -57,7 +56,7 @@ def _of(quantization: Any) -> list[Any]:
     if not isinstance(quantization, dict):
         return []
     values = (quantization.get("kv_cache_scheme"), quantization.get("kv_cache_quant_algo"))
-    return [value for value in values if value is not None]
+    return [value for value in values if names_a_format(value)]
 
 
 PRODUCER = Producer(

@@ -141,6 +141,10 @@ class LayerReader:
             return squeezed  # [H, 1, 1] or [H, D], [1, H, 1, D]
         if self.ranks and num_kv_heads % flat.numel() == 0:
             return flat.repeat_interleave(num_kv_heads // flat.numel())
+        if self.ranks and flat.numel() % num_kv_heads == 0:
+            of_heads = flat.view(num_kv_heads, -1)  # ranks beyond the number of heads share them
+            if bool((of_heads == of_heads[:, :1]).all()):
+                return of_heads[:, 0]
         if flat.numel() == num_kv_heads and not self.shaped:
             return flat
         if self.ranks or self.shaped or flat.numel() % num_kv_heads:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..scales import LayerScales
-from . import sidecar
+from . import sidecar, vllm
 from .files import INDEX, CheckpointFiles, whole_directory
 from .found import ModelLayers
 from .layouts import (
@@ -42,7 +42,6 @@ _SINGLE = "model.safetensors"
 _SINGLE_IN_INDEX = "model-00001-of-00001.safetensors"
 _CONFIG = "config.json"
 _MODELOPT_CONFIG = "hf_quant_config.json"
-_VLLM_JSON = "kv_cache_scales.json"
 
 
 class HasScales(Protocol):
@@ -98,7 +97,7 @@ def prepare_checkpoint(
             name, content = sidecar.FILE, sidecar.content(dtype, by_prefix, settings or {})
         else:
             _check_not_shadowed(target)
-            name, content = _VLLM_JSON, vllm_json(by_prefix, files.config)
+            name, content = vllm.FILE, vllm_json(by_prefix, files.config)
         return prepared(lambda: _put_json(target / name, content))
     _check_complete(scales, model, files)
     addition = _Addition(
