@@ -33,7 +33,8 @@ def read_scales(
         model: the model whose layers the scales are wanted for, loaded or on the meta device. Without it layers are
             ordered by the number in their path.
         revision: of a hub id.
-        fetch: whether a hub id that is not on this machine may be fetched; if not, it is a FileNotFoundError.
+        fetch: whether a hub id that is not on this machine may be fetched; if not, it is a FileNotFoundError, as is a
+            loaded model's directory with neither scales nor config.json.
         kv_cache_dtype, granularity: what to make of statistics that leave it open (LMDeploy's `key_stats.pth`).
 
     Raises ValueError naming file and key for scales that are NaN or infinite, for a declared format without a usable
@@ -60,12 +61,8 @@ def _read_own(
     if known is None or state is None or known[0] != asked:
         wanted = Wanted(model_layers(model), kv_cache_dtype, granularity)
         found = read_checkpoint(path, wanted, revision=revision, fetch=fetch)
-        if (
-            found is None
-            and not fetch
-            and os.path.isdir(path)
-            and not os.path.exists(os.path.join(path, "config.json"))
-        ):
+        has_config = not os.path.isdir(path) or os.path.exists(os.path.join(path, "config.json"))
+        if found is None and not fetch and not has_config:
             raise FileNotFoundError(f"{path} has no config.json, so the model may come from a folder in it")
         _own[model] = known = (asked, found)
     return known[1]

@@ -33,6 +33,7 @@ from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache, read_sca
 from hf_kvquant.checkpoints import ModelLayers, ScaleSource
 from hf_kvquant.checkpoints.files import CheckpointFiles
 from hf_kvquant.hosts import attention_paths, model_layers
+from hf_kvquant.scales import granularity_of
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def test_tensor_strategy(
             assert scale.dtype == torch.float32
             assert torch.equal(scale, given[key].to(torch.float32))
         assert layer.k_zero is layer.v_zero is layer.q_scale is None
-        assert layer.granularity == "tensor"
+        assert granularity_of(layer.k_scale) == granularity_of(layer.v_scale) == "tensor"
     assert found.sources == [
         {
             f"{side}_scale": ScaleSource("model.safetensors", f"model.layers.{index}.self_attn.{side}_scale")
@@ -87,7 +88,7 @@ def test_attn_head_strategy(tmp_path: Path) -> None:
     k_scale = torch.tensor([0.1, 0.2]).view(2, 1, 1)
     given = {key: k_scale * (1 + index) for index, key in enumerate(scales_of_layers())}
     layers = layers_of(read_scales(write(tmp_path, given, {**FP8, "strategy": "attn_head"})))
-    assert [layer.granularity for layer in layers] == ["head", "head"]
+    assert [granularity_of(layer.k_scale) for layer in layers] == ["head", "head"]
     torch.testing.assert_close(layers[1].v_scale, torch.tensor([0.4, 0.8]))
 
 

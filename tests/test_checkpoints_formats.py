@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from hf_kvquant import KVQuantConfig, QuantizedPagedCache, read_scales
 from hf_kvquant.checkpoints import CheckpointScales, ModelLayers, ScaleSource
+from hf_kvquant.scales import granularity_of
 
 HEADS = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 PREFIX = "model.layers.{}.self_attn"
@@ -363,7 +364,7 @@ def test_autoround_heads_are_flat_and_unused_ones_zero(tmp_path: Path) -> None:
     write(tmp_path, tensors, config={**HEADS, "quantization_config": AUTOROUND})
     found = read(tmp_path)
     assert found.layers[0] is not None
-    assert found.layers[0].granularity == "head"
+    assert granularity_of(found.layers[0].k_scale) == "head"
     assert found.layers[1] is None
 
 
@@ -800,7 +801,7 @@ def test_lmdeploy_statistics(tmp_path: Path, granularity: str, name: str, by_pat
     assert found is not None
     assert found.kv_cache_dtype == name
     for index, layer in enumerate(layers_of(found)):
-        assert layer.granularity == granularity
+        assert granularity_of(layer.k_scale) == granularity_of(layer.v_scale) == granularity
         for side, numbers in zip("kv", seen.values(), strict=True):
             x = numbers[f"model.layers.{index}"].half().float()
             scale, zero = getattr(layer, f"{side}_scale"), getattr(layer, f"{side}_zero")
