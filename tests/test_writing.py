@@ -514,6 +514,10 @@ def test_a_new_checkpoint_of_the_hub_is_whole(tmp_path: Path, base: Path, monkey
     assert present == names | weights | {"config.json", "generation_config.json", "tokenizer.json"}
     assert set(written.files) == weights | {"config.json"}
     same(read_scales(tmp_path / "new", LAYERS).layers, make("fp8")[0].layers)
+    hub.is_reachable = False
+    with pytest.raises(ValueError, match="tokenizer and other small files of some-org/tiny cannot be fetched"):
+        write_scales(make("fp8")[0], "some-org/tiny", tmp_path / "other", model=LAYERS)
+    assert not (tmp_path / "other").exists()
 
 
 # -- other layouts -----------------------------------------------------------------------------------------------------

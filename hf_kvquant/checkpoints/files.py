@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..config import SCALE_SOURCES
 from .names import looks_like_kv_scale
@@ -117,18 +117,15 @@ class CheckpointFiles:
             if isinstance(error, HFValidationError):
                 raise ValueError(_nothing(repo)) from error
         try:
-            path = _snapshot(repo, revision, _SMALL_FILES)
-            index = _read_index(path / INDEX) if (path / INDEX).exists() else {}
-            # Of a checkpoint in many files only those with what is wanted are fetched.
-            shards = {file for name, file in index.items() if is_wanted(name)}
-            wanted = {*shards, "*kv*scales*.safetensors"} if index else {"*.safetensors"}
-            files = cls._of_directory(_snapshot(repo, revision, (*_SMALL_FILES, *wanted)))
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            path = _fetch(repo, revision, is_wanted)
+        except ValueError:
+            raise
+        except Exception as error:  # of what a network can raise there is no end
             if here is not None and here._holds_anything():
                 return here
             raise ValueError(f"{_nothing(repo)}, or it cannot be fetched: {error}") from error
         _ASKED.add((repo, revision))
-        return files
+        return cls._of_directory(path)
 
     def _missing(self, is_wanted: Callable[[str], bool]) -> list[str]:
         """Files with wanted tensors that the index names, but that are not there."""
@@ -213,8 +210,13 @@ def whole_directory(source: str | os.PathLike[str], files: CheckpointFiles) -> P
         return Path(files.path)
     try:
         return _snapshot(str(source), Path(files.path).name, None, ignore_patterns=list(_WEIGHTS))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"the tokenizer and other small files of {source} cannot be fetched: {error}") from error
+    except OfflineModeIsEnabled:
+        return Path(files.path)
+    except Exception as error:  # of what a network can raise there is no end
+        raise ValueError(
+            f"the tokenizer and other small files of {source} cannot be fetched: {error}; name {files.path} instead of "
+            "it to copy what is on this machine"
+        ) from error
 
 
 def read_bytes(file: Path, limit: int = _MAX_BYTES) -> bytes:
@@ -272,6 +274,15 @@ def _check_size(file: Path) -> None:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if size > _MAX_BYTES:
         raise ValueError(f"{file} has {size} bytes; no such file of a checkpoint is that large")
+
+
+def _fetch(repo: str, revision: str | None, is_wanted: Callable[[str], bool]) -> Path:
+    """The small files of a hub id, and of a checkpoint in many files only those with tensors that are wanted."""
+    path = _snapshot(repo, revision, _SMALL_FILES)
+    index = _read_index(path / INDEX) if (path / INDEX).exists() else {}
+    shards = {file for name, file in index.items() if is_wanted(name)}
+    wanted = {*shards, "*kv*scales*.safetensors"} if index else {"*.safetensors"}
+    return _snapshot(repo, revision, (*_SMALL_FILES, *wanted))
 
 
 def _snapshot(repo: str, revision: str | None, patterns: Iterable[str] | None, **options: Any) -> Path:
