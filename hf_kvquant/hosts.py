@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,14 +42,28 @@ def without_wrapper(model: Any) -> PreTrainedModel:
 
 
 def attention_paths(model: PreTrainedModel, num_layers: int) -> list[list[str]]:
-    """For each cache layer the paths of the attention modules that carry its index."""
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
+    """For each cache layer the path of the module that feeds it, [] where there is none.
+
+    Of the modules with "attention" in their class's name and the layer's index it is the innermost and first below the
+    decoder: others wrap it, attend to an encoder, or are of an encoder or a vision tower whose layers count from 0 too.
+    """
+    decoder = model.get_decoder()
+    inside = next((path for path, module in model.named_modules() if module is decoder), "")
+    # Some models call their output layer a decoder.
+    paths = _attention_by_index(decoder, inside) or _attention_by_index(model, "")
+    return [[paths[index]] if index in paths else [] for index in range(num_layers)]
+
+
+def _attention_by_index(decoder: torch.nn.Module, inside: str) -> dict[int, str]:
+    paths: dict[int, str] = {}
+    for path, module in decoder.named_modules(prefix=inside):
         index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
         name = type(module).__name__.lower()
         if isinstance(index, int) and ("attention" in name or name.endswith("mla")):
-            paths.setdefault(index, []).append(path)
-    return [paths.get(index, []) for index in range(num_layers)]
+            first = paths.setdefault(index, path)
+            if path.startswith(f"{first}."):
+                paths[index] = path
+    return paths
 
 
 def layer_devices(model: PreTrainedModel, num_layers: int) -> list[torch.device]:
@@ -77,18 +92,53 @@ def model_layers(model: PreTrainedModel) -> ModelLayers:
         of_layer if isinstance(layer, DynamicLayer) else []
         for layer, of_layer in zip(layers, attention_paths(model, len(layers)), strict=True)
     ]
-    modules = dict(model.named_modules())
-    return ModelLayers(paths, [_num_kv_heads(config, [modules[path] for path in of_layer]) for of_layer in paths],
-                       model.config.model_type)  # fmt: skip
+    num_kv_heads = [_num_kv_heads(config, [model.get_submodule(path) for path in of_layer]) for of_layer in paths]
+    in_files = _paths_in_files(model, [path for of_layer in paths for path in of_layer])
+    paths = [list(dict.fromkeys([*of_layer, *(in_files[path] for path in of_layer)])) for of_layer in paths]
+    return ModelLayers(paths, num_kv_heads, model.config.model_type)
+
+
+def _paths_in_files(model: PreTrainedModel, paths: Sequence[str]) -> dict[str, str]:
+    """What the modules at `paths` are called in checkpoints, whose names transformers changes while it loads some."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange, WeightConverter
+    except ImportError:
+        return {path: path for path in paths}
+    changes = get_model_conversion_mapping(model, add_legacy=False)
+    # Prefixes are left to matching, which knows them all. Names in files are what saving makes: the changes backwards,
+    # one that makes other tensors before those of names alone.
+    back = [change.reverse_transform() for change in reversed(changes) if not isinstance(change, PrefixChange)]
+    back.sort(key=lambda change: not isinstance(change, WeightConverter))
+
+    def in_files(name: str) -> str:
+        is_made = False
+        for change in back:
+            if not (isinstance(change, WeightConverter) and is_made):
+                name, made_by = change.rename_source_key(name)
+                is_made |= made_by is not None
+        return name
+
+    found = {}
+    for path in paths:
+        names = [name for name, _ in model.get_submodule(path).named_parameters() if name.count(".") == 1]
+        # Some of these projections and norms may be elsewhere in files: most are in the module.
+        parents = [in_files(f"{path}.{name}").rsplit(".", 2)[0] for name in names]
+        found[path] = Counter(parents).most_common(1)[0][0] if parents else path
+    return found
 
 
 def _num_kv_heads(config: PreTrainedConfig, modules: Sequence[torch.nn.Module]) -> int | None:
     num_heads = getattr(config, "num_attention_heads", None)
-    for module in modules:  # layers may differ
-        groups = getattr(module, "num_key_value_groups", None)
-        if isinstance(groups, int) and groups > 0 and isinstance(num_heads, int):
-            return num_heads // groups
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    for module in modules:  # layers may differ
+        if getattr(module, "kv_lora_rank", None) is not None:
+            return None  # whether latents or what they are expanded to is stored is the model's code's choice
+        own, groups = getattr(module, "num_key_value_heads", None), getattr(module, "num_key_value_groups", None)
+        if isinstance(own, int) and own > 0:
+            num_kv_heads = own
+        elif isinstance(groups, int) and groups > 0 and isinstance(num_heads, int):
+            num_kv_heads = num_heads // groups
     return num_kv_heads if isinstance(num_kv_heads, int) else None
 
 

@@ -33,7 +33,8 @@ def read_scales(
         model: the model whose layers the scales are wanted for, loaded or on the meta device. Without it layers are
             ordered by the number in their path.
         revision: of a hub id.
-        fetch: whether a hub id that is not on this machine may be fetched; if not, it is a FileNotFoundError.
+        fetch: whether a hub id that is not on this machine may be fetched; if not, it is a FileNotFoundError, as is a
+            loaded model's directory with neither scales nor config.json.
         kv_cache_dtype, granularity: what to make of statistics that leave it open (LMDeploy's `key_stats.pth`).
 
     Raises ValueError naming file and key for scales that are NaN or infinite, for a declared format without a usable
@@ -56,10 +57,14 @@ def _read_own(
 ) -> CheckpointScales | None:
     state = _state(path) or revision  # a hub's revision never changes
     known = _own.get(model)
-    if known is None or state is None or known[0] != (path, state, kv_cache_dtype, granularity):
+    asked = (path, state, fetch, kv_cache_dtype, granularity)
+    if known is None or state is None or known[0] != asked:
         wanted = Wanted(model_layers(model), kv_cache_dtype, granularity)
         found = read_checkpoint(path, wanted, revision=revision, fetch=fetch)
-        _own[model] = known = ((path, state, kv_cache_dtype, granularity), found)
+        has_config = not os.path.isdir(path) or os.path.exists(os.path.join(path, "config.json"))
+        if found is None and not fetch and not has_config:
+            raise FileNotFoundError(f"{path} has no config.json, so the model may come from a folder in it")
+        _own[model] = known = (asked, found)
     return known[1]
 
 

@@ -25,7 +25,7 @@ def large_key_biases(model: PreTrainedModel) -> dict[int, float]:
     modules = dict(model.named_modules())
     names: dict[int, str] = {}
     for index, paths in enumerate(model_layers(model).paths):
-        for path in paths:
+        for path in paths[:1]:  # then come other spellings of it
             children = dict(modules[path].named_children())
             if any("norm" in name and name.startswith(("k", "qk")) for name in children):
                 continue

@@ -7,7 +7,7 @@ per tensor `[1]`, per head `[num_kv_heads]`, per channel `[num_kv_heads, head_di
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -56,23 +56,6 @@ class LayerScales:
     def to_dict(self) -> dict[str, Any]:
         """As numbers in lists, for JSON; fp32 survives it exactly."""
         return {name: value.tolist() for name, value in self._given()}
-
-    @property
-    def granularity(self) -> str:
-        """The finer of the granularities of K and V."""
-        return max((granularity_of(self.k_scale), granularity_of(self.v_scale)), key=GRANULARITIES.index)
-
-    def shard(self, rank: int, world_size: int) -> LayerScales:
-        """The part of tensor-parallel rank `rank`: per-head and per-channel scales are cut along the heads."""
-
-        def cut(scale: torch.Tensor) -> torch.Tensor:
-            if granularity_of(scale) == "tensor":
-                return scale
-            if scale.shape[0] % world_size:
-                raise ValueError(f"{scale.shape[0]} heads of scales do not divide over {world_size} ranks")
-            return scale.chunk(world_size)[rank]
-
-        return replace(self, **{name: cut(value) for name, value in self._given()})
 
 
 def granularity_of(scale: torch.Tensor) -> str:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from hf_kvquant import LayerScales
-from hf_kvquant.checkpoints import ModelLayers
+from hf_kvquant.checkpoints import ModelLayers, files
 
 FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 INT8 = {**FP8, "type": "int"}
@@ -67,3 +72,56 @@ def layers_of(found: Any) -> list[LayerScales]:
     assert found is not None
     assert all(layer is not None for layer in found.layers)
     return found.layers
+
+
+@dataclass
+class Hub:
+    """A hub with one checkpoint in a directory, and what of it is on this machine.
+
+    Attributes:
+        remote, local: the directories.
+        is_reachable: whether it answers.
+        num_asked: how often it was asked.
+    """
+
+    remote: Path
+    local: Path
+    is_reachable: bool = True
+    num_asked: int = field(default=0, init=False)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(files, "snapshot_download", self._download)
+        monkeypatch.setattr(files, "_ASKED", set())
+
+    def load(self, *names: str) -> None:
+        """Put these files on this machine, as loading a model does."""
+        self.local.mkdir(exist_ok=True)
+        for name in names:
+            shutil.copy(self.remote / name, self.local)
+
+    def present(self) -> set[str]:
+        return {str(file.relative_to(self.local)) for file in self.local.rglob("*") if file.is_file()}
+
+    def _download(
+        self,
+        repo: str,
+        *,
+        allow_patterns: list[str] | None = None,
+        ignore_patterns: list[str] | None = None,
+        local_files_only: bool = False,
+        **_: Any,
+    ) -> str:
+        self.num_asked += not local_files_only
+        if local_files_only or not self.is_reachable:
+            if not self.local.exists():
+                raise LocalEntryNotFoundError("nothing is here")
+            if not local_files_only:
+                raise LocalEntryNotFoundError("nobody answers")
+            return str(self.local)
+        for file in self.remote.rglob("*"):
+            name = str(file.relative_to(self.remote))
+            is_asked_for = allow_patterns is None or any(fnmatch(name, pattern) for pattern in allow_patterns)
+            if file.is_file() and is_asked_for and not any(fnmatch(name, pattern) for pattern in ignore_patterns or ()):
+                (self.local / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, self.local / name)
+        return str(self.local)

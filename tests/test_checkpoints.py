@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import FP8, INT8, PATHS, Tensors, layers_at, layers_of, scales_of_layers, write, write_sharded
-from families import FAMILIES, available, build
+from checkpoint_files import (
+    FP8,
+    INT8,
+    PATHS,
+    Hub,
+    Tensors,
+    layers_at,
+    layers_of,
+    scales_of_layers,
+    write,
+    write_sharded,
+)
+from families import build
 from helpers import llama_config, need_fake_quantization, prompt, tiny_llama
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from hf_kvquant import KVQuantConfig, QuantizedPagedCache, read_scales
+from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache, read_scales, write_scales
 from hf_kvquant.checkpoints import ModelLayers, ScaleSource
+from hf_kvquant.checkpoints.files import CheckpointFiles
 from hf_kvquant.hosts import attention_paths, model_layers
+from hf_kvquant.scales import granularity_of
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +66,7 @@ def test_tensor_strategy(
             assert scale.dtype == torch.float32
             assert torch.equal(scale, given[key].to(torch.float32))
         assert layer.k_zero is layer.v_zero is layer.q_scale is None
-        assert layer.granularity == "tensor"
+        assert granularity_of(layer.k_scale) == granularity_of(layer.v_scale) == "tensor"
     assert found.sources == [
         {
             f"{side}_scale": ScaleSource("model.safetensors", f"model.layers.{index}.self_attn.{side}_scale")
@@ -76,7 +88,7 @@ def test_attn_head_strategy(tmp_path: Path) -> None:
     k_scale = torch.tensor([0.1, 0.2]).view(2, 1, 1)
     given = {key: k_scale * (1 + index) for index, key in enumerate(scales_of_layers())}
     layers = layers_of(read_scales(write(tmp_path, given, {**FP8, "strategy": "attn_head"})))
-    assert [layer.granularity for layer in layers] == ["head", "head"]
+    assert [granularity_of(layer.k_scale) for layer in layers] == ["head", "head"]
     torch.testing.assert_close(layers[1].v_scale, torch.tensor([0.4, 0.8]))
 
 
@@ -620,6 +632,19 @@ def test_auto_fetches_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         QuantizedPagedCache.from_model(model, scales="checkpoint")
 
 
+def test_a_model_from_a_folder_of_what_it_is_named_after(tmp_path: Path) -> None:
+    directory, _ = _save_model(tmp_path / "folder", FP8)
+    config = AutoConfig.from_pretrained(directory)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder=directory.name, config=config)
+    cache = QuantizedPagedCache.from_model(model)
+    assert any(
+        f"{tmp_path} has no config.json" in note and "name a checkpoint" in note for note in cache.report().notes
+    )
+    cache = QuantizedPagedCache.from_model(model, scales=directory)
+    assert cache.report().layers[0].scales[0] == "checkpoint: model.layers.0.self_attn.k_scale"
+
+
 def test_scales_are_asked_for_and_there_are_none(tmp_path: Path) -> None:
     model = tiny_llama()
     with pytest.raises(ValueError, match="scales='checkpoint', but a model that was not loaded from files"):
@@ -656,18 +681,15 @@ def test_attention_paths_of_a_loaded_model() -> None:
     assert model_layers(tiny_llama()) == replace(PATHS, model_type="llama")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_neo", "gpt2", "qwen3_next", "deepseek_v3", "longcat_flash"])
-def test_every_layer_with_keys_has_a_path(model_type: str) -> None:
-    """Families call their attention classes and the index of a layer otherwise."""
-    if not available([model_type]):
-        pytest.skip("this transformers does not know it")
-    model = build(model_type, FAMILIES[model_type])
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(prompt(1, 7), past_key_values=cache)
-    with_keys = [getattr(layer, "keys", None) is not None for layer in cache.layers]
-    assert [bool(paths) for paths in model_layers(model).paths] == with_keys
-    assert any(with_keys)
+def test_scales_of_an_encoder_are_not_of_the_cache(tmp_path: Path) -> None:
+    given = scales_of_layers(prefix="model.decoder.layers.{}.self_attn")
+    others = scales_of_layers(prefix="model.encoder.layers.{}.self_attn")
+    others |= scales_of_layers(prefix="model.decoder.layers.{}.encoder_attn")
+    found = read_scales(write(tmp_path, {**given, **others}), build("bart"))
+    assert [layer.v_scale.item() for layer in layers_of(found)] == [0.5, 1.0]
+    assert found is not None
+    assert found.sources[1]["k_scale"].key == "model.decoder.layers.1.self_attn.k_scale"
+    assert found.ignored == sorted(others)
 
 
 def test_scales_of_a_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -690,36 +712,49 @@ def test_scales_of_a_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_of_a_hub_checkpoint_only_what_has_scales_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights from one place and scales from another must not cost the second one's weights."""
-    from hf_kvquant.checkpoints import files
-
-    remote, local = tmp_path / "remote", tmp_path / "local"
     weights = {name: {f"{name}.weight": torch.ones(3)} for name in ("a", "b")}
     shards = {f"{name}.safetensors": tensors for name, tensors in weights.items()}
-    write_sharded(remote, {**shards, "c.safetensors": scales_of_layers()})
-
-    def download(repo: str, *, allow_patterns: list[str], local_files_only: bool = False, **_: Any) -> str:
-        if not local.exists() and local_files_only:
-            raise LocalEntryNotFoundError("nothing is here")
-        local.mkdir(exist_ok=True)
-        for file in remote.iterdir() if not local_files_only else ():
-            if any(file.match(pattern) for pattern in allow_patterns):
-                shutil.copy(file, local)
-        return str(local)
-
-    monkeypatch.setattr(files, "snapshot_download", download)
+    hub = Hub(write_sharded(tmp_path / "remote", {**shards, "c.safetensors": scales_of_layers()}), tmp_path / "local")
+    hub.install(monkeypatch)
     with pytest.raises(FileNotFoundError, match="some-org/tiny is not on this machine"):
         read_scales("some-org/tiny", fetch=False)
     for _ in range(2):
         assert len(layers_of(read_scales("some-org/tiny"))) == 2
-        present = {file.name for file in local.iterdir()}
-        assert present == {"config.json", "model.safetensors.index.json", "c.safetensors"}
-    whole = files.CheckpointFiles.find("some-org/tiny")  # who copies a checkpoint needs all of it
-    assert {file.name for file in local.iterdir()} > set(whole.tensors.values()) == {*shards, "c.safetensors"}
+        assert hub.present() == {"config.json", "model.safetensors.index.json", "c.safetensors"}
+    whole = CheckpointFiles.find("some-org/tiny")  # who copies a checkpoint needs all of it
+    assert hub.present() > set(whole.tensors.values()) == {*shards, "c.safetensors"}
     # Somebody had loaded the configuration alone: what is missing is fetched when it is asked for.
-    (local / "c.safetensors").unlink()
+    (hub.local / "c.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="not on this machine, or not as a whole"):
         read_scales("some-org/tiny", fetch=False)
     assert len(layers_of(read_scales("some-org/tiny"))) == 2
+
+
+@pytest.mark.parametrize("file", ["hf_kvquant_scales.json", "kv_cache_scales.json"])
+def test_files_of_scales_beside_a_model_that_was_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """Loading a model fetches its configuration and weights; the hub is asked once what else there is."""
+    hub = Hub(tmp_path / "remote", tmp_path / "local")
+    hub.install(monkeypatch)
+    tiny_llama().save_pretrained(hub.remote)
+    layers = [LayerScales(torch.tensor([0.5]), torch.tensor([0.5]))] * 2
+    given = SimpleNamespace(kv_cache_dtype="fp8_e4m3", layers=layers)
+    write_scales(given, hub.remote, layout="sidecar" if "hf_kvquant" in file else "vllm-json")
+    hub.load("config.json", "model.safetensors")
+    model = tiny_llama()
+    model.config._name_or_path = "some-org/tiny"
+    model.config._commit_hash = "0123456789abcdef0123456789abcdef01234567"
+    assert read_scales(model, fetch=False) is None
+    assert read_scales("some-org/tiny", fetch=False) is None
+    hub.is_reachable = False  # what is here is enough then
+    assert read_scales("some-org/tiny") is None
+    hub.is_reachable = True
+    for source in ("some-org/tiny", model):
+        assert read_scales(source, model).sources[0]["k_scale"].file == file
+        num_asked = hub.num_asked
+        assert read_scales(source, model).sources[0]["k_scale"].file == file
+        assert hub.num_asked == num_asked
 
 
 def test_modelopt_end_to_end(tmp_path: Path) -> None:

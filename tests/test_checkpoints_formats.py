@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from hf_kvquant import KVQuantConfig, QuantizedPagedCache, read_scales
 from hf_kvquant.checkpoints import CheckpointScales, ModelLayers, ScaleSource
+from hf_kvquant.scales import granularity_of
 
 HEADS = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 PREFIX = "model.layers.{}.self_attn"
@@ -167,10 +169,39 @@ def test_modelopt_with_a_file_of_its_own(tmp_path: Path, algorithm: str, name: s
     assert (found.producer, found.kv_cache_dtype, found.notes) == ("modelopt", name, [])
 
 
-def test_modelopt_that_quantizes_no_cache(tmp_path: Path) -> None:
-    checkpoint(tmp_path, {})
-    hf_quant_config(tmp_path, None)
+@pytest.mark.parametrize(
+    ("algorithm", "said"),
+    [
+        ("INT8", "config.json declares static fp8_e4m3, hf_quant_config.json declares static int8; config.json is"),
+        ("NVFP4", "hf_quant_config.json declares a KV cache of format 'NVFP4', .*; config.json is followed"),
+        ("FP8", None),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("quantization", [COMPRESSED, MODELOPT], ids=["compressed-tensors", "modelopt"])
+def test_config_json_comes_before_a_file_beside_it(
+    tmp_path: Path, quantization: Any, algorithm: str | None, said: str | None
+) -> None:
+    """As in vLLM: the file may be of an earlier quantization."""
+    checkpoint(tmp_path, PROJECTIONS, quantization)
+    hf_quant_config(tmp_path, algorithm)
+    found = read(tmp_path)
+    assert found.kv_cache_dtype == "fp8_e4m3"
+    assert [re.search(str(said), note) is not None for note in found.notes] == ([True] if said else [])
+
+
+@pytest.mark.parametrize("algorithm", [None, "None", ""])
+def test_modelopt_that_quantizes_no_cache(tmp_path: Path, algorithm: str | None) -> None:
+    checkpoint(tmp_path, {}, {"quant_method": "modelopt", "kv_cache_quant_algo": algorithm})
+    hf_quant_config(tmp_path, algorithm)
     assert read_scales(tmp_path, PATHS) is None
+
+
+def test_modelopt_int8_without_scales_is_dynamic(tmp_path: Path) -> None:
+    """1.0 would leave most numbers no more than three codes."""
+    found = read(checkpoint(tmp_path, {}, {"quant_method": "modelopt", "kv_cache_scheme": "INT8"}))
+    assert (found.kv_cache_dtype, found.dynamic, found.layers) == ("int8", True, [None, None])
+    assert found.notes == [f"config.json declares int8, but {tmp_path} holds no KV scales; they are dynamic"]
 
 
 @pytest.mark.parametrize("model", [PATHS, None], ids=["by_path", "by_number"])
@@ -333,8 +364,16 @@ def test_autoround_heads_are_flat_and_unused_ones_zero(tmp_path: Path) -> None:
     write(tmp_path, tensors, config={**HEADS, "quantization_config": AUTOROUND})
     found = read(tmp_path)
     assert found.layers[0] is not None
-    assert found.layers[0].granularity == "head"
+    assert granularity_of(found.layers[0].k_scale) == "head"
     assert found.layers[1] is None
+
+
+@pytest.mark.parametrize("target", ["LlamaAttention", "re:.*self_attn$", "re:model[.]layers[.].*[.]attn"])
+def test_attention_modules_by_class_or_pattern(tmp_path: Path, target: str) -> None:
+    group = {"targets": [target], "weights": None, "input_activations": {**FP8, "type": "int"}}
+    quantization = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    found = read(checkpoint(tmp_path, OWN, quantization))
+    assert (found.kv_cache_dtype, found.notes) == ("int8", [])
 
 
 def test_flat_values_without_the_number_of_heads(tmp_path: Path) -> None:
@@ -518,6 +557,29 @@ def test_vllm_json_ranks_are_groups_of_heads(tmp_path: Path) -> None:
         read_scales(tmp_path)
 
 
+def test_vllm_json_of_more_ranks_than_heads(tmp_path: Path) -> None:
+    """Which then share heads, and their scales if the file is right."""
+    ranks = [{"0": 0.25 * (1 + rank // 2), "1": 0.5} for rank in range(4)]
+    write_json(tmp_path, "kv_cache_scales.json", vllm_json(*ranks))
+    assert layers_of(read(tmp_path))[0].k_scale.tolist() == [0.25, 0.5]
+    ranks[1]["0"] = 0.75
+    write_json(tmp_path, "kv_cache_scales.json", vllm_json(*ranks))
+    with pytest.raises(ValueError, match="has 4 tensor-parallel ranks, .* does not fit 2 KV heads"):
+        read_scales(tmp_path, PATHS)
+
+
+def test_vllm_json_of_a_checkpoint_whose_text_model_is_loaded_alone(tmp_path: Path) -> None:
+    write_json(tmp_path, "kv_cache_scales.json", vllm_json({"0": 0.1, "1": 0.1}, model_type="seeing"))
+    text = ModelLayers(PATHS.paths, PATHS.num_kv_heads, "seeing_text")
+    with pytest.raises(ValueError, match="for a model of type 'seeing', this one is 'seeing_text'"):
+        read_scales(tmp_path, text)
+    config = {"model_type": "seeing", "text_config": {"model_type": "seeing_text"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert len(layers_of(read(tmp_path, text))) == 2
+    with pytest.raises(ValueError, match="for a model of type 'seeing', this one is 'llama'"):
+        read_scales(tmp_path, LLAMA)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -640,6 +702,13 @@ def test_tensorrt_llm_ranks(tmp_path: Path) -> None:
     assert layers_of(found)[0].v_scale.tolist() == [V]
 
 
+def test_tensorrt_llm_that_declares_nothing(tmp_path: Path) -> None:
+    for algorithm in (None, "None", ""):
+        found = read(write_ranks(tmp_path, [{TRT + "kv_cache_scaling_factor": [K]}], algorithm))
+        assert found.kv_cache_dtype == "fp8_e4m3"
+        assert any("declares no KV cache format" in note for note in found.notes)
+
+
 def test_tensorrt_llm_that_is_wrong(tmp_path: Path) -> None:
     names = {TRT + "kv_cache_scaling_factor": [K]}
     with pytest.raises(ValueError, match="pipeline stages"):
@@ -732,7 +801,7 @@ def test_lmdeploy_statistics(tmp_path: Path, granularity: str, name: str, by_pat
     assert found is not None
     assert found.kv_cache_dtype == name
     for index, layer in enumerate(layers_of(found)):
-        assert layer.granularity == granularity
+        assert granularity_of(layer.k_scale) == granularity_of(layer.v_scale) == granularity
         for side, numbers in zip("kv", seen.values(), strict=True):
             x = numbers[f"model.layers.{index}"].half().float()
             scale, zero = getattr(layer, f"{side}_scale"), getattr(layer, f"{side}_zero")

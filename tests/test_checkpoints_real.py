@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from hf_kvquant import LayerScales, read_scales
 from hf_kvquant.checkpoints import CheckpointScales
 from hf_kvquant.ops import reference
-from hf_kvquant.scales import as_head_channel
+from hf_kvquant.scales import as_head_channel, granularity_of
 
 ROOT = Path(__file__).parent / "checkpoints"
 OTHERS = ("modelopt_nvfp4", "llm_compressor_fp8_dynamic")
@@ -58,7 +58,7 @@ def test_static_scales(name: str) -> None:
     assert not found.dynamic
     assert all(layer is not None for layer in found.layers)
     granularity = "head" if "head" in name else "tensor"
-    assert {layer.granularity for layer in found.layers if layer is not None} == {granularity}
+    assert {granularity_of(layer.k_scale) for layer in found.layers if layer is not None} == {granularity}
     in_file = load_file(ROOT / name / "model.safetensors")
     for layer, sources in zip(found.layers, found.sources, strict=True):
         for part, source in sources.items():

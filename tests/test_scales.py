@@ -1,4 +1,4 @@
-"""`LayerScales`: what it accepts, what it refuses, and how it is cut for tensor parallelism."""
+"""`LayerScales`: what it accepts and what it refuses."""
 
 from __future__ import annotations
 
@@ -77,38 +77,9 @@ def test_holds_no_graph() -> None:
     assert not _with(k_scale=parameter * 2).k_scale.requires_grad
 
 
-@pytest.mark.parametrize("k_shape", SHAPES)
-@pytest.mark.parametrize("v_shape", SHAPES)
-def test_granularity_is_the_finer_one(k_shape: str, v_shape: str) -> None:
-    scales = LayerScales(torch.ones(SHAPES[k_shape]), torch.ones(SHAPES[v_shape]))
-    order = list(SHAPES)
-    assert scales.granularity == max(k_shape, v_shape, key=order.index)
-    assert granularity_of(scales.k_scale) == k_shape
-
-
-def test_shard_cuts_heads_and_keeps_tensors() -> None:
-    channel = torch.arange(1, 33, dtype=torch.float32).view(4, 8)
-    scales = LayerScales(torch.arange(1.0, 5.0), channel, torch.tensor([3.0]), torch.arange(4.0), torch.zeros(1))
-    parts = [scales.shard(rank, 2) for rank in range(2)]
-    assert [p.k_scale.tolist() for p in parts] == [[1, 2], [3, 4]]
-    assert torch.equal(torch.cat([p.v_scale for p in parts]), channel)
-    assert [p.k_zero.tolist() for p in parts] == [[0, 1], [2, 3]]  # type: ignore[union-attr]
-    for part in parts:
-        assert part.q_scale.tolist() == [3.0]  # type: ignore[union-attr]
-        assert part.v_zero.tolist() == [0.0]  # type: ignore[union-attr]
-    assert scales.shard(0, 1).k_scale.tolist() == [1, 2, 3, 4]
-    assert [scales.shard(rank, 4).v_scale.shape for rank in range(4)] == [(1, 8)] * 4
-
-
-def test_a_shard_with_one_head_fits_a_model_with_one_head() -> None:
-    """Of four heads on four ranks each rank has one; its scale `[1]` is then a tensor's, which means the same."""
-    part = LayerScales(torch.arange(1.0, 5.0), torch.ones(4)).shard(2, 4)
-    assert as_head_channel(part.k_scale, 1, 8, "k").tolist() == [[3.0]]
-
-
-def test_shard_refuses_heads_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="4 heads of scales do not divide over 3 ranks"):
-        LayerScales(torch.ones(4), torch.ones(4)).shard(0, 3)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_granularity(shape: str) -> None:
+    assert granularity_of(torch.ones(SHAPES[shape])) == shape
 
 
 def test_as_head_channel() -> None:

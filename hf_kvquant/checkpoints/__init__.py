@@ -57,13 +57,14 @@ def read_checkpoint(
 
 def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -> CheckpointScales | None:
     declared = found.declared
+    dynamic = declared.dynamic
     modules = _modules_of_layers(files, found, model)
     notes = [*files.broken, *found.notes]
     ignored = [*found.ignored, *_surplus(found, modules), *_beside(files, found)]
     layers: list[LayerScales | None] = [None] * len(modules)
     sources: list[dict[str, ScaleSource]] = [{} for _ in modules]
     if not declared.dynamic:
-        reader = LayerReader(files.path, declared.factor, found.ranks, notes)
+        reader = LayerReader(files.path, declared.factor, found.ranks, found.shaped, notes)
         for index, (module, parts) in enumerate(modules):
             read = reader.read(module, parts, _num_kv_heads(files, model, index))
             if read is not None:
@@ -84,9 +85,13 @@ def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -
                     f"{files.path} declares an 8-bit KV cache ({declared.file}, {declared.producer}) but holds no "
                     "usable k_scale / v_scale; use scales='dynamic', or scales='unit' if 1.0 is meant"
                 )
-            _fill_with_ones(files, found, model, layers, sources, notes)
+            if declared.kv_cache_dtype == "int8":  # of which 1.0 leaves most numbers three codes
+                dynamic = True
+                notes.append(f"{declared.file} declares int8, but {files.path} holds no KV scales; they are dynamic")
+            else:
+                _fill_with_ones(files, found, model, layers, sources, notes)
         for index, layer in enumerate(layers):
-            if layer is None and (model is None or model.paths[index]):
+            if layer is None and not dynamic and (model is None or model.paths[index]):
                 notes.append(f"layer {index} has no scales in {files.path}; it is quantized dynamically")
     if ignored:
         notes.append(
@@ -94,7 +99,7 @@ def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -
             f"is read, and are not used: {', '.join(ignored[:3])}{', ...' if len(ignored) > 3 else ''}"
         )
     return CheckpointScales(
-        files.path, declared.producer, declared.kv_cache_dtype, declared.dynamic, layers, sources, notes, ignored
+        files.path, declared.producer, declared.kv_cache_dtype, dynamic, layers, sources, notes, ignored
     )
 
 

@@ -39,10 +39,9 @@ def _of_attention(quantization: dict[str, Any]) -> dict[str, Any] | None:
         if not isinstance(group, dict) or group.get("weights") is not None:
             continue
         targets, scheme = group.get("targets"), group.get("input_activations")
-        is_attention = isinstance(targets, list) and any(
-            str(target).lower().endswith("attention") for target in targets
-        )
-        if is_attention and isinstance(scheme, dict):
+        # The name of a class, or a pattern of paths: re:.*self_attn$
+        ends = [str(target).lower().removesuffix("$") for target in targets] if isinstance(targets, list) else []
+        if any(end.endswith(("attention", "attn")) for end in ends) and isinstance(scheme, dict):
             return scheme
     return None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..config import SCALE_SOURCES
 from .names import looks_like_kv_scale
@@ -23,6 +23,13 @@ _SMALL_FILES = ("*.json", "key_stats.pth", "value_stats.pth", "*.past_kv_scale.*
 # More layers or heads than any model has, and more bytes than any index.
 MAX_COUNT = 2**16
 _MAX_BYTES = 2**28
+# Hub ids and revisions whose small files this process has asked for.
+_ASKED: set[tuple[str, str | None]] = set()
+# Weights in any format.
+_WEIGHTS = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.npz", "*.onnx*", "*.ot",
+    "*.tflite",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,27 +102,30 @@ class CheckpointFiles:
 
     @classmethod
     def _of_hub(cls, repo: str, revision: str | None, fetch: bool, is_wanted: Callable[[str], bool]) -> CheckpointFiles:
+        here = None
         try:
-            # What from_pretrained has fetched is enough, and asks nothing of the network.
-            files = cls._of_directory(_snapshot(repo, revision, ("*.json", "*.safetensors"), local_files_only=True))
-            if missing := files._missing(is_wanted):
+            here = cls._of_directory(_snapshot(repo, revision, ("config.json",), local_files_only=True))
+            if missing := here._missing(is_wanted):
                 raise LocalEntryNotFoundError(f"{missing[0]} is missing")
-            if not fetch or files._holds_anything():
-                return files
+            # What from_pretrained fetches is without files that have scales alone, so the hub is asked once.
+            if not fetch or (here._holds_anything() and (repo, revision) in _ASKED):
+                return here
         except (LocalEntryNotFoundError, HFValidationError) as error:
+            here = None
             if not fetch:
                 raise FileNotFoundError(f"{repo} is not on this machine, or not as a whole") from error
             if isinstance(error, HFValidationError):
                 raise ValueError(_nothing(repo)) from error
         try:
-            path = _snapshot(repo, revision, _SMALL_FILES)
-            index = _read_index(path / INDEX) if (path / INDEX).exists() else {}
-            # Of a checkpoint in many files only those with what is wanted are fetched.
-            shards = {file for name, file in index.items() if is_wanted(name)}
-            wanted = {*shards, "*kv*scales*.safetensors"} if index else {"*.safetensors"}
-            return cls._of_directory(_snapshot(repo, revision, (*_SMALL_FILES, *wanted)))
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            path = _fetch(repo, revision, is_wanted)
+        except ValueError:
+            raise
+        except Exception as error:  # of what a network can raise there is no end
+            if here is not None and here._holds_anything():
+                return here
             raise ValueError(f"{_nothing(repo)}, or it cannot be fetched: {error}") from error
+        _ASKED.add((repo, revision))
+        return cls._of_directory(path)
 
     def _missing(self, is_wanted: Callable[[str], bool]) -> list[str]:
         """Files with wanted tensors that the index names, but that are not there."""
@@ -194,6 +204,21 @@ class CheckpointFiles:
         return None
 
 
+def whole_directory(source: str | os.PathLike[str], files: CheckpointFiles) -> Path:
+    """The directory of `files`, which were found at `source`, with what is no weights too: tokenizer, code."""
+    if Path(source).exists():
+        return Path(files.path)
+    try:
+        return _snapshot(str(source), Path(files.path).name, None, ignore_patterns=list(_WEIGHTS))
+    except OfflineModeIsEnabled:
+        return Path(files.path)
+    except Exception as error:  # of what a network can raise there is no end
+        raise ValueError(
+            f"the tokenizer and other small files of {source} cannot be fetched: {error}; name {files.path} instead of "
+            "it to copy what is on this machine"
+        ) from error
+
+
 def read_bytes(file: Path, limit: int = _MAX_BYTES) -> bytes:
     """At most `limit` bytes of a file. Raises ValueError that names it if it cannot be read."""
     try:
@@ -251,8 +276,18 @@ def _check_size(file: Path) -> None:
         raise ValueError(f"{file} has {size} bytes; no such file of a checkpoint is that large")
 
 
-def _snapshot(repo: str, revision: str | None, patterns: Iterable[str], **options: Any) -> Path:
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), **options))
+def _fetch(repo: str, revision: str | None, is_wanted: Callable[[str], bool]) -> Path:
+    """The small files of a hub id, and of a checkpoint in many files only those with tensors that are wanted."""
+    path = _snapshot(repo, revision, _SMALL_FILES)
+    index = _read_index(path / INDEX) if (path / INDEX).exists() else {}
+    shards = {file for name, file in index.items() if is_wanted(name)}
+    wanted = {*shards, "*kv*scales*.safetensors"} if index else {"*.safetensors"}
+    return _snapshot(repo, revision, (*_SMALL_FILES, *wanted))
+
+
+def _snapshot(repo: str, revision: str | None, patterns: Iterable[str] | None, **options: Any) -> Path:
+    patterns = None if patterns is None else list(patterns)
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, **options))
 
 
 def _nothing(source: str) -> str:

@@ -48,7 +48,7 @@ class ModelLayers:
     """What must be known of a model to tell which of its cache layers a scale belongs to.
 
     Attributes:
-        paths: for each cache layer the module paths its attention may have (`model.layers.0.self_attn`).
+        paths: for each cache layer the path of its attention (`model.layers.0.self_attn`), then other names in files.
         num_kv_heads: of each cache layer; None where unknown.
         model_type: the host's name of the architecture, or None.
     """
@@ -114,6 +114,7 @@ class Found:
         by_path: parts by the path of the attention module.
         by_number: parts by the number of the decoder layer, where a format has no paths.
         ranks: values are one a tensor-parallel rank, so of so many equal groups of heads.
+        shaped: values are `[H, 1]` or `[H, D]`, whatever is known of the model.
         notes, ignored: as in `CheckpointScales`.
     """
 
@@ -121,5 +122,6 @@ class Found:
     by_path: Mapping[str, Parts] = field(default_factory=dict)
     by_number: Mapping[int, Parts] = field(default_factory=dict)
     ranks: bool = False
+    shaped: bool = False
     notes: Sequence[str] = ()
     ignored: Sequence[str] = ()

@@ -97,6 +97,13 @@ def limits(
 ) -> list[str]:
     """Which readers of the layout cannot read these scales of a checkpoint, and what does not survive."""
     notes = []
+    tensors = list(tensors)
+    unknown = (prefix for prefix in by_prefix if not any(name.startswith(f"{prefix}.") for name in tensors))
+    if layout not in JSON_LAYOUTS and (prefix := next(unknown, None)):
+        notes.append(
+            f"there are no weights of {prefix}: this is what transformers calls the module, which other readers may "
+            "not know"
+        )
     if layout == "compressed-tensors" and not quantization_of(config).get("config_groups"):
         # Checkpoints with quantized weights have met both already.
         obstacle = None

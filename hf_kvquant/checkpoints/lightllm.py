@@ -9,9 +9,9 @@ from __future__ import annotations
 from .files import CheckpointFiles
 from .found import Declared, Found, Wanted
 from .parse import integer_at, list_at, number, numbers, numbers_at
+from .spellings import LARGEST
 
 FILE = "kv_cache_calib.json"
-_FORMATS = {448.0: "fp8_e4m3", 127.0: "int8", 128.0: "int8"}
 
 
 def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
@@ -21,7 +21,7 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
             continue
         where = f"{files.path}/{file}"
         rows, kind, qmax = list_at(content, "scales", where), content["quant_type"], number(content["qmax"], where)
-        if qmax not in _FORMATS or kind not in ("per_tensor", "per_head"):
+        if qmax not in LARGEST or kind not in ("per_tensor", "per_head"):
             raise ValueError(
                 f"{where}: quant_type {kind!r} with qmax {qmax:g} is not supported; supported are per_tensor and "
                 "per_head with 448 (fp8), 127 or 128 (int8); scales='dynamic' works with any model"
@@ -38,5 +38,5 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
                 "k_scale": numbers_at(file, f"scales[{layer}][:{width}]", values[:width]),
                 "v_scale": numbers_at(file, f"scales[{layer}][{width}:]", values[width:]),
             }
-        return Found(Declared("lightllm", file, _FORMATS[qmax]), by_number=by_number)
+        return Found(Declared("lightllm", file, LARGEST[qmax]), by_number=by_number)
     return None

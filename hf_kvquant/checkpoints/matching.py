@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 # Wrappers that checkpoints and loaded models put in front of the decoder differently.
 _WRAPPERS = {"model", "language_model", "text_model", "transformer", "backbone", "decoder"}
@@ -17,16 +17,10 @@ def match_layers(prefixes: Sequence[str], attention_paths: Sequence[Sequence[str
     A prefix that is the path itself comes first, then one without wrappers, then one with another word for attention.
     Raises ValueError if two prefixes claim one layer, or if there are prefixes but none belongs to the model.
     """
-    forms: tuple[Callable[[str], str], ...] = (str, bare, _plain)
-    known = [_by_form(prefixes, form) for form in forms]
-    matched: list[str | None] = []
-    for paths in attention_paths:
-        hits: list[str] = []
-        for by_form, form in zip(known, forms, strict=True):
-            hits = hits or next((by_form[form(path)] for path in paths if form(path) in by_form), [])
-        if len(hits) > 1:
-            raise ValueError(f"{where} holds two sets of scales for one module: {hits[0]} and {hits[1]}")
-        matched.append(hits[0] if hits else None)
+    found = find_layers(prefixes, attention_paths)
+    if two := next((hits for hits in found if len(hits) > 1), None):
+        raise ValueError(f"{where} holds two sets of scales for one module: {two[0]} and {two[1]}")
+    matched = [hits[0] if hits else None for hits in found]
     if prefixes and not any(matched):
         example = next((paths[0] for paths in attention_paths if paths), "none")
         raise ValueError(
@@ -34,6 +28,20 @@ def match_layers(prefixes: Sequence[str], attention_paths: Sequence[Sequence[str
             "were the scales made for another model?"
         )
     return matched
+
+
+def find_layers(prefixes: Iterable[str], attention_paths: Sequence[Sequence[str]]) -> list[list[str]]:
+    """For each cache layer the prefixes that are nearest to a path of its module, in their order; [] for none."""
+    prefixes = list(dict.fromkeys(prefixes))
+    forms: tuple[Callable[[str], str], ...] = (str, bare, _plain)
+    known = [_by_form(prefixes, form) for form in forms]
+    found = []
+    for paths in attention_paths:
+        hits: list[str] = []
+        for by_form, form in zip(known, forms, strict=True):
+            hits = hits or next((by_form[form(path)] for path in paths if form(path) in by_form), [])
+        found.append(hits)
+    return found
 
 
 def number_layers(prefixes: Sequence[str], num_layers: int | None, where: str) -> list[str | None]:

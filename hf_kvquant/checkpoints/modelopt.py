@@ -9,35 +9,42 @@ Source: the TensorRT-Model-Optimizer project, `torch/export`; checkpoints writte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .compressed_tensors import read_scheme
 from .files import CheckpointFiles
 from .found import Declared
 from .names import Producer
-
-_FORMATS = {"FP8": "fp8_e4m3", "INT8": "int8"}
+from .spellings import ALGORITHMS, names_a_format
 
 
 def declared(files: CheckpointFiles) -> Declared | None:
-    """What hf_quant_config.json or config.json says of the KV cache."""
-    for file, scheme in _schemes(files):
+    """What config.json says of the KV cache."""
+    return _first(files, _in_config(files))
+
+
+def declared_beside(files: CheckpointFiles) -> Declared | None:
+    """What hf_quant_config.json says of it."""
+    contents = files.settings("hf_quant_config.json")
+    return _first(files, ((file, scheme) for file, content in contents for scheme in _of(content.get("quantization"))))
+
+
+def _first(files: CheckpointFiles, schemes: Iterable[tuple[str, Any]]) -> Declared | None:
+    for file, scheme in schemes:
         if isinstance(scheme, dict):
             name, dynamic = read_scheme(scheme, files.path)
             return Declared("modelopt", file, name, dynamic, means_one=True)
-        if str(scheme).upper() not in _FORMATS:
+        if str(scheme).upper() not in ALGORITHMS:
             raise ValueError(
                 f"{files.path}: {file} declares a KV cache of format {scheme!r}, which is not supported; supported are "
                 "FP8 and INT8; scales='dynamic' with kv_cache_dtype='fp8' or 'int8' works with any model"
             )
-        return Declared("modelopt", file, _FORMATS[str(scheme).upper()], means_one=True)
+        return Declared("modelopt", file, ALGORITHMS[str(scheme).upper()], means_one=True)
     return None
 
 
-def _schemes(files: CheckpointFiles) -> Iterator[tuple[str, Any]]:
-    for file, content in files.settings("hf_quant_config.json"):
-        yield from ((file, scheme) for scheme in _of(content.get("quantization")))
+def _in_config(files: CheckpointFiles) -> Iterator[tuple[str, Any]]:
     for quantization in files.quantizations():
         if str(quantization.get("quant_method")).lower().startswith("modelopt"):
             yield from (("config.json", scheme) for scheme in _of(quantization))
@@ -49,7 +56,7 @@ def _of(quantization: Any) -> list[Any]:
     if not isinstance(quantization, dict):
         return []
     values = (quantization.get("kv_cache_scheme"), quantization.get("kv_cache_quant_algo"))
-    return [value for value in values if value is not None]
+    return [value for value in values if names_a_format(value)]
 
 
 PRODUCER = Producer(
@@ -62,3 +69,4 @@ PRODUCER = Producer(
     },
     declared,
 )
+BESIDE = Producer("modelopt", {}, declared_beside)

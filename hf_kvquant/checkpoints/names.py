@@ -20,7 +20,7 @@ _LOOKS = re.compile(
     r"|\b(?:q|k|v|kv|qkv|kv_[ab])_proj\w*\.output_(?:scale|zero_point)"
     r"|\b(?:query_key_value|Wqkv|wkv)\.output_(?:scale|zero_point)"
     r"|\b[kv]_proj\.[kv]_bias"
-    r"|\b(?:q|k|v|kv)_fake_quantizer\.qscale_act|\bfa_[qkv]\.\w+"
+    r"|\b(?:q|k|v|kv)_fake_quantizer\.qscale_act|\bfa_[qkv]\.\w+|(?:attn|attention)\.q\.scale"
     r")"
 )
 # No module path is longer, and patterns take their time over names without end.

@@ -9,9 +9,8 @@ from __future__ import annotations
 from .files import CheckpointFiles
 from .found import Declared, Found, Wanted
 from .parse import list_at, number, numbers, numbers_at, object_at
-
-FILE = "kv_cache_scales.json"
-_FORMATS = {448.0: "fp8_e4m3", 127.0: "int8", 128.0: "int8"}
+from .spellings import LARGEST
+from .vllm import FILE
 
 
 def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
@@ -22,7 +21,7 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
             continue
         where = f"{files.path}/{file}"
         qmax = number(content.get("qmax"), f"qmax in {where}")
-        if qmax not in _FORMATS:
+        if qmax not in LARGEST:
             raise ValueError(
                 f"{where}: qmax {qmax:g} is not supported; supported are 448 (fp8), 127 and 128 (int8); "
                 "scales='dynamic' works with any model"
@@ -42,5 +41,5 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
                 f"{side}_scale": numbers_at(file, key, numbers(rows[side][row], f"{key} in {where}"))
                 for side, key in keys.items()
             }
-        return Found(Declared("onnxruntime-genai", file, _FORMATS[qmax]), by_number=by_number)
+        return Found(Declared("onnxruntime-genai", file, LARGEST[qmax]), by_number=by_number)
     return None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .found import ModelLayers, ScaleSource, Value
+
+if TYPE_CHECKING:
+    from .files import CheckpointFiles
 
 
 def object_at(content: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
@@ -65,9 +68,15 @@ def numbers_at(file: str, key: str, values: Sequence[float]) -> Value:
     return ScaleSource(file, key), torch.tensor(values, dtype=torch.float32)
 
 
-def check_model_type(model_type: Any, model: ModelLayers | None, where: str) -> None:
-    """Raises ValueError if the file says that it is for another kind of model."""
-    if model_type is not None and model is not None and model.model_type not in (None, model_type):
+def check_model_type(model_type: Any, model: ModelLayers | None, files: CheckpointFiles, where: str) -> None:
+    """Raises ValueError if the file says that it is for another kind of model.
+
+    The text model of the checkpoint that it lies in, which may be loaded alone, is none.
+    """
+    of_checkpoint = (files.config.get("model_type"), files.text_config.get("model_type"))
+    if model_type is None or model is None or model.model_type in (None, model_type):
+        return
+    if model_type not in of_checkpoint or model.model_type not in of_checkpoint:
         raise ValueError(f"{where} is for a model of type {model_type!r}, this one is {model.model_type!r}")
 
 

@@ -55,7 +55,7 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
                 for part, values in parts.items()
                 if part in _PARTS and values is not None
             }
-        return Found(Declared("hf_kvquant", file, kv_cache_dtype), by_path)
+        return Found(Declared("hf_kvquant", file, kv_cache_dtype), by_path, shaped=True)
     return None
 
 

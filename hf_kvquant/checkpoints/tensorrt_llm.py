@@ -14,9 +14,9 @@ import torch
 
 from .files import CheckpointFiles, tensors_in
 from .found import Declared, Found, ScaleSource, Value, Wanted
+from .spellings import ALGORITHMS, names_a_format
 
 _NAME = re.compile(r".*\blayers\.(\d{1,5})\.attention\.(kv|k|v)_cache_scaling_factor")
-_FORMATS = {"FP8": "fp8_e4m3", "INT8": "int8"}
 
 
 def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
@@ -26,7 +26,8 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
         return None
     quantization, mapping = files.config.get("quantization"), files.config.get("mapping")
     algorithm = quantization.get("kv_cache_quant_algo") if isinstance(quantization, dict) else None
-    if algorithm is not None and str(algorithm) not in _FORMATS:
+    algorithm = algorithm if names_a_format(algorithm) else None
+    if algorithm is not None and str(algorithm) not in ALGORITHMS:
         raise ValueError(
             f"{files.path}: config.json declares a KV cache of format {algorithm!r}, which is not supported; supported "
             "are FP8 and INT8; scales='dynamic' works with any model"
@@ -44,5 +45,5 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
             values = torch.cat([tensors[name].to(torch.float32).flatten() for tensors in of_ranks])
             by_number.setdefault(int(match[1]), {})[f"{match[2]}_scale"] = (ScaleSource(file, name), values)
     notes = [] if algorithm else [f"{files.path} declares no KV cache format; its scales are taken to be for fp8_e4m3"]
-    declared = Declared("tensorrt-llm", "config.json" if algorithm else None, _FORMATS[str(algorithm or "FP8")])
+    declared = Declared("tensorrt-llm", "config.json" if algorithm else None, ALGORITHMS[str(algorithm or "FP8")])
     return Found(declared, by_number=by_number, ranks=len(ranks) > 1, notes=notes)

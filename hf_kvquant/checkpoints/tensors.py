@@ -13,7 +13,7 @@ from .files import CheckpointFiles
 from .found import Declared, Found, ScaleSource, Value, Wanted
 from .names import looks_like_kv_scale, parse
 
-# The most special names and declarations come first.
+# The most special names and declarations come first; what a file beside config.json declares comes last, as in vLLM.
 PRODUCERS = (
     modelopt.PRODUCER,
     quark.PRODUCER,
@@ -22,6 +22,7 @@ PRODUCERS = (
     angelslim.PRODUCER,
     mistral.PRODUCER,
     compressed_tensors.PRODUCER,
+    modelopt.BESIDE,
 )
 
 
@@ -60,7 +61,7 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
         module: {part: (ScaleSource(files.file_of(name), name), values[name]) for part, name in parts.items()}
         for module, parts in names.items()
     }
-    notes = []
+    notes = _contradicted(files, declared)
     if declared.file is None:
         notes.append(
             f"{files.path} declares no KV cache format; its scales are taken to be for {declared.kv_cache_dtype}"
@@ -68,3 +69,19 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
     if declared.factor != 1.0:
         notes.append(f"the scales of {files.path} are for e4m3fnuz; multiplied by {declared.factor} they are for e4m3")
     return Found(declared, by_path, notes=notes, ignored=ignored)
+
+
+def _contradicted(files: CheckpointFiles, declared: Declared) -> list[str]:
+    """A note if config.json declares one thing and a file beside it, perhaps of an earlier quantization, another."""
+    try:
+        other = modelopt.declared_beside(files) if declared.file == "config.json" else None
+    except ValueError as error:
+        return [f"{error}; config.json is followed, which declares {declared.kv_cache_dtype}"]
+    if other is None or (other.kv_cache_dtype, other.dynamic) == (declared.kv_cache_dtype, declared.dynamic):
+        return []
+    ways = [f"{found.file} declares {_way(found)}" for found in (declared, other)]
+    return [f"{files.path}: {', '.join(ways)}; {declared.file} is followed"]
+
+
+def _way(declared: Declared) -> str:
+    return f"{'dynamic' if declared.dynamic else 'static'} {declared.kv_cache_dtype}"

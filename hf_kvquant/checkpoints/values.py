@@ -23,6 +23,7 @@ class LayerReader:
         path: the checkpoint's directory, for errors.
         factor: what scales are multiplied by.
         ranks: values are one a tensor-parallel rank.
+        shaped: values are `[H, 1]` or `[H, D]` already.
         notes: what had to be decided; is added to.
         suspicious: those of the notes that deserve a warning.
     """
@@ -30,6 +31,7 @@ class LayerReader:
     path: str
     factor: float = 1.0
     ranks: bool = False
+    shaped: bool = False
     notes: list[str] = field(default_factory=list)
     suspicious: list[str] = field(default_factory=list)
 
@@ -130,6 +132,8 @@ class LayerReader:
         flat, shape = tensor.flatten(), list(tensor.shape)
         if flat.numel() == 1 or (self.ranks and bool((flat == flat[0]).all())):
             return flat[:1]
+        if self.shaped and num_kv_heads in (None, tensor.shape[0]):
+            return flat if tensor.shape[1] == 1 else tensor
         if num_kv_heads is None:
             squeezed = tensor.squeeze()
             if self.ranks or (squeezed.ndim, tensor.ndim) == (1, 1) or squeezed.ndim > 2:
@@ -137,9 +141,13 @@ class LayerReader:
             return squeezed  # [H, 1, 1] or [H, D], [1, H, 1, D]
         if self.ranks and num_kv_heads % flat.numel() == 0:
             return flat.repeat_interleave(num_kv_heads // flat.numel())
-        if flat.numel() == num_kv_heads:
+        if self.ranks and flat.numel() % num_kv_heads == 0:
+            of_heads = flat.view(num_kv_heads, -1)  # ranks beyond the number of heads share them
+            if bool((of_heads == of_heads[:, :1]).all()):
+                return of_heads[:, 0]
+        if flat.numel() == num_kv_heads and not self.shaped:
             return flat
-        if self.ranks or flat.numel() % num_kv_heads:
+        if self.ranks or self.shaped or flat.numel() % num_kv_heads:
             what = "tensor-parallel ranks" if self.ranks else "values"
             raise ValueError(
                 f"{where} has {flat.numel()} {what}, shape {shape}, which does not fit {num_kv_heads} KV heads; were "

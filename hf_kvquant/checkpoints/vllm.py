@@ -25,7 +25,7 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
                 f"{where}: dtype {cache.get('dtype')!r} is not supported; supported is 'float8_e4m3fn'; "
                 "scales='dynamic' works with any model"
             )
-        check_model_type(content.get("model_type"), wanted.model, where)
+        check_model_type(content.get("model_type"), wanted.model, files, where)
         ranks = indexed(object_at(cache, "scaling_factor", where), f"{where}: scaling_factor")
         layers = [indexed(ranks[rank], f"{where}: scaling_factor[{rank}]") for rank in range(len(ranks))]
         if any(rank.keys() != layers[0].keys() for rank in layers):

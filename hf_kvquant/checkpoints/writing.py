@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..scales import LayerScales
-from . import sidecar
-from .files import INDEX, CheckpointFiles
+from . import sidecar, vllm
+from .files import INDEX, CheckpointFiles, whole_directory
 from .found import ModelLayers
 from .layouts import (
     JSON_LAYOUTS,
@@ -33,7 +33,7 @@ from .layouts import (
     tensors_of,
     vllm_json,
 )
-from .matching import bare
+from .matching import find_layers
 from .names import looks_like_kv_scale
 
 # Sorts behind every shard of weights: who asks a checkpoint for its dtype looks into the first file.
@@ -42,7 +42,6 @@ _SINGLE = "model.safetensors"
 _SINGLE_IN_INDEX = "model-00001-of-00001.safetensors"
 _CONFIG = "config.json"
 _MODELOPT_CONFIG = "hf_quant_config.json"
-_VLLM_JSON = "kv_cache_scales.json"
 
 
 class HasScales(Protocol):
@@ -89,15 +88,16 @@ def prepare_checkpoint(
     check_holds(layout, dtype, by_prefix)
     target = Path(files.path if output is None else output)
 
-    def prepared(write: Callable[[], list[str]]) -> PreparedScales:
+    def prepared(write: Callable[[], list[str]], *more: str) -> PreparedScales:
         notes = limits(layout, dtype, by_prefix, files.config, files.tensors)
-        return PreparedScales(str(target), layout, notes, write)
+        return PreparedScales(str(target), layout, [*notes, *more], write)
 
     if layout in JSON_LAYOUTS:
         if layout == "sidecar":
             name, content = sidecar.FILE, sidecar.content(dtype, by_prefix, settings or {})
         else:
-            name, content = _VLLM_JSON, vllm_json(by_prefix, files.config)
+            _check_not_shadowed(target)
+            name, content = vllm.FILE, vllm_json(by_prefix, files.config)
         return prepared(lambda: _put_json(target / name, content))
     _check_complete(scales, model, files)
     addition = _Addition(
@@ -113,24 +113,24 @@ def prepare_checkpoint(
         return prepared(lambda: _add(files, addition))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not empty; give a new directory")
-    return prepared(lambda: _add_to_copy(files, addition, target))
+    left = [f"{sidecar.FILE} of {files.path} is not copied: it would come before the new scales"]
+    left = left if (Path(files.path) / sidecar.FILE).exists() else []
+    return prepared(lambda: _add_to_copy(whole_directory(checkpoint, files), addition, target), *left)
 
 
 def _by_prefix(scales: HasScales, model: ModelLayers, files: CheckpointFiles) -> dict[str, LayerScales]:
-    """The scales by their module's path as the checkpoint spells it, which may have other wrappers than the model."""
-    spelled: dict[str, str] = {}
-    for name in files.tensors:
-        parts = name.split(".")
-        for end in range(1, len(parts)):
-            parent = ".".join(parts[:end])
-            spelled.setdefault(bare(parent), parent)
+    """The scales by their module's path as the checkpoint spells it, which may be another than the model's."""
+    parts = [name.split(".") for name in files.tensors]
+    modules = (".".join(of_name[:end]) for of_name in parts for end in range(1, len(of_name)))
     by_prefix = {}
-    for index, (layer, paths) in enumerate(zip(scales.layers, model.paths, strict=True)):
+    for index, (layer, paths, spelled) in enumerate(
+        zip(scales.layers, model.paths, find_layers(modules, model.paths), strict=True)
+    ):
         if layer is None:
             continue
         if not paths:
             raise ValueError(f"there are scales of layer {index}, but this model has no attention module for it")
-        by_prefix[next((spelled[bare(path)] for path in paths if bare(path) in spelled), paths[0])] = layer
+        by_prefix[spelled[-1] if spelled else paths[0]] = layer  # the last one is the innermost
     return by_prefix
 
 
@@ -165,15 +165,19 @@ class _Addition:
     is_modelopt: bool
 
 
-def _add_to_copy(files: CheckpointFiles, addition: _Addition, target: Path) -> list[str]:
+def _add_to_copy(directory: Path, addition: _Addition, target: Path) -> list[str]:
     """Copy a checkpoint and add to the copy; `target` is there as a whole or not at all."""
     partial = target.parent / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
+
+    def left_out(where: str, names: list[str]) -> set[str]:
+        """What is of other tools (.git, .cache), this copy itself, and what would come before the new scales."""
+        here = [Path(where) / name for name in names]
+        folders = {path.name for path in here if path.is_dir() and (path.name.startswith(".") or path == target)}
+        return folders | ({sidecar.FILE} if Path(where) == directory else set())
+
     try:
-        for file in Path(files.path).iterdir():
-            if file.is_file():
-                shutil.copy2(file, partial / file.name)
+        shutil.copytree(directory, partial, ignore=left_out, ignore_dangling_symlinks=True)
         changed = _add(CheckpointFiles.find(partial), addition)
         if target.exists():
             target.rmdir()
@@ -187,12 +191,22 @@ def _add_to_copy(files: CheckpointFiles, addition: _Addition, target: Path) -> l
 def _check_in_place(files: CheckpointFiles, addition: _Addition) -> None:
     """Raise ValueError for what could not be done without a moment at which the checkpoint is wrong."""
     advice = "give an output directory for a checkpoint with the new ones"
+    _check_not_shadowed(Path(files.path))
     if stale := _stale(files, addition):
         raise ValueError(f"{files.path} has KV scales among the weights of {', '.join(sorted(stale))}; {advice}")
     before = quantization_of(files.config).get("kv_cache_scheme")
     after = quantization_of(addition.config).get("kv_cache_scheme")
     if before not in (None, after) and _SHARD in files.tensors.values():
         raise ValueError(f"{files.path} has KV scales for {before}, the new ones are for {after}; {advice}")
+
+
+def _check_not_shadowed(directory: Path) -> None:
+    """Raise ValueError if there are scales that come before whatever else is written."""
+    if (directory / sidecar.FILE).exists():
+        raise ValueError(
+            f"{directory} has scales in {sidecar.FILE}, which come before the new ones; remove it, write with "
+            "layout='sidecar', or give an output directory"
+        )
 
 
 def _stale(files: CheckpointFiles, addition: _Addition) -> dict[str, set[str]]:

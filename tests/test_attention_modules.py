@@ -1,0 +1,74 @@
+"""Which module feeds each layer of a cache, and with how many heads: told from the modules, held to what a run does."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, KEPT_BY_HOST, MORE_FAMILIES, available, build
+from transformers import DynamicCache, PreTrainedModel, WhisperForConditionalGeneration
+from transformers.cache_utils import EncoderDecoderCache
+
+from hf_kvquant.hosts import model_layers, with_cache
+
+# Models that run one module for several layers; it carries the number of one of them, or of none.
+SHARED_MODULES = {"dory", "hrm_text", "inkling2_loop_text", "zamba", "zamba2"}
+# Wrapped attention, encoders whose layers count from 0 too, cross-attention, vision towers, latents, an output layer
+# called decoder, and heads that differ between layers come first; the rest is slow.
+_TOLD_APART = [
+    "bart", "dbrx", "deepseek_v3", "gemma3", "gemma4_text", "gpt_neo", "inkling_text", "led", "llama", "mllama",
+    "modernbert-decoder", "qwen3_next", "t5", "t5gemma", "whisper", "gemma4", "jetmoe", "kimi_linear",
+]  # fmt: skip
+_ALL = {*FAMILIES, *MORE_FAMILIES} - SHARED_MODULES - KEPT_BY_HOST - {"switch_transformers"}
+TYPES = [
+    *available(_TOLD_APART),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in available(sorted(_ALL - {*_TOLD_APART}))),
+]
+
+
+class WatchingCache(DynamicCache):
+    """Remembers which module updates each layer, and with how many heads."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.fed: dict[int, tuple[torch.nn.Module, int]] = {}
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        frame = sys._getframe(1)
+        while not isinstance(frame.f_locals.get("self"), torch.nn.Module):
+            assert frame.f_back is not None
+            frame = frame.f_back
+        self.fed.setdefault(layer_idx, (frame.f_locals["self"], keys.shape[1]))
+        return super().update(keys, values, layer_idx, *args, **kwargs)
+
+
+def _fed(model: PreTrainedModel) -> dict[int, tuple[torch.nn.Module, int]]:
+    config = model.config.get_text_config(decoder=True)
+    cache, tokens = WatchingCache(config), torch.full((1, 5), 11)
+    inputs: dict[str, Any] = {"input_ids": tokens, **with_cache(cache)}
+    if model.config.is_encoder_decoder:
+        inputs = {"input_ids": tokens, "decoder_input_ids": tokens}
+        inputs |= with_cache(EncoderDecoderCache(cache, DynamicCache(config=config)))
+        if isinstance(model, WhisperForConditionalGeneration):
+            inputs["input_features"] = torch.zeros(1, model.config.num_mel_bins, 256)
+            del inputs["input_ids"]
+    with torch.no_grad():
+        model(**inputs)
+    return cache.fed
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_each_layer_has_the_module_that_feeds_it(model_type: str) -> None:
+    model = build(model_type)
+    layers, fed = model_layers(model), _fed(model)
+    assert fed
+    names = {module: path for path, module in model.named_modules()}
+    assert {index: paths[0] for index, paths in enumerate(layers.paths) if paths} == {
+        index: names[module] for index, (module, _) in fed.items()
+    }
+    for index, (_, num_heads) in fed.items():
+        assert layers.num_kv_heads[index] in (num_heads, None)
+        is_latent = num_heads == 1 and model.config.get_text_config(decoder=True).num_key_value_heads != 1
+        assert (layers.num_kv_heads[index] is None) == is_latent
