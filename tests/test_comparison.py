@@ -320,8 +320,24 @@ def test_retrieval_and_speculation_are_parts_of_a_row(tmp_path: Path) -> None:
     assert again[1].acceptance == rows["int8"].acceptance
     assert again[2].acceptance[0].proposed == 171717
     assert again[2].failed == rows["few pages"].failed
-    with pytest.raises(ValueError, match="differs in retrieval, speculation;"):
+    with pytest.raises(ValueError, match="differs in text, retrieval, speculation;"):
         compared(model, tokenizer=tokenizer, formats=formats, save=path)
+
+
+def test_facts_are_hidden_in_all_of_the_data(tmp_path: Path) -> None:
+    """Not in the windows alone, which are few; data that can be read only once will do."""
+    path, tokenizer = tmp_path / "numbers.json", AutoTokenizer.from_pretrained(TINY)
+    model = tiny_llama("sdpa", vocab_size=len(tokenizer))
+    # The first two make a window; the last ones are too short for one.
+    lines = [TEXT[:300], *(TEXT[start : start + 50] for start in range(300, 2000, 50))]
+    options = {"tokenizer": tokenizer, "num_windows": 1, "retrieval": [301], "save": path}
+    found = compared(model, iter(lines), **options)
+    assert found.setup["windows"] == 1
+    assert {each.length for each in found.rows[0].retrieval} == {301}
+    with pytest.raises(ValueError, match="differs in text"):  # the window is the same
+        compared(model, [*lines[:2], "another", *lines[2:]], **options)
+    with pytest.raises(ValueError, match=r"retrieval over 301 tokens needs .*, and there are \d\d\d?; give more data"):
+        compared(model, lines[:4], **options)
 
 
 def test_an_assistant() -> None:

@@ -24,7 +24,7 @@ from .resume import read_rows, write_json
 from .retrieval import Probe, make_probes, measure_retrieval
 from .rows import Comparison, ComparisonRow
 from .setup import model_setup
-from .windows import windows_of
+from .windows import read_windows
 
 
 def compare(
@@ -59,8 +59,8 @@ def compare(
         num_windows: how many windows are read, or fewer if there are not as many.
         new_tokens: length of the greedy continuations, at most half of `context`.
         steps: tokens at the end of each window that are read one by one, the costly part; None for half of `context`.
-        retrieval: lengths in tokens over which facts are to be found again, see `evaluation.retrieval`. The longest may
-            have as many tokens as the windows together, which hide them.
+        retrieval: lengths in tokens over which facts are to be found again, see `evaluation.retrieval`. The beginning
+            of the data hides them, which needs as many tokens as the longest.
         speculation: whether to count how many drafted tokens are accepted in the greedy continuations: those of prompt
             lookup and, if a model is given here, those of this assistant.
         save: a JSON file, written after every row. If it is there, the rows in it are taken over if they belong to the
@@ -73,15 +73,15 @@ def compare(
     _check_amounts(model, context, num_windows, new_tokens, steps, retrieval)
     steps = context - context // 2 if steps is None else steps
     compared = candidates(model, formats)
-    windows = windows_of(data, model, tokenizer, context, num_windows)
-    probes = _probes(model, windows, tokenizer, retrieval) if retrieval else []
+    windows, pieces = read_windows(data, model, tokenizer, context, num_windows, max(retrieval, default=0))
+    probes = _probes(model, pieces, tokenizer, retrieval) if retrieval else []
     assistant = None if isinstance(speculation, bool) else speculation
     prompts = [window[: context // 2] for window in windows]
     drafting = AcceptanceRun(model, assistant, prompts, new_tokens) if speculation else None
     of_assistant = None if assistant is None else candidates(assistant, formats)
     setup = {
         **model_setup(model),
-        "text": hashlib.sha256(torch.stack(windows).cpu().numpy().tobytes()).hexdigest(),
+        "text": _digest([*windows, *pieces]),
         "context": context,
         "windows": len(windows),
         "new_tokens": new_tokens,
@@ -158,12 +158,16 @@ def _evaluating(models: Sequence[PreTrainedModel]) -> Iterator[None]:
             model.train(was_training)
 
 
+def _digest(pieces: Sequence[torch.Tensor]) -> str:
+    return hashlib.sha256(torch.cat([piece.cpu() for piece in pieces]).numpy().tobytes()).hexdigest()
+
+
 def _probes(
-    model: PreTrainedModel, windows: Sequence[torch.Tensor], tokenizer: Any, lengths: Sequence[int]
+    model: PreTrainedModel, pieces: Sequence[torch.Tensor], tokenizer: Any, lengths: Sequence[int]
 ) -> list[Probe]:
     tokenizer = tokenizer_beside(model) if tokenizer is None else tokenizer
     # Only the first token of a text says that it begins.
-    text = torch.cat([window[int(window[0] == tokenizer.bos_token_id) :] for window in windows])
+    text = torch.cat([piece[int(piece[:1].tolist() == [tokenizer.bos_token_id]) :].cpu() for piece in pieces])
     return make_probes(text, tokenizer, lengths)
 
 

@@ -157,12 +157,12 @@ def _probe(task: str, length: int, depth: float, facts: _Facts, text: torch.Tens
     # The question begins a line of its own.
     room = length - len(start) - len(fact) - len(end) - len(question) - len(answer)
     if room < 0:
-        raise ValueError(f"retrieval over {length} tokens: a fact and the question for it take {length - room}")
+        raise ValueError(f"retrieval over {length:,} tokens: a fact and the question for it take {length - room}")
     if task == "needle":
         around = text.cpu()[:room]
         if len(around) < room:
             raise ValueError(
-                f"retrieval over {length} tokens needs as many tokens of text, and there are {len(text)}; "
+                f"retrieval over {length:,} tokens needs as many tokens of data, and there are {len(text):,}; "
                 "give more data, or smaller lengths"
             )
         before = int(depth * room)
