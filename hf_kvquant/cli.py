@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--device", default="auto", type=_device, help="cpu, cuda, ..., or auto: whatever there is (default)"
         )
-        added.add_argument("--dtype", default="auto", help="to load the model in (default: its own)")
+        added.add_argument("--dtype", default="auto", type=_dtype, help="to load the model in (default: its own)")
 
     convert = command("convert", _convert, "take the scales of one checkpoint or file into another")
     convert.add_argument("source", help="where the scales are: directory, file or hub id")
@@ -191,6 +191,14 @@ def _device(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is no device; write cpu, cuda, cuda:1, ...") from error
 
 
+def _dtype(text: str) -> torch.dtype | str:
+    """`auto`, or a dtype that weights can have."""
+    dtype = getattr(torch, text.removeprefix("torch."), None)
+    if text != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise argparse.ArgumentTypeError(f"{text!r} is no dtype of weights; write auto, bfloat16, float16 or float32")
+    return dtype or text
+
+
 def _show(result: Any, as_json: bool) -> None:
     print(json.dumps(result.to_dict(), indent=2) if as_json else result)
 
@@ -216,15 +224,23 @@ def _plan(options: argparse.Namespace) -> None:
     _show(planned, options.json)
 
 
-def _accelerator() -> torch.device | None:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+def _place(options: argparse.Namespace) -> torch.device:
+    """The device that is asked for. Raises ValueError if this machine does not have it."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if options.device == "auto":
+        return accelerator or torch.device("cpu")
+    device = torch.device(options.device)
+    count = torch.accelerator.device_count() if accelerator is not None else 0
+    there = [str(torch.device(accelerator.type, index)) for index in range(count)] if accelerator is not None else []
+    if device.type != "cpu" and str(torch.device(device.type, device.index or 0)) not in there:
+        raise ValueError(f"--device {device}: torch finds no such device here; there is {', '.join(['cpu', *there])}")
+    return device
 
 
 def _load(options: argparse.Namespace, path: str | None = None, **further: Any) -> Any:
     """The model that is asked for, or that of another path, where it is asked for, in evaluation mode."""
-    accelerator = _accelerator()
-    device = options.device if options.device != "auto" else accelerator or "cpu"
-    spread = options.device == "auto" and accelerator is not None and is_accelerate_available()
+    device = _place(options)
+    spread = options.device == "auto" and device.type != "cpu" and is_accelerate_available()
     placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
     model = AutoModelForCausalLM.from_pretrained(path or options.model, dtype=options.dtype, **placed, **further)
     return model if spread else model.to(device)
@@ -258,11 +274,7 @@ def _bench(options: argparse.Namespace) -> None:
         if not sys.stderr.isatty():  # there is a progress bar
             print(f"{row}: {row.failed or 'done'}", file=sys.stderr)
 
-    if options.random_weights:
-        device = options.device if options.device != "auto" else _accelerator() or "cpu"
-        model = random_model(options.model, options.dtype, device)
-    else:
-        model = _load(options)
+    model = random_model(options.model, options.dtype, _place(options)) if options.random_weights else _load(options)
     name = f"{options.model}{', random weights' if options.random_weights else ''}"
     sizes = {"formats": options.formats, "contexts": options.context, "batches": options.batch}
     if options.largest:

@@ -73,7 +73,7 @@ def test_python_m() -> None:
 
 
 WRONG = ("", "dance", "plan", "plan x --memory much", "doctor x --device abacus", "calibrate x --data y",
-         "convert x y --output z --in-place")  # fmt: skip
+         "convert x y --output z --in-place", "bench x --dtype bfloat15", "eval x --data y --dtype int8")  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", [text.split() for text in WRONG], ids=WRONG)
@@ -91,6 +91,14 @@ def test_doctor_names_the_kernels(device: str, kernels: str, capsys: pytest.Capt
     output = run(capsys, "doctor", TINY, "--device", device)
     assert f"(llama, bfloat16) on {device}" in output
     assert f"kernels: {kernels}" in output
+
+
+@pytest.mark.parametrize(
+    "arguments", [["eval", "--data", "x.txt"], ["bench"], ["bench", "--random-weights"]], ids=" ".join
+)
+def test_a_device_that_is_not_here(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(capsys, *arguments, TINY, "--device", "cuda:63")
+    assert said.startswith("hf-kvquant: --device cuda:63: torch finds no such device here; there is cpu")
 
 
 @pytest.mark.parametrize("command", ["inspect", "doctor", "plan"])

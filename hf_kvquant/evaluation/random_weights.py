@@ -9,13 +9,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 def random_model(
-    source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+    source: str | os.PathLike[str], dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
     """The model of a directory or hub id as its configuration describes it, the same random weights every time.
 
     Args:
         source: where the configuration is; no weights are read, and no scales of a checkpoint will be.
-        dtype: of the weights; "auto" for the configuration's.
+        dtype: of the weights, or its name; "auto" for the configuration's.
         device: where they are made.
 
     Raises OSError and ValueError for a source without a configuration that transformers knows.
