@@ -80,7 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--device", type=_device, help="where it is to run, such as cpu or cuda (default: what this machine has)"
     )
-    doctor.add_argument("--kv-cache-dtype", default="auto", help="as in cache_config (default: auto)")
+    doctor.add_argument(
+        "--kv-cache-dtype", default="auto", type=_kv_cache_dtype,
+        help="as in cache_config; K,V for a pair (default: auto)",
+    )  # fmt: skip
     doctor.add_argument("--scales", default="auto", help="as in cache_config (default: auto)")
 
     plan = command("plan", _plan, "show what a model's cache takes by batch and format, and what fits")
