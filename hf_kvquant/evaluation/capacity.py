@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..hosts import disable_fake_quantization, without_wrapper
+from ..hosts import disable_fake_quantization, longest_sequence, without_wrapper
 from ..pools import OutOfPagesError
 from ..tables import table
 from .attempt import attempt
@@ -26,7 +26,6 @@ from .generating import (
     contexts_for,
     generating_candidates,
     generating_setup,
-    longest_sequence,
     random_ids,
 )
 from .resume import read_rows, write_json
@@ -185,7 +184,7 @@ def check_device(model: PreTrainedModel) -> None:
 
 def _row(model: PreTrainedModel, candidate: Candidate, batch: int | None, context: int | None) -> CapacityRow:
     unit = 1 if batch is None else _TOKENS
-    longest = longest_sequence(model)
+    longest = longest_sequence(model.config)
     most = _MOST if batch is None or longest is None else (longest - _NEW_TOKENS)
 
     def fits(count: int) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration_data import tokenizer_beside
-from ..hosts import disable_fake_quantization, without_wrapper
+from ..hosts import disable_fake_quantization, longest_sequence, without_wrapper
 from .acceptance import PLACES, AcceptanceRun
 from .attempt import attempt
 from .caches import DEFAULT_FORMATS, DENSE, Candidate, Formats, candidates
+from .generating import check_amounts
 from .machine import git_commit
+from .mode import evaluating
 from .quality import QualityRun
 from .resume import read_rows, write_json
 from .retrieval import Probe, make_probes, measure_retrieval
@@ -97,7 +98,7 @@ def compare(
     if len(windows) < num_windows:
         notes.append(f"only {len(windows)} of the {num_windows} windows asked for: there is no more data")
     rows: list[ComparisonRow] = []
-    with _evaluating(models):
+    with evaluating(*models):
         measuring = _Measuring(model, QualityRun(model, windows, new_tokens, steps), context, probes, drafting)
         for index, candidate in enumerate(compared):
             row = saved.get(candidate.name)
@@ -145,19 +146,6 @@ class _Measuring:
         return replace(row, failed="; ".join(failures))
 
 
-@contextmanager
-def _evaluating(models: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """Models in evaluation mode, for a while."""
-    were_training = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, was_training in zip(models, were_training, strict=True):
-            model.train(was_training)
-
-
 def _digest(pieces: Sequence[torch.Tensor]) -> str:
     return hashlib.sha256(torch.cat([piece.cpu() for piece in pieces]).numpy().tobytes()).hexdigest()
 
@@ -179,21 +167,14 @@ def _check_amounts(
     steps: int | None,
     retrieval: Sequence[int],
 ) -> None:
-    if model.config.is_encoder_decoder or not model.can_generate():
-        raise ValueError(f"{type(model).__name__} is not a causal language model, whose next tokens can be compared")
-    lengths = [("context", context), *(("retrieval", length) for length in retrieval)]
-    amounts = [
-        ("num_windows", num_windows, 1),
-        ("new_tokens", new_tokens, 1),
-        ("steps", 1 if steps is None else steps, 1),
-    ]
-    for name, value, least in [*((name, length, 16) for name, length in lengths), *amounts]:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r}; it must be an integer of at least {least}")
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    for name, value in lengths:
-        if isinstance(longest, int) and value > longest:
-            raise ValueError(f"{name}={value}, but the model is made for {longest} tokens (max_position_embeddings)")
+    lengths = {"context": [context], **({"retrieval": retrieval} if retrieval else {})}
+    check_amounts(model, lengths, least=16)
+    check_amounts(model, {"num_windows": [num_windows], "new_tokens": [new_tokens]})
+    check_amounts(model, {} if steps is None else {"steps": [steps]})
+    longest = longest_sequence(model.config)
+    for name, values in lengths.items():
+        if longest is not None and max(values) > longest:
+            raise ValueError(f"{name}: {max(values)}; the model is made for {longest} tokens (max_position_embeddings)")
     if new_tokens > context // 2:
         raise ValueError(f"new_tokens={new_tokens}; at most half of context={context}, the other half is the prompt")
     if steps is not None and steps >= context:
