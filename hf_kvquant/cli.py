@@ -12,17 +12,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_accelerate_available, logging
 
 from . import __version__
 from .calibration import ESTIMATORS, FORMATS, calibrate
+from .calibration_data import batches_of
 from .checkpoints.layouts import JSON_LAYOUTS, LAYOUTS
 from .doctor import diagnose
 from .evaluation import ComparisonRow, compare
 from .evaluation.benchmark import bench
 from .evaluation.caches import DEFAULT_FORMATS
-from .evaluation.capacity import CapacityRow, measure_capacity
+from .evaluation.capacity import CapacityRow, check_capacity, measure_capacity
+from .evaluation.comparison import check_comparison
+from .evaluation.generating import check_generating
 from .evaluation.random_weights import random_model
 from .evaluation.reporting import write_report
 from .evaluation.speed import BenchRow
@@ -249,27 +252,41 @@ def _load(options: argparse.Namespace, path: str | None = None, **further: Any) 
     return model if spread else model.to(device)
 
 
+def _skeleton(options: argparse.Namespace) -> PreTrainedModel:
+    """The model that will be loaded, without weights: enough to refuse other arguments before the loading.
+
+    Raises ValueError for a device that is not here.
+    """
+    _place(options)
+    model = random_model(options.model, options.dtype, "meta")
+    model.config._name_or_path = options.model
+    return model
+
+
+def _check_data(options: argparse.Namespace, model: PreTrainedModel, length: int) -> None:
+    """Raise ValueError or TypeError if not even the first piece of the data can be read."""
+    next(batches_of(options.data, model, None, 1, length, 1), None)
+
+
 def _eval(options: argparse.Namespace) -> None:
     def tell(row: ComparisonRow) -> None:
         print(f"{row.cache}: {row.failed or 'done'}", file=sys.stderr)
 
+    measured = {
+        "formats": options.formats,
+        "context": options.context,
+        "num_windows": options.num_windows,
+        "new_tokens": options.new_tokens,
+        "steps": options.steps,
+        "retrieval": options.retrieval,
+        "save": options.json,
+    }
+    skeleton = _skeleton(options)
+    check_comparison(skeleton, **measured)
+    _check_data(options, skeleton, options.context)
     load = partial(_load, options, attn_implementation=options.attention)
     speculation = options.speculation if isinstance(options.speculation, bool) else load(path=options.speculation)
-    print(
-        compare(
-            load(),
-            options.data,
-            formats=options.formats,
-            context=options.context,
-            num_windows=options.num_windows,
-            new_tokens=options.new_tokens,
-            steps=options.steps,
-            retrieval=options.retrieval,
-            speculation=speculation,
-            save=options.json,
-            on_row=tell,
-        )
-    )
+    print(compare(load(), options.data, **measured, speculation=speculation, on_row=tell))
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -277,14 +294,21 @@ def _bench(options: argparse.Namespace) -> None:
         if not sys.stderr.isatty():  # there is a progress bar
             print(f"{row}: {row.failed or 'done'}", file=sys.stderr)
 
-    model = random_model(options.model, options.dtype, _place(options)) if options.random_weights else _load(options)
-    name = f"{options.model}{', random weights' if options.random_weights else ''}"
-    sizes = {"formats": options.formats, "contexts": options.context, "batches": options.batch}
+    device = _place(options)
+    measured = {
+        "formats": options.formats,
+        "contexts": options.context,
+        "batches": options.batch,
+        "save": options.json,
+    }
     if options.largest:
-        print(measure_capacity(model, **sizes, name=name, save=options.json, on_row=tell))
-        return
-    amounts = {"new_tokens": options.new_tokens, "rounds": options.rounds}
-    print(bench(model, **sizes, **amounts, name=name, save=options.json, on_row=tell))
+        check_capacity(_skeleton(options), device, **measured)
+    else:
+        measured |= {"new_tokens": options.new_tokens, "rounds": options.rounds}
+        check_generating(_skeleton(options), **measured)
+    model = random_model(options.model, options.dtype, device) if options.random_weights else _load(options)
+    name = f"{options.model}{', random weights' if options.random_weights else ''}"
+    print((measure_capacity if options.largest else bench)(model, **measured, name=name, on_row=tell))
 
 
 def _report_on(options: argparse.Namespace) -> None:
@@ -303,6 +327,7 @@ def _calibrate(options: argparse.Namespace) -> None:
         symmetric=not options.asymmetric,
         q_scale=options.q_scale,
     )
+    _check_data(options, _skeleton(options), options.max_length)
     model = _load(options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are among the notes

@@ -123,7 +123,7 @@ def test_a_file_of_another_measurement_is_refused(model: Any, tmp_path: Path, ch
     measured(model, save=path, rounds=1)
     other = tiny_llama("sdpa") if change == "config" else model
     options: dict[str, Any] = {"new_tokens": {"new_tokens": 8}, "model": {"name": "another"}}.get(change, {})
-    with pytest.raises(ValueError, match=f"{path} holds a comparison that differs in {change}"):
+    with pytest.raises(ValueError, match=f"{path} holds a measurement that differs in {change}"):
         measured(other, save=path, rounds=1, **options)
 
 

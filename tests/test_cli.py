@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 import hf_kvquant
-from hf_kvquant import LayerScales, QuantizedPagedCache, read_scales, write_scales
+from hf_kvquant import LayerScales, QuantizedPagedCache, cli, read_scales, write_scales
 from hf_kvquant.cli import main
 from hf_kvquant.doctor import diagnose
 from hf_kvquant.inspection import inspect_scales
@@ -100,6 +100,30 @@ def test_doctor_names_the_kernels(device: str, kernels: str, capsys: pytest.Capt
 def test_a_device_that_is_not_here(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     said = fails(capsys, *arguments, TINY, "--device", "cuda:63")
     assert said.startswith("hf-kvquant: --device cuda:63: torch finds no such device here; there is cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("eval --data nofile.txt", "nofile.txt is not a file"),
+        ("eval --data README.md --json /no/dir.json", "there is no directory /no to save to"),
+        ("eval --data README.md --context 9999", "context: 9999; the model is made for 2048 tokens"),
+        ("eval --data README.md --formats int9", "unknown storage format 'int9'"),
+        ("bench --json /no/dir.json", "there is no directory /no to save to"),
+        ("bench --rounds 0", "rounds: 0"),
+        ("bench --context 2047", "2,079 together, but the model is made for 2,048"),
+        ("bench --formats int9", "unknown storage format 'int9'"),
+        ("bench --largest --device cpu", "hf-kvquant plan MODEL --memory SIZE"),
+        ("calibrate --data nofile.txt --layout sidecar --output {}/new", "nofile.txt is not a file"),
+    ],
+)
+def test_arguments_are_refused_before_a_model_is_loaded(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.chdir(Path(__file__).parents[1])
+    command, *others = arguments.format(tmp_path).split()
+    assert message in fails(capsys, command, TINY, *others)
 
 
 @pytest.mark.parametrize("command", ["inspect", "doctor", "plan"])

@@ -270,7 +270,7 @@ def test_numbers_of_something_else_are_not_mixed_in(what: str, changed: dict[str
     options: dict[str, Any] = {"data": prompt(2, CONTEXT), "save": path}
     compared(tiny_llama(), **options)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=f"{path} holds a comparison that differs in {what}; name another"):
+    with pytest.raises(ValueError, match=f"{path} holds a measurement that differs in {what}; name another"):
         compared(tiny_llama(), **{**options, **changed})
     with pytest.raises(ValueError, match="differs in weights"):
         compared(tiny_llama(seed=1), **options)
@@ -281,7 +281,7 @@ def test_numbers_of_something_else_are_not_mixed_in(what: str, changed: dict[str
 def test_a_file_that_is_no_comparison(content: str, tmp_path: Path) -> None:
     path = tmp_path / "numbers.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="is not a saved comparison"):
+    with pytest.raises(ValueError, match="is not a saved measurement"):
         compared(tiny_llama(), prompt(1, CONTEXT), save=path)
     assert path.read_text() == content
 

@@ -21,7 +21,7 @@ from .generating import check_amounts
 from .machine import git_commit
 from .mode import evaluating
 from .quality import QualityRun
-from .resume import read_rows, write_json
+from .resume import check_place, read_rows, write_json
 from .retrieval import Probe, make_probes, measure_retrieval
 from .rows import Comparison, ComparisonRow
 from .setup import model_setup
@@ -71,7 +71,7 @@ def compare(
     Raises ValueError for no data, data shorter than `context`, options that do not fit, a model without a causal head,
     and a file of another comparison; TypeError for data of an unknown kind.
     """
-    _check_amounts(model, context, num_windows, new_tokens, steps, retrieval)
+    check_comparison(model, formats, context, num_windows, new_tokens, steps, retrieval, save)
     steps = context - context // 2 if steps is None else steps
     compared = candidates(model, formats)
     windows, pieces = read_windows(data, model, tokenizer, context, num_windows, max(retrieval, default=0))
@@ -159,14 +159,17 @@ def _probes(
     return make_probes(text, tokenizer, lengths)
 
 
-def _check_amounts(
+def check_comparison(
     model: PreTrainedModel,
+    formats: Formats,
     context: int,
     num_windows: int,
     new_tokens: int,
     steps: int | None,
     retrieval: Sequence[int],
+    save: str | os.PathLike[str] | None,
 ) -> None:
+    """Raise what `compare` raises for arguments that do not fit; `model` may be on the meta device."""
     lengths = {"context": [context], **({"retrieval": retrieval} if retrieval else {})}
     check_amounts(model, lengths, least=16)
     check_amounts(model, {"num_windows": [num_windows], "new_tokens": [new_tokens]})
@@ -179,3 +182,5 @@ def _check_amounts(
         raise ValueError(f"new_tokens={new_tokens}; at most half of context={context}, the other half is the prompt")
     if steps is not None and steps >= context:
         raise ValueError(f"steps={steps}; it must be less than context={context}: what comes before is the prompt")
+    candidates(model, formats)
+    check_place(save)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -22,8 +23,9 @@ from .caches import Candidate, Formats, candidates
 from .machine import git_commit
 from .memory import peak_kind
 from .mode import evaluating
+from .resume import check_place
 from .setup import model_setup
-from .timing import COMPILING_DEVICES
+from .timing import COMPILING_DEVICES, SETTLING
 
 Item = TypeVar("Item")
 _OURS, _HOSTS = "kvquant", "sdpa"
@@ -39,6 +41,24 @@ def check_amounts(model: PreTrainedModel, amounts: Mapping[str, Sequence[int]], 
         for value in values:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}: {value!r}; it must be an integer of at least {least}")
+
+
+def check_generating(
+    model: PreTrainedModel,
+    formats: Formats,
+    contexts: Sequence[int] | None,
+    batches: Sequence[int],
+    new_tokens: int,
+    rounds: int,
+    save: str | os.PathLike[str] | None,
+) -> None:
+    """Raise what `bench` raises for arguments that do not fit; `model` may be on the meta device."""
+    check_amounts(model, {"contexts": contexts or [1], "batches": batches, "rounds": [rounds]})
+    check_amounts(model, {"new_tokens": [new_tokens]}, least=SETTLING + 2)
+    if contexts:
+        check_length(model, max(contexts) + new_tokens)
+    candidates(model, formats)
+    check_place(save)
 
 
 def check_length(model: PreTrainedModel, num_tokens: int) -> None:
