@@ -1,4 +1,4 @@
-"""`hf-kvquant`: inspect, doctor, plan, eval, calibrate and convert from a terminal."""
+"""`hf-kvquant`: inspect, doctor, plan, eval, bench, report, calibrate and convert from a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import is_accelerate_available, logging
 
 from . import __version__
@@ -65,7 +65,11 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-kvquant", description="Scales and memory of 8-bit KV caches.")
+    parser = argparse.ArgumentParser(
+        prog="hf-kvquant",
+        description="8-bit KV caches for transformers: inspect scales, plan memory, measure quality and speed, "
+        "calibrate.",
+    )
     parser.add_argument("--version", action="version", version=f"hf-kvquant {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -97,7 +101,6 @@ def _parser() -> argparse.ArgumentParser:
 
     for added in (inspect, doctor, plan):
         added.add_argument("--json", action="store_true", help="print JSON")
-        added.add_argument("--revision", help="of a hub id")
 
     eval_ = command("eval", _eval, "compare what caches cost a model in quality, ours and those of transformers")
     eval_.add_argument("model", help="directory or hub id")
@@ -106,8 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of ours; K,V for a pair (default: {' '.join(DEFAULT_FORMATS)})",
     )  # fmt: skip
     eval_.add_argument("--context", type=int, default=1024, help="tokens of a window (default: 1024)")
-    eval_.add_argument("--num-windows", type=int, default=8, help="most windows (default: 8)")
-    eval_.add_argument("--new-tokens", type=int, default=64, help="of the greedy continuations (default: 64)")
+    eval_.add_argument("--num-windows", type=int, default=8, help="number of windows to read, at most (default: 8)")
+    eval_.add_argument(
+        "--new-tokens", type=int, default=64, help="tokens to generate in each greedy continuation (default: 64)"
+    )
     eval_.add_argument("--steps", type=int, help="tokens of a window read one by one (default: half of it)")
     eval_.add_argument("--attention", default="kvquant", help="attention implementation (default: kvquant)")
     eval_.add_argument(
@@ -125,28 +130,44 @@ def _parser() -> argparse.ArgumentParser:
         "--formats", nargs="+", type=_kv_cache_dtype, default=list(DEFAULT_FORMATS), metavar="FORMAT",
         help=f"of ours; K,V for a pair (default: {' '.join(DEFAULT_FORMATS)})",
     )  # fmt: skip
-    bench_.add_argument("--context", type=int, nargs="+", help="of prompts (default: 1024 4096; with --largest 8192)")
+    bench_.add_argument(
+        "--context", type=int, nargs="+", help="tokens of a prompt (default: 1024 4096; with --largest 8192)"
+    )
     bench_.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences (default: 1)")
-    bench_.add_argument("--new-tokens", type=int, default=32, help="to generate (default: 32)")
-    bench_.add_argument("--rounds", type=int, default=3, help="of every cache, in turn (default: 3)")
-    bench_.add_argument("--random-weights", action="store_true", help="read the configuration only")
+    bench_.add_argument("--new-tokens", type=int, default=32, help="tokens to generate after each prompt (default: 32)")
+    bench_.add_argument("--rounds", type=int, default=3, help="how often each cache is measured (default: 3)")
+    bench_.add_argument(
+        "--random-weights", action="store_true", help="read the model's configuration only, and make its weights up"
+    )
     bench_.add_argument(
         "--largest", action="store_true", help="instead, on a GPU: the largest batch and context that its memory holds"
     )
 
     report = command("report", _report_on, "make tables and pictures of what eval and bench saved, as one HTML file")
-    report.add_argument("files", nargs="+", metavar="FILE", help="written by eval --json or bench --json")
+    report.add_argument("files", nargs="+", metavar="FILE", help="written by eval --save or bench --save")
     report.add_argument("--output", required=True, metavar="DIR", help="for report.html and its pictures")
 
     calibrate_ = command("calibrate", _calibrate, "measure scales on text and write them into a checkpoint")
     calibrate_.add_argument("model", help="directory or hub id")
-    calibrate_.add_argument("--kv-cache-dtype", default="fp8", choices=["fp8", *FORMATS], help="default: fp8")
-    calibrate_.add_argument("--granularity", default="tensor", choices=GRANULARITIES, help="default: tensor")
-    calibrate_.add_argument("--estimator", default="absmax", choices=ESTIMATORS, help="default: absmax")
-    calibrate_.add_argument("--percentile", type=float, default=99.99, help="for that estimator (default: 99.99)")
-    calibrate_.add_argument("--asymmetric", action="store_true", help="with a zero in the middle of the range")
-    calibrate_.add_argument("--q-scale", action="store_true", help="scales of the queries as well")
-    calibrate_.add_argument("--num-samples", type=int, default=512, help="most sequences (default: 512)")
+    calibrate_.add_argument(
+        "--kv-cache-dtype", default="fp8", choices=["fp8", *FORMATS], help="storage format (default: fp8)"
+    )
+    calibrate_.add_argument(
+        "--granularity", default="tensor", choices=GRANULARITIES,
+        help="one scale per tensor, head or channel (default: tensor)",
+    )  # fmt: skip
+    calibrate_.add_argument(
+        "--estimator", default="absmax", choices=ESTIMATORS,
+        help="how the range is chosen: the largest number, a percentile, or the least squared error (default: absmax)",
+    )  # fmt: skip
+    calibrate_.add_argument(
+        "--percentile", type=float, default=99.99, help="percentile of --estimator percentile (default: 99.99)"
+    )
+    calibrate_.add_argument("--asymmetric", action="store_true", help="put a zero in the middle of the range")
+    calibrate_.add_argument("--q-scale", action="store_true", help="measure scales of the queries as well")
+    calibrate_.add_argument(
+        "--num-samples", type=int, default=512, help="number of sequences to read, at most (default: 512)"
+    )
     calibrate_.add_argument("--max-length", type=int, default=2048, help="tokens of a sequence (default: 2048)")
     calibrate_.add_argument("--batch-size", type=int, default=1, help="sequences in a forward pass (default: 1)")
     for added in (eval_, calibrate_):
@@ -155,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     for added in (eval_, bench_):
         added.add_argument(
-            "--json", metavar="FILE", help="save after every row; if the file is there, what it lacks is measured"
+            "--save", metavar="FILE", help="save after every row; if the file is there, what it lacks is measured"
         )
     for added in (eval_, bench_, calibrate_):
         added.add_argument(
@@ -173,7 +194,12 @@ def _parser() -> argparse.ArgumentParser:
             "--output", help=f"new directory for the checkpoint; for {' and '.join(JSON_LAYOUTS)}, where the file goes"
         )
         target.add_argument("--in-place", action="store_true", help="add to the model's own directory")
-        added.add_argument("--layout", default="auto", choices=["auto", *LAYOUTS], help="default: auto")
+        added.add_argument(
+            "--layout", default="auto", choices=["auto", *LAYOUTS],
+            help="how scales are written (default: auto, by the checkpoint's own quantization)",
+        )  # fmt: skip
+    for added in (inspect, doctor, plan, eval_, bench_):
+        added.add_argument("--revision", help="branch, tag or commit, if the model is a hub id")
     return parser
 
 
@@ -244,12 +270,17 @@ def _place(options: argparse.Namespace) -> torch.device:
 
 
 def _load(options: argparse.Namespace, path: str | None = None, **further: Any) -> Any:
-    """The model that is asked for, or that of another path, where it is asked for, in evaluation mode."""
+    """The model where it is asked for, in evaluation mode; or another one, by its path."""
     device = _place(options)
     spread = options.device == "auto" and device.type != "cpu" and is_accelerate_available()
     placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
     model = AutoModelForCausalLM.from_pretrained(path or options.model, dtype=options.dtype, **placed, **further)
     return model if spread else model.to(device)
+
+
+def _random_model(options: argparse.Namespace, device: torch.device) -> PreTrainedModel:
+    # Writing takes a checkpoint as it is now, so what writes has no option for it.
+    return random_model(options.model, options.dtype, device, getattr(options, "revision", None))
 
 
 def _skeleton(options: argparse.Namespace) -> PreTrainedModel:
@@ -258,7 +289,7 @@ def _skeleton(options: argparse.Namespace) -> PreTrainedModel:
     Raises ValueError for a device that is not here.
     """
     _place(options)
-    model = random_model(options.model, options.dtype, "meta")
+    model = _random_model(options, torch.device("meta"))
     model.config._name_or_path = options.model
     return model
 
@@ -279,14 +310,18 @@ def _eval(options: argparse.Namespace) -> None:
         "new_tokens": options.new_tokens,
         "steps": options.steps,
         "retrieval": options.retrieval,
-        "save": options.json,
+        "save": options.save,
     }
     skeleton = _skeleton(options)
     check_comparison(skeleton, **measured)
     _check_data(options, skeleton, options.context)
     load = partial(_load, options, attn_implementation=options.attention)
+    tokenizer = None  # the one beside the model
+    if options.revision is not None:
+        tokenizer = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
     speculation = options.speculation if isinstance(options.speculation, bool) else load(path=options.speculation)
-    print(compare(load(), options.data, **measured, speculation=speculation, on_row=tell))
+    model = load(revision=options.revision)
+    print(compare(model, options.data, **measured, tokenizer=tokenizer, speculation=speculation, on_row=tell))
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -299,14 +334,14 @@ def _bench(options: argparse.Namespace) -> None:
         "formats": options.formats,
         "contexts": options.context,
         "batches": options.batch,
-        "save": options.json,
+        "save": options.save,
     }
     if options.largest:
         check_capacity(_skeleton(options), device, **measured)
     else:
         measured |= {"new_tokens": options.new_tokens, "rounds": options.rounds}
         check_generating(_skeleton(options), **measured)
-    model = random_model(options.model, options.dtype, device) if options.random_weights else _load(options)
+    model = _random_model(options, device) if options.random_weights else _load(options, revision=options.revision)
     name = f"{options.model}{', random weights' if options.random_weights else ''}"
     print((measure_capacity if options.largest else bench)(model, **measured, name=name, on_row=tell))
 

@@ -13,7 +13,14 @@ import pytest
 import torch
 from helpers import prompt, tiny_llama
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+)
 
 import hf_kvquant
 from hf_kvquant import LayerScales, QuantizedPagedCache, cli, read_scales, write_scales
@@ -106,10 +113,10 @@ def test_a_device_that_is_not_here(arguments: list[str], capsys: pytest.CaptureF
     ("arguments", "message"),
     [
         ("eval --data nofile.txt", "nofile.txt is not a file"),
-        ("eval --data README.md --json /no/dir.json", "there is no directory /no to save to"),
+        ("eval --data README.md --save /no/dir.json", "there is no directory /no to save to"),
         ("eval --data README.md --context 9999", "context: 9999; the model is made for 2048 tokens"),
         ("eval --data README.md --formats int9", "unknown storage format 'int9'"),
-        ("bench --json /no/dir.json", "there is no directory /no to save to"),
+        ("bench --save /no/dir.json", "there is no directory /no to save to"),
         ("bench --rounds 0", "rounds: 0"),
         ("bench --context 2047", "2,079 together, but the model is made for 2,048"),
         ("bench --formats int9", "unknown storage format 'int9'"),
@@ -124,6 +131,30 @@ def test_arguments_are_refused_before_a_model_is_loaded(
     monkeypatch.chdir(Path(__file__).parents[1])
     command, *others = arguments.format(tmp_path).split()
     assert message in fails(capsys, command, TINY, *others)
+
+
+def test_the_revision_that_is_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def watched(kind: Any, last: bool) -> Any:
+        get = kind.from_pretrained
+
+        def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+            asked.append((kind.__name__, kwargs["revision"]))
+            if last:
+                raise ValueError("that is enough")
+            return get(*args, **kwargs)
+
+        return from_pretrained
+
+    for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", watched(kind, kind is AutoModelForCausalLM))
+    fails(capsys, "bench", TINY, "--revision", "v2")
+    assert set(asked) == {("AutoConfig", "v2"), ("AutoModelForCausalLM", "v2")}
+    asked.clear()
+    monkeypatch.setattr(cli, "_check_data", lambda *_: None)
+    fails(capsys, "eval", TINY, "--data", "x.txt", "--revision", "v2")
+    assert set(asked) == {("AutoConfig", "v2"), ("AutoTokenizer", "v2"), ("AutoModelForCausalLM", "v2")}
 
 
 @pytest.mark.parametrize("command", ["inspect", "doctor", "plan"])

@@ -434,7 +434,7 @@ def test_padding_is_not_read_and_fewer_windows_are_said() -> None:
 def test_eval(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     data, path = tmp_path / "text.txt", tmp_path / "numbers.json"
     data.write_text(TEXT[:2000], encoding="utf-8")
-    arguments = ["eval", str(TINY), "--data", str(data), "--formats", "int8", "fp8,int8", "--json", str(path),
+    arguments = ["eval", str(TINY), "--data", str(data), "--formats", "int8", "fp8,int8", "--save", str(path),
                  "--retrieval", "47", "--speculation", "--steps", "5",
                  "--context", "63", "--num-windows", "1", "--new-tokens", "7", "--device", "cpu"]  # fmt: skip
     assert main(arguments) == 0
