@@ -135,12 +135,12 @@ def show(records: list[dict[str, Any]], amounts: dict[str, int]) -> None:
             f"{record['perplexity']:.4f}",
             f"{record['same_greedy_token']:.2%}",
         ))  # fmt: skip
-    print_table(("cache", "bytes held", "share", "tokens/s", "perplexity", "same greedy token"), rows)
+    print_table(("cache", "bytes held", "share", "tokens/s", "perplexity", "top-1"), rows)
     print(
         f"bytes held, tokens/s: greedy, {amounts['prompt_tokens']} + {amounts['new_tokens']} tokens, "
         f"median of {amounts['rounds']}; transformers' caches with its sdpa attention\n"
-        f"perplexity, same greedy token as DynamicCache: {amounts['text_tokens']:,} tokens of held-out text, "
-        "read through the cache in chunks"
+        f"perplexity, top-1 (share of tokens whose most likely successor is DynamicCache's): "
+        f"{amounts['text_tokens']:,} tokens of held-out text, read through the cache in chunks"
     )
 
 
