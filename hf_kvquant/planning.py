@@ -54,7 +54,7 @@ class MemoryPlan:
         batches: sequences.
         memory: bytes of the device, None if not given.
         weight_bytes: what the weights take of it.
-        formats: one entry a format.
+        formats: one entry per format.
         notes: what is not counted.
     """
 

@@ -77,7 +77,7 @@ class Capacity:
 
     Attributes:
         setup: model, machine and versions that the numbers belong to.
-        rows: one a cache and question.
+        rows: one per cache and question.
         notes: what the user should know of.
     """
 

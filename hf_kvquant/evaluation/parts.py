@@ -18,7 +18,7 @@ _SPEED = {"cache", "batch", "context", "tok_s"}
 
 
 def part_sections(result: Mapping[str, Any], name: str) -> list[Section]:
-    """A section a part: tables of rows of one kind, and bars where caches generate. `name` begins pictures' names."""
+    """One section per part: tables of like rows, and bars where caches generate. `name` begins pictures' names."""
     sections = []
     for part, content in result["parts"].items():
         commit = (content.get("git_commit") or "unknown")[:7]

@@ -50,7 +50,7 @@ class Retrieval:
         found: share of answers that greedy decoding gives, all tokens right.
         log_probability: of the whole answer, in nats. A small model finds nothing over any cache; how far this is from
             the unquantized cache's still says what storage costs.
-        rank: of an answer's token that is worst off, among all tokens; 1 is the most likely one.
+        rank: of the answer's least likely token among the whole vocabulary; 1 is the most likely.
     """
 
     task: str
@@ -89,7 +89,7 @@ def make_probes(
 
 @torch.no_grad()
 def measure_retrieval(model: PreTrainedModel, probes: Sequence[Probe], make: Callable[[int], Cache]) -> list[Retrieval]:
-    """What a model finds over the caches that `make` makes for a number of tokens, an entry a task, length and depth.
+    """What a model finds over the caches that `make` makes for a number of tokens: one entry per task, length, depth.
 
     The document is read as a prompt; question and answer come after it, over what is stored.
     """

@@ -69,7 +69,7 @@ def _quality_cells(name: str, quality: Quality, dense: Quality | None) -> tuple[
 
 
 def retrieval_cells(rows: Sequence[ComparisonRow]) -> Cells:
-    """One line a task, length and cache."""
+    """One line per task, length and cache."""
     lines: dict[tuple[str, int], list[tuple[str, ...]]] = {}
     expected = {_place(found): found for row in rows if row.cache == DENSE for found in row.retrieval}
     depths: list[str] = []
@@ -102,7 +102,7 @@ def _place(found: Retrieval) -> tuple[str, int, float]:
 
 
 def acceptance_cells(rows: Sequence[ComparisonRow]) -> Cells:
-    """One line a cache, drafter and place of the cache."""
+    """One line per cache, drafter and place of the cache."""
     lines = [
         (
             found.drafts, row.cache, found.place, f"{found.accepted:,} of {found.proposed:,}",
