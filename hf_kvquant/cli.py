@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("model", help="directory or hub id")
     plan.add_argument("--context", type=int, help="tokens of a sequence (default: what the model is made for)")
     plan.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128], help="sequences (default: 1 8 32 128)")
-    plan.add_argument("--memory", type=_bytes, help="of the device, such as 24GiB or 80GB; a bare number is GiB")
+    plan.add_argument("--memory", type=_bytes, help="memory of the device, such as 24GiB or 80GB; a bare number is GiB")
 
     for added in (inspect, doctor, plan):
         added.add_argument("--json", action="store_true", help="print JSON")
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     eval_.add_argument("model", help="directory or hub id")
     eval_.add_argument(
         "--formats", nargs="+", type=_kv_cache_dtype, default=list(DEFAULT_FORMATS), metavar="FORMAT",
-        help=f"of ours; K,V for a pair (default: {' '.join(DEFAULT_FORMATS)})",
+        help=f"formats of our cache; K,V for a pair (default: {' '.join(DEFAULT_FORMATS)})",
     )  # fmt: skip
     eval_.add_argument("--context", type=int, default=1024, help="tokens of a window (default: 1024)")
     eval_.add_argument("--num-windows", type=int, default=8, help="number of windows to read, at most (default: 8)")
@@ -128,12 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     bench_.add_argument("model", help="directory or hub id")
     bench_.add_argument(
         "--formats", nargs="+", type=_kv_cache_dtype, default=list(DEFAULT_FORMATS), metavar="FORMAT",
-        help=f"of ours; K,V for a pair (default: {' '.join(DEFAULT_FORMATS)})",
+        help=f"formats of our cache; K,V for a pair (default: {' '.join(DEFAULT_FORMATS)})",
     )  # fmt: skip
     bench_.add_argument(
         "--context", type=int, nargs="+", help="tokens of a prompt (default: 1024 4096; with --largest 8192)"
     )
-    bench_.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences (default: 1)")
+    bench_.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences at a time (default: 1)")
     bench_.add_argument("--new-tokens", type=int, default=32, help="tokens to generate after each prompt (default: 32)")
     bench_.add_argument("--rounds", type=int, default=3, help="how often each cache is measured (default: 3)")
     bench_.add_argument(
@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = command("report", _report_on, "make tables and pictures of what eval and bench saved, as one HTML file")
     report.add_argument("files", nargs="+", metavar="FILE", help="written by eval --save or bench --save")
-    report.add_argument("--output", required=True, metavar="DIR", help="for report.html and its pictures")
+    report.add_argument("--output", required=True, metavar="DIR", help="directory for report.html and its pictures")
 
     calibrate_ = command("calibrate", _calibrate, "measure scales on text and write them into a checkpoint")
     calibrate_.add_argument("model", help="directory or hub id")
@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--device", default="auto", type=_device, help="cpu, cuda, ..., or auto: whatever there is (default)"
         )
-        added.add_argument("--dtype", default="auto", type=_dtype, help="to load the model in (default: its own)")
+        added.add_argument("--dtype", default="auto", type=_dtype, help="dtype to load the model in (default: its own)")
 
     convert = command("convert", _convert, "take the scales of one checkpoint or file into another")
     convert.add_argument("source", help="where the scales are: directory, file or hub id")
