@@ -77,21 +77,12 @@ def measure(results: Results, model_name: str, quick: bool = False, tiny: bool =
     new_tokens = 12 if tiny else 24 if quick else 40
     cells = [(2, 65, len(WAYS))] if tiny else CELLS[:2] if quick else CELLS
     for batch, context, num_ways in cells:
-        known: dict[str, float] = {}
         for way in WAYS[: 4 if quick else num_ways]:
 
-            def measured(
-                way: Way = way, batch: int = batch, context: int = context, known: dict[str, float] = known
-            ) -> dict[str, Any]:
+            def measured(way: Way = way, batch: int = batch, context: int = context) -> dict[str, Any]:
                 values = run(model, way, batch, context, new_tokens)
-                known[way.name] = values["tok_s"]
                 floor = (weight_bytes(model) + cache_bytes(model, batch, context, way.kv_cache_dtype)) / read
-                dynamic = known.get("DynamicCache")
-                return {
-                    **values,
-                    "share_of_floor": floor / (values["step_ms"] / 1e3),
-                    "vs_dynamic": dynamic and values["tok_s"] / dynamic,
-                }
+                return {**values, "share_of_floor": floor / (values["step_ms"] / 1e3)}
 
             results.row({"model": model_name, "batch": batch, "context": context, "cache": way.name}, measured)
     torch._dynamo.reset()

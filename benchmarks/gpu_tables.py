@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_kvquant.evaluation import charts
 from hf_kvquant.evaluation.caches import DENSE
-from hf_kvquant.evaluation.parts import cell, failures, speed_bars, tables_by_kind
+from hf_kvquant.evaluation.parts import cell, failures, speed_bars, tables_by_kind, with_ratios
 from hf_kvquant.evaluation.pictures import Picture
 from hf_kvquant.evaluation.sections import Table
 
@@ -76,7 +76,7 @@ def document(result: dict[str, Any], images: Sequence[Picture] = ()) -> str:
     ]
     for name, part in result["parts"].items():
         lines += [f"## {name}", "", part["title"] + ".", ""]
-        measured = rows_of(result, name)
+        measured = with_ratios(rows_of(result, name))
         if name == "decode" and any(_in_decode_table(row) for row in measured):
             lines += [_decode(measured), ""]
             measured = [row for row in measured if not _in_decode_table(row)]

@@ -28,7 +28,7 @@ def demo_table(result: dict[str, Any]) -> str:
     """What `examples/demo.py` measured in Markdown, with what it was measured on."""
     dense = result["results"][0]
     lines = [
-        "| cache | bytes held | tokens/s | perplexity | same greedy token |",
+        "| cache | bytes held | tokens/s | perplexity | top-1 |",
         "|---|---|---|---|---|",
     ]
     for row in result["results"]:
@@ -40,8 +40,9 @@ def demo_table(result: dict[str, Any]) -> str:
     versions = result["versions"]
     lines.append(
         f"\nThe repository's own model (2.8 M parameters, head_dim 64, bf16) on {result['threads']} cores of an "
-        f"{result['cpu']}, after {result['prompt_tokens']} + {result['new_tokens']} tokens; perplexity and greedy "
-        f"tokens over {result['text_tokens']:,} tokens of text it has not seen. torch {versions['torch']}, "
+        f"{result['cpu']}, after {result['prompt_tokens']} + {result['new_tokens']} tokens; perplexity and top-1 "
+        f"(most likely next token as with DynamicCache) over {result['text_tokens']:,} tokens of text it has not seen. "
+        f"torch {versions['torch']}, "
         f"transformers {versions['transformers']}, commit {result['git_commit'][:7]}."
     )
     return "\n".join(lines) + "\n"

@@ -63,10 +63,11 @@ def main() -> None:
         if name == "fp8" and args.output:
             written = write_scales(sources["per tensor"], args.model, args.output)
             print(f"{written.path}: {', '.join(written.files)}")
-    print_table(("cache", "scales", "perplexity", "same greedy token", "clipped"), rows)
+    print_table(("cache", "scales", "perplexity", "top-1", "clipped"), rows)
     numbers = sum(layer.keys.numel() + layer.values.numel() for layer in exact.cache.layers)
     print(
-        f"{texts.numel():,} held-out tokens, {tokens.numel():,} of calibration; clipped: keys and values beyond "
+        f"{texts.numel():,} held-out tokens, {tokens.numel():,} of calibration; top-1: share of tokens whose "
+        "most likely successor is DynamicCache's; clipped: keys and values beyond "
         f"the calibrated range in the last window, of {numbers:,}"
     )
 

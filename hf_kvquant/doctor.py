@@ -13,7 +13,6 @@ from .cache import QuantizedPagedCache
 from .hosts import uses_attention_interface
 from .layers import PagedLayer
 from .ops import cpu
-from .risks import large_key_biases
 from .skeleton import LayerShape, layer_shapes, model_skeleton
 from .tables import pair, size, table
 
@@ -29,14 +28,14 @@ class LayerDiagnosis:
         scales: where the scales of K and V come from.
         bytes_per_token: stored for a token.
         model_dtype_bytes_per_token: the same in the model's dtype.
-        risk: why 8 bits may not suit it, or None.
+        risk: why its formats may not suit it, or None; with `auto` such a layer gets others, and a note says so.
     """
 
     layer: int
     layer_type: str
     kv_cache_dtype: tuple[str, str]
     scales: tuple[str, str]
-    bytes_per_token: float
+    bytes_per_token: int
     model_dtype_bytes_per_token: int
     risk: str | None = None
 
@@ -64,7 +63,7 @@ class Diagnosis:
     kernels: str
     attention: str
     layers: list[LayerDiagnosis]
-    bytes_per_token: float
+    bytes_per_token: int
     model_dtype_bytes_per_token: int
     notes: list[str]
 
@@ -75,7 +74,7 @@ class Diagnosis:
     def __str__(self) -> str:
         rows = [("layer", "type", "format", "scales", "bytes/token", "model dtype", "risk")]
         for layer in self.layers:
-            sizes = (f"{layer.bytes_per_token:g}", str(layer.model_dtype_bytes_per_token))
+            sizes = (str(layer.bytes_per_token), str(layer.model_dtype_bytes_per_token))
             names = (pair(layer.kv_cache_dtype), pair(layer.scales))
             rows.append((str(layer.layer), layer.layer_type, *names, *sizes, layer.risk or "-"))
         share = self.bytes_per_token / self.model_dtype_bytes_per_token if self.model_dtype_bytes_per_token else 1.0
@@ -111,15 +110,15 @@ def diagnose(
     Raises ValueError for options that do not fit the model, and for a source without a configuration.
     """
     model = model_skeleton(source, revision)
-    where = torch.device(device) if device else torch.accelerator.current_accelerator() or torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    where = torch.device(device) if device else accelerator or torch.device("cpu")
     cache = QuantizedPagedCache.for_generation(model, options)
     shapes, guesses = layer_shapes(model)
-    biases = large_key_biases(model)
     dtype = model.config.get_text_config(decoder=True).dtype
     layers = []
     for layer, shape in zip(cache.layers, shapes, strict=True):
         if isinstance(layer, PagedLayer):
-            layers.append(_diagnose(layer, shape, dtype, biases.get(layer.index)))
+            layers.append(_diagnose(layer, shape, dtype))
     notes = [*cache.notes, *guesses]
     if others := len(cache.layers) - len(layers):
         notes.append(f"{others} layers keep a state of another kind, which stays as transformers has it")
@@ -137,16 +136,10 @@ def diagnose(
     )
 
 
-def _diagnose(layer: PagedLayer, shape: LayerShape, dtype: torch.dtype, bias: float | None) -> LayerDiagnosis:
+def _diagnose(layer: PagedLayer, shape: LayerShape, dtype: torch.dtype) -> LayerDiagnosis:
     plans = (layer.plan.k, layer.plan.v)
     dims = (shape.k_head_dim, shape.v_head_dim)
-    risk = None
-    if bias is not None:
-        risk = f"key bias of {bias:.0f}"
-        if plans[0].format.startswith("fp8"):
-            risk += "; fp8 keeps little beside it, int8 more"
-        elif plans[0].kind == "dynamic" and plans[0].equalize:
-            risk += "; met by equalized channels"
+    risks = [f"{side}: {plan.risk}" for side, plan in zip("KV", plans, strict=True) if plan.risk]
     return LayerDiagnosis(
         layer.index,
         layer.layer_type,
@@ -154,7 +147,7 @@ def _diagnose(layer: PagedLayer, shape: LayerShape, dtype: torch.dtype, bias: fl
         (plans[0].source, plans[1].source),
         sum(plan.bytes_per_token(shape.num_kv_heads, dim, dtype) for plan, dim in zip(plans, dims, strict=True)),
         shape.numbers_per_token * dtype.itemsize,
-        risk,
+        "; ".join(risks) or None,
     )
 
 
@@ -166,7 +159,7 @@ def _attention(model: Any) -> str:
 
 def _kernels(device: torch.device, dtype: torch.dtype, shapes: list[LayerShape]) -> str:
     if device.type == "cpu":
-        return f"C++ for {cpu.paths()[0]}, built on first use, or torch operators where that cannot be done"
+        return cpu.outlook()
     if device.type != "cuda":
         return "plain torch, which is slow: there are none for this device"
     if not torch.cuda.is_available():

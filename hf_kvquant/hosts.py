@@ -231,3 +231,9 @@ def tokens_to_take_back(tokens_to_remove: int, get_seq_length: Callable[[], Any]
     if Version(transformers.__version__) >= Version("5.18"):
         raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the tokens to take back")
     return max(int(get_seq_length()) - tokens_to_remove, 0)
+
+
+def longest_sequence(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model of this configuration is made for; None if it does not say."""
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None

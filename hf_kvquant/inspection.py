@@ -10,7 +10,7 @@ import torch
 
 from .checkpoints import CheckpointScales, ModelLayers
 from .hosts import model_layers
-from .policy import LARGE_FP8_SCALE
+from .policy import large_scale
 from .reading import read_scales
 from .scales import LayerScales, granularity_of
 from .skeleton import model_skeleton
@@ -152,8 +152,9 @@ def _suspicious(found: CheckpointScales) -> list[str]:
     usual = torch.cat(list(values.values())).median().item()
     for index, scales in values.items():
         low, high = scales.min().item(), scales.max().item()
-        if found.kv_cache_dtype == "fp8_e4m3" and high > LARGE_FP8_SCALE and high != 1.0:
-            remarks.append(f"layer {index}: a scale of {high:.3g} stands for numbers up to {high * 448:.0f}")
+        for side, scale in (("K", layers[index].k_scale), ("V", layers[index].v_scale)):
+            if risk := large_scale(found.kv_cache_dtype, scale):
+                remarks.append(f"layer {index}: {side}: {risk}")
         if low < usual / _FAR or high > usual * _FAR:
             remarks.append(f"layer {index}: scales from {low:.3g} to {high:.3g}, where {usual:.3g} is usual")
     return remarks

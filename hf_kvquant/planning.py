@@ -12,6 +12,7 @@ import torch
 
 from .checkpoints.files import CheckpointFiles
 from .config import KVQuantConfig
+from .hosts import longest_sequence
 from .policy import SidePlan
 from .skeleton import LayerShape, layer_shapes, model_skeleton
 from .tables import size, table
@@ -53,7 +54,7 @@ class MemoryPlan:
         batches: sequences.
         memory: bytes of the device, None if not given.
         weight_bytes: what the weights take of it.
-        formats: one entry a format.
+        formats: one entry per format.
         notes: what is not counted.
     """
 
@@ -114,7 +115,7 @@ def plan_memory(
     """
     model = model_skeleton(source, revision)
     config = model.config.get_text_config(decoder=True)
-    bound = getattr(config, "max_position_embeddings", None)
+    bound = longest_sequence(config)
     context = context if context is not None else bound or 4096
     page_size = page_size if page_size is not None else KVQuantConfig().page_size
     for name, value in (("context", context), ("page_size", page_size), *(("batch", batch) for batch in batches)):

@@ -24,6 +24,7 @@ class SidePlan:
         source: where the scales come from, in words, for the report.
         scale, zero: static ones as given (`[1]`, `[H]`, `[H, D]`), else None.
         equalize, granularity, margin: as in `KVQuantConfig`.
+        risk: why this may not suit the layer, in words; None if nothing speaks against it.
     """
 
     format: str
@@ -34,6 +35,7 @@ class SidePlan:
     equalize: bool = False
     granularity: str = "tensor"
     margin: float = 1.0
+    risk: str | None = None
 
     def bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes that a token takes: its numbers, in the model's `dtype` if unquantized, and its dynamic scales."""
@@ -87,7 +89,7 @@ ROUNDED_QUERIES = (
 # Said of a layer that is stored as was asked, against better knowledge.
 SAFER = "kv_cache_dtype='auto' with scales='auto' would store it as int8 with dynamic scales"
 # A scale of fp8 that stands for numbers beyond 224: they come from outlier channels.
-LARGE_FP8_SCALE = 0.5
+_LARGE_FP8_SCALE = 0.5
 
 
 def plan_layers(
@@ -127,7 +129,7 @@ def plan_layers(
                 plan = _plan_without_scales(config, name)
             bias = (key_biases or {}).get(index) if side == "k" else None
             if (checkpoint is not None or bias is not None) and (risk := _risk(plan, bias)):
-                plan = _safer(config, plan, f"layer {index}: {side.upper()} in {name}: {risk}", notes)
+                plan = _safer(config, plan, risk, f"layer {index}: {side.upper()} in {name}", notes)
             sides.append(plan)
         k, v = sides
         q = _query_plan(config, index, k, scales, q_source)
@@ -162,19 +164,23 @@ def _risk(plan: SidePlan, bias: float | None) -> str | None:
     is_coarse = plan.kind in ("static", "first_batch") and granularity != "channel"
     if bias is not None and (is_fp8 or is_coarse):
         return f"the bias of its projection reaches {bias:.0f}"
-    if plan.scale is not None and plan.format == "fp8_e4m3" and is_coarse:
-        largest = plan.scale.max().item()
-        # Exactly 1.0 is what tools write that do not measure, or that never go below it.
-        if largest > LARGE_FP8_SCALE and largest != 1.0:
-            return f"its scale is {largest:.3g}, for numbers up to {largest * get_format(plan.format).qmax:.0f}"
-    return None
+    return None if plan.scale is None else large_scale(plan.format, plan.scale)
 
 
-def _safer(config: KVQuantConfig, plan: SidePlan, risk: str, notes: list[str]) -> SidePlan:
+def large_scale(name: str | None, scale: torch.Tensor) -> str | None:
+    """What a static scale for the format `name` says of outliers that this format does not suit; None if nothing."""
+    largest = scale.max().item()
+    # Exactly 1.0 is what tools write that do not measure, or that never go below it.
+    if name != "fp8_e4m3" or granularity_of(scale) == "channel" or largest <= _LARGE_FP8_SCALE or largest == 1.0:
+        return None
+    return f"its scale is {largest:.3g}, for numbers up to {largest * get_format(name).qmax:.0f}"
+
+
+def _safer(config: KVQuantConfig, plan: SidePlan, risk: str, where: str, notes: list[str]) -> SidePlan:
     if config.kv_cache_dtype != "auto" or config.scales != "auto":
-        notes.append(f"{risk}; {SAFER}")
-        return plan
-    notes.append(f"{risk}; it is stored as int8 with dynamic scales instead")
+        notes.append(f"{where}: {risk}; {SAFER}")
+        return replace(plan, risk=risk)
+    notes.append(f"{where}: {risk}; it is stored as int8 with dynamic scales instead")
     return _plan_without_scales(config, "int8")
 
 

@@ -123,7 +123,7 @@ def test_a_file_of_another_measurement_is_refused(model: Any, tmp_path: Path, ch
     measured(model, save=path, rounds=1)
     other = tiny_llama("sdpa") if change == "config" else model
     options: dict[str, Any] = {"new_tokens": {"new_tokens": 8}, "model": {"name": "another"}}.get(change, {})
-    with pytest.raises(ValueError, match=f"{path} holds a comparison that differs in {change}"):
+    with pytest.raises(ValueError, match=f"{path} holds a measurement that differs in {change}"):
         measured(other, save=path, rounds=1, **options)
 
 
@@ -224,7 +224,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     llama_config().save_pretrained(tmp_path)
     path = tmp_path / "bench.json"
     options = ["--context", "17", "--new-tokens", "6", "--rounds", "1", "--formats", "int8", "--device", "cpu"]
-    assert cli.main(["bench", str(tmp_path), "--random-weights", *options, "--json", str(path)]) == 0
+    assert cli.main(["bench", str(tmp_path), "--random-weights", *options, "--save", str(path)]) == 0
     out, err = capsys.readouterr()
     result = Benchmark.from_dict(json.loads(path.read_text()))
     assert str(result) in out

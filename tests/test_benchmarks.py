@@ -66,6 +66,22 @@ def test_tables_hold_what_was_measured(result: dict[str, Any], monkeypatch: pyte
         assert f">{row['cache']}<" in svgs["gpu-generate"]
 
 
+def test_the_cpu_page_gives_speeds_over_the_unquantized_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import cpu_tables
+
+    title = "tokens/s; x: kvquant int8 over it"
+    row = {"context": 512, "kvquant int8, x": 1.0, "DynamicCache, x": 2.0, "kvquant int8, compiled, x": 0.8}
+    part = cpu_tables.over_dense({"title": title, "rows": [row]})
+    assert part["title"] == "tokens/s; x: over DynamicCache"
+    assert list(part["rows"][0].values()) == [512, 2.0, 1.0, 2.5]
+    times = {"title": "ms; x: times as long as kvquant int8", "rows": [row]}
+    assert cpu_tables.over_dense(times) == times
+    page = (ROOT / "docs" / "cpu.md").read_text(encoding="utf-8")
+    assert [line for line in page.splitlines() if line.startswith("# ")] == ["# On a CPU"]
+
+
 def test_a_failing_row_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     import torch

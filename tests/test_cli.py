@@ -13,14 +13,22 @@ import pytest
 import torch
 from helpers import prompt, tiny_llama
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+)
 
 import hf_kvquant
-from hf_kvquant import LayerScales, QuantizedPagedCache, read_scales, write_scales
+from hf_kvquant import LayerScales, QuantizedPagedCache, cli, read_scales, write_scales
 from hf_kvquant.cli import main
 from hf_kvquant.doctor import diagnose
 from hf_kvquant.inspection import inspect_scales
 from hf_kvquant.layers import PagedLayer
+from hf_kvquant.ops import cpu
 from hf_kvquant.planning import plan_memory
 from hf_kvquant.skeleton import layer_shapes, model_skeleton
 
@@ -73,7 +81,7 @@ def test_python_m() -> None:
 
 
 WRONG = ("", "dance", "plan", "plan x --memory much", "doctor x --device abacus", "calibrate x --data y",
-         "convert x y --output z --in-place")  # fmt: skip
+         "convert x y --output z --in-place", "bench x --dtype bfloat15", "eval x --data y --dtype int8")  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", [text.split() for text in WRONG], ids=WRONG)
@@ -85,12 +93,68 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    ("device", "kernels"), [("cpu", "C++ for"), ("meta", "plain torch, which is slow"), ("cuda", "Triton kernels")]
+    ("device", "kernels"), [("cpu", cpu.outlook()), ("meta", "plain torch, which is slow"), ("cuda", "Triton kernels")]
 )
 def test_doctor_names_the_kernels(device: str, kernels: str, capsys: pytest.CaptureFixture[str]) -> None:
     output = run(capsys, "doctor", TINY, "--device", device)
     assert f"(llama, bfloat16) on {device}" in output
     assert f"kernels: {kernels}" in output
+
+
+@pytest.mark.parametrize(
+    "arguments", [["eval", "--data", "x.txt"], ["bench"], ["bench", "--random-weights"]], ids=" ".join
+)
+def test_a_device_that_is_not_here(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(capsys, *arguments, TINY, "--device", "cuda:63")
+    assert said.startswith("hf-kvquant: --device cuda:63: torch finds no such device here; there is cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("eval --data nofile.txt", "nofile.txt is not a file"),
+        ("eval --data README.md --save /no/dir.json", "there is no directory /no to save to"),
+        ("eval --data README.md --context 9999", "context: 9999; the model is made for 2048 tokens"),
+        ("eval --data README.md --formats int9", "unknown storage format 'int9'"),
+        ("bench --save /no/dir.json", "there is no directory /no to save to"),
+        ("bench --rounds 0", "rounds: 0"),
+        ("bench --context 2047", "2,079 together, but the model is made for 2,048"),
+        ("bench --formats int9", "unknown storage format 'int9'"),
+        ("bench --largest --device cpu", "hf-kvquant plan MODEL --memory SIZE"),
+        ("calibrate --data nofile.txt --layout sidecar --output {}/new", "nofile.txt is not a file"),
+    ],
+)
+def test_arguments_are_refused_before_a_model_is_loaded(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.chdir(Path(__file__).parents[1])
+    command, *others = arguments.format(tmp_path).split()
+    assert message in fails(capsys, command, TINY, *others)
+
+
+def test_the_revision_that_is_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def watched(kind: Any, last: bool) -> Any:
+        get = kind.from_pretrained
+
+        def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+            asked.append((kind.__name__, kwargs["revision"]))
+            if last:
+                raise ValueError("that is enough")
+            return get(*args, **kwargs)
+
+        return from_pretrained
+
+    for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", watched(kind, kind is AutoModelForCausalLM))
+    fails(capsys, "bench", TINY, "--revision", "v2")
+    assert set(asked) == {("AutoConfig", "v2"), ("AutoModelForCausalLM", "v2")}
+    asked.clear()
+    monkeypatch.setattr(cli, "_check_data", lambda *_: None)
+    fails(capsys, "eval", TINY, "--data", "x.txt", "--revision", "v2")
+    assert set(asked) == {("AutoConfig", "v2"), ("AutoTokenizer", "v2"), ("AutoModelForCausalLM", "v2")}
 
 
 @pytest.mark.parametrize("command", ["inspect", "doctor", "plan"])
@@ -131,7 +195,7 @@ def test_inspect_nothing(base: Path, capsys: pytest.CaptureFixture[str]) -> None
         (((0.02, 0.03), (0.03, 0.01)), []),
         (((1.0, 1.0), (1.0, 1.0)), ["every scale is exactly 1.0"]),
         (((0.02, 0.03), (0.02, 0.03)), ["all layers have the same scales"]),
-        (((0.6, 0.03), (0.03, 0.01)), ["layer 0: a scale of 0.6 stands for numbers up to 269"]),
+        (((0.6, 0.03), (0.03, 0.01)), ["layer 0: K: its scale is 0.6, for numbers up to 269"]),
         (((0.02, 0.03), (0.03, 1e-7)), ["layer 1: scales from 1e-07 to 0.03"]),
     ],
 )
@@ -172,6 +236,20 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     # Two heads of 64 numbers for K and V, and a scale of two bytes each.
     assert data["bytes_per_token"] == 4 * 2 * 2 * (64 + 2)
     assert data["model_dtype_bytes_per_token"] == 4 * 2 * 2 * 64 * 2
+    data = json.loads(run(capsys, "doctor", TINY, "--json", "--kv-cache-dtype", "int8,fp8"))
+    assert data["layers"][3]["kv_cache_dtype"] == ["int8", "fp8_e4m3"]
+
+
+def test_the_doctor_asks_for_an_accelerator_that_is_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build for GPUs names one on any machine."""
+
+    def current_accelerator(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    assert "(llama, bfloat16) on cpu" in run(capsys, "doctor", TINY)
 
 
 def test_doctor_refuses_what_the_cache_refuses(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,8 +293,7 @@ def test_large_key_biases(tmp_path: Path, size: float) -> None:
     directory = qwen_with_biases(tmp_path / "qwen", {1: size}, Scales((0.4, 0.03), (0.4, 0.01)))
     said = diagnose(directory)
     assert [layer.kv_cache_dtype for layer in said.layers] == [("fp8_e4m3",) * 2, ("int8", "fp8_e4m3")]
-    assert [layer.risk is None for layer in said.layers] == [True, False]
-    assert "key bias of 150; met by equalized channels" in said.layers[1].risk
+    assert [layer.risk for layer in said.layers] == [None, None]  # of what is stored in the end
     told = "layer 1: K in fp8_e4m3: the bias of its projection reaches 150; it is stored as int8 with dynamic scales"
     assert any(told in note for note in said.notes)
     model = load_plain(directory)
@@ -231,7 +308,8 @@ def test_large_key_biases(tmp_path: Path, size: float) -> None:
             assert any("K in fp8_e4m3: the bias" in note and "would store it as int8" in note for note in notes)
         cache = QuantizedPagedCache.from_model(model, **options)
         assert {row.kv_cache_dtype for row in cache.report().layers} == {("fp8_e4m3", "fp8_e4m3")}
-    assert "fp8 keeps little beside it" in diagnose(directory, {"kv_cache_dtype": "fp8"}).layers[1].risk
+    risks = [layer.risk for layer in diagnose(directory, {"kv_cache_dtype": "fp8"}).layers]
+    assert risks == [None, "K: the bias of its projection reaches 150"]
 
 
 def test_large_key_biases_where_scales_are_dynamic(tmp_path: Path) -> None:
@@ -267,9 +345,9 @@ def test_what_large_key_biases_meet_without_a_checkpoint_is_noted(
     cache = QuantizedPagedCache.from_model(load_plain(directory), **options)
     noted = [note for note in cache.report().notes if "the bias of its projection reaches 150; kv_cache_dtype" in note]
     assert [note.startswith("layer 1: K in ") for note in noted] == [True] * warned
-    assert [layer.kv_cache_dtype for layer in diagnose(directory, options).layers] == [
-        layer.kv_cache_dtype for layer in cache.report().layers
-    ]
+    said = diagnose(directory, options).layers
+    assert [layer.kv_cache_dtype for layer in said] == [layer.kv_cache_dtype for layer in cache.report().layers]
+    assert [layer.risk is not None for layer in said] == [False, warned]
 
 
 def test_biases_that_do_no_harm(tmp_path: Path) -> None:
@@ -294,6 +372,9 @@ def test_large_scales(base: Path) -> None:
     assert any("layer 0: K in fp8_e4m3: its scale is 0.7, for numbers up to 314" in note for note in said.notes)
     cache = QuantizedPagedCache.from_model(load_plain(base))
     assert [row.kv_cache_dtype for row in cache.report().layers] == [layer.kv_cache_dtype for layer in said.layers]
+    risks = ["K: its scale is 0.7, for numbers up to 314", "V: its scale is 0.8, for numbers up to 358"]
+    assert [layer.risk for layer in diagnose(base, {"scales": "checkpoint"}).layers] == risks
+    assert inspect_scales(base).suspicious == [f"layer {index}: {risk}" for index, risk in enumerate(risks)]
     # 1.0 is what tools write that never go below it, and says nothing about the numbers.
     write_scales(Scales((1.0, 1.0), (1.0, 1.0)), base)
     assert {layer.kv_cache_dtype for layer in diagnose(base).layers} == {("fp8_e4m3", "fp8_e4m3")}

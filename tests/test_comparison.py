@@ -270,7 +270,7 @@ def test_numbers_of_something_else_are_not_mixed_in(what: str, changed: dict[str
     options: dict[str, Any] = {"data": prompt(2, CONTEXT), "save": path}
     compared(tiny_llama(), **options)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=f"{path} holds a comparison that differs in {what}; name another"):
+    with pytest.raises(ValueError, match=f"{path} holds a measurement that differs in {what}; name another"):
         compared(tiny_llama(), **{**options, **changed})
     with pytest.raises(ValueError, match="differs in weights"):
         compared(tiny_llama(seed=1), **options)
@@ -281,7 +281,7 @@ def test_numbers_of_something_else_are_not_mixed_in(what: str, changed: dict[str
 def test_a_file_that_is_no_comparison(content: str, tmp_path: Path) -> None:
     path = tmp_path / "numbers.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="is not a saved comparison"):
+    with pytest.raises(ValueError, match="is not a saved measurement"):
         compared(tiny_llama(), prompt(1, CONTEXT), save=path)
     assert path.read_text() == content
 
@@ -320,8 +320,24 @@ def test_retrieval_and_speculation_are_parts_of_a_row(tmp_path: Path) -> None:
     assert again[1].acceptance == rows["int8"].acceptance
     assert again[2].acceptance[0].proposed == 171717
     assert again[2].failed == rows["few pages"].failed
-    with pytest.raises(ValueError, match="differs in retrieval, speculation;"):
+    with pytest.raises(ValueError, match="differs in text, retrieval, speculation;"):
         compared(model, tokenizer=tokenizer, formats=formats, save=path)
+
+
+def test_facts_are_hidden_in_all_of_the_data(tmp_path: Path) -> None:
+    """Not in the windows alone, which are few; data that can be read only once will do."""
+    path, tokenizer = tmp_path / "numbers.json", AutoTokenizer.from_pretrained(TINY)
+    model = tiny_llama("sdpa", vocab_size=len(tokenizer))
+    # The first two make a window; the last ones are too short for one.
+    lines = [TEXT[:300], *(TEXT[start : start + 50] for start in range(300, 2000, 50))]
+    options = {"tokenizer": tokenizer, "num_windows": 1, "retrieval": [301], "save": path}
+    found = compared(model, iter(lines), **options)
+    assert found.setup["windows"] == 1
+    assert {each.length for each in found.rows[0].retrieval} == {301}
+    with pytest.raises(ValueError, match="differs in text"):  # the window is the same
+        compared(model, [*lines[:2], "another", *lines[2:]], **options)
+    with pytest.raises(ValueError, match=r"retrieval over 301 tokens needs .*, and there are \d\d\d?; give more data"):
+        compared(model, lines[:4], **options)
 
 
 def test_an_assistant() -> None:
@@ -365,15 +381,15 @@ def test_a_failure_lets_go_of_its_memory() -> None:
         ([], {}, "the data is empty"),
         (prompt(3, CONTEXT - 1), {}, f"longest text has {CONTEXT - 1} tokens, and windows are of context={CONTEXT}"),
         ("nowhere.txt", {}, "nowhere.txt is not a file"),
-        (prompt(1, 17), {"context": 15}, "context=15; it must be an integer of at least 16"),
-        (prompt(1, 17), {"context": 1000}, r"context=1000, but the model is made for 512 tokens"),
+        (prompt(1, 17), {"context": 15}, "context: 15; it must be an integer of at least 16"),
+        (prompt(1, 17), {"context": 1000}, "context: 1000; the model is made for 512 tokens"),
         (prompt(1, CONTEXT), {"new_tokens": 32}, "new_tokens=32; at most half of context=63"),
         (prompt(1, CONTEXT), {"steps": 63}, "steps=63; it must be less than context=63"),
-        (prompt(1, CONTEXT), {"steps": 0}, "steps=0; it must be an integer of at least 1"),
-        (prompt(1, CONTEXT), {"num_windows": 0}, "num_windows=0"),
-        (prompt(1, CONTEXT), {"num_windows": True}, "num_windows=True"),
-        (prompt(1, CONTEXT), {"retrieval": [63, 0]}, "retrieval=0; it must be an integer of at least 16"),
-        (prompt(1, CONTEXT), {"retrieval": [1000]}, r"retrieval=1000, but the model is made for 512 tokens"),
+        (prompt(1, CONTEXT), {"steps": 0}, "steps: 0; it must be an integer of at least 1"),
+        (prompt(1, CONTEXT), {"num_windows": 0}, "num_windows: 0"),
+        (prompt(1, CONTEXT), {"num_windows": True}, "num_windows: True"),
+        (prompt(1, CONTEXT), {"retrieval": [63, 0]}, "retrieval: 0; it must be an integer of at least 16"),
+        (prompt(1, CONTEXT), {"retrieval": [1000]}, "retrieval: 1000; the model is made for 512 tokens"),
         (prompt(1, CONTEXT), {"retrieval": [63]}, "text needs a tokenizer, and none is found beside the model"),
         (prompt(1, CONTEXT), {"speculation": tiny_llama(vocab_size=90)}, "the assistant has a vocabulary of 90 tokens"),
         (prompt(1, CONTEXT), {"formats": ["int9"]}, "unknown storage format 'int9'"),
@@ -418,7 +434,7 @@ def test_padding_is_not_read_and_fewer_windows_are_said() -> None:
 def test_eval(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     data, path = tmp_path / "text.txt", tmp_path / "numbers.json"
     data.write_text(TEXT[:2000], encoding="utf-8")
-    arguments = ["eval", str(TINY), "--data", str(data), "--formats", "int8", "fp8,int8", "--json", str(path),
+    arguments = ["eval", str(TINY), "--data", str(data), "--formats", "int8", "fp8,int8", "--save", str(path),
                  "--retrieval", "47", "--speculation", "--steps", "5",
                  "--context", "63", "--num-windows", "1", "--new-tokens", "7", "--device", "cpu"]  # fmt: skip
     assert main(arguments) == 0

@@ -578,6 +578,22 @@ def test_an_old_compiler_builds_what_it_knows(
     assert not recwarn.list
 
 
+@needs_compiler
+def test_how_the_kernels_would_come_about_is_said(
+    compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler('exec $real "$@"')
+    monkeypatch.setattr(builds, "_PREBUILT", tmp_path / "none")
+    expected = f"C++ for {KERNELS[0]}, "
+    assert cpu.outlook() == f"{expected}built on first use (compiler found: {tmp_path / 'compiler'})"
+    assert not (tmp_path / "cache").exists()  # it only looks
+    builds.load(KERNELS[0])
+    assert cpu.outlook() == f"{expected}built before"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert cpu.outlook() == "torch operators (no compiler: several times slower; install g++)"
+
+
 def test_no_compiler_is_said(compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     compiler("")
     monkeypatch.delenv("CXX")
@@ -633,6 +649,7 @@ def test_kernels_that_came_with_the_package(
     monkeypatch.setattr(builds, "_PREBUILT", tmp_path / "prebuilt")
     monkeypatch.setattr(cpu, "_libraries", {})
     torch.set_num_threads(2)
+    assert cpu.outlook() == f"C++ for {KERNELS[0]}, prebuilt"
     for path in KERNELS:
         assert cpu.use(path) == path
         assert torch.equal(problem.run(), expected[path])

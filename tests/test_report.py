@@ -18,11 +18,13 @@ from hf_kvquant import Benchmark, BenchRow, Comparison, ComparisonRow, cli
 from hf_kvquant.evaluation import charts
 from hf_kvquant.evaluation.agreement import Agreement
 from hf_kvquant.evaluation.capacity import Capacity, CapacityRow
+from hf_kvquant.evaluation.parts import with_ratios
 from hf_kvquant.evaluation.pictures import digest_in, spread
 from hf_kvquant.evaluation.quality import Quality
 from hf_kvquant.evaluation.quality_section import quality_section
 from hf_kvquant.evaluation.reporting import write_report
 from hf_kvquant.evaluation.sections import Table, speed_section
+from hf_kvquant.evaluation.text import quality_cells
 from hf_kvquant.evaluation.timing import Run
 
 NASTY = "<script>alert('$x$')</script> & \"co\""
@@ -215,6 +217,27 @@ def test_many_layers_leave_the_numbers_out() -> None:
     svg = charts.heat_maps("n", "t", "c", ["row"], {"p": matrix}, "layer").svg()
     assert ">0.1<" not in svg
     assert ">row<" in svg
+
+
+def test_ratios_whichever_was_measured_first() -> None:
+    rows: list[Any] = [
+        {"cache": "ours", "batch": 2, "context": 64, "tok_s": 25.0},
+        {"cache": "DynamicCache", "batch": 2, "context": 64, "tok_s": 10.0},
+        {"cache": "ours", "batch": 3, "context": 64, "tok_s": 25.0},
+        {"what": "something else", "vs_dynamic": 7.0},
+    ]
+    assert [row.get("vs_dynamic") for row in with_ratios(rows)] == [2.5, 1.0, None, 7.0]
+
+
+def test_both_tables_of_a_comparison_use_the_same_words() -> None:
+    """They differ in where predictions are from; what is stored is the same."""
+    table = quality_section(comparison(), "q").tables[0]
+    header, *lines = quality_cells(comparison().rows)
+    assert set(table.header) < set(header)
+    same = set(table.header) - {"perplexity", "KL"}
+    for row, line in zip(table.rows, lines, strict=True):
+        here, there = dict(zip(table.header, row, strict=True)), dict(zip(header, line, strict=True))
+        assert {name: here[name] for name in same} == {name: there[name] for name in same}
 
 
 def test_tables_in_markdown() -> None:

@@ -101,7 +101,7 @@ def test_the_same_every_time_and_no_two_alike() -> None:
 
 @pytest.mark.parametrize(("length", "says"), [(17, "a fact and the question for it take"), (5000, "there are ")])
 def test_lengths_that_do_not_fit(length: int, says: str) -> None:
-    with pytest.raises(ValueError, match=f"retrieval over {length} tokens.*{says}"):
+    with pytest.raises(ValueError, match=f"retrieval over {length:,} tokens.*{says}"):
         make_probes(text(), tokenizer(), [length])
 
 

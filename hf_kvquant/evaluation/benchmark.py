@@ -18,7 +18,7 @@ from .attempt import attempt
 from .caches import DEFAULT_FORMATS, Formats
 from .generating import (
     as_generating,
-    check_amounts,
+    check_generating,
     check_length,
     contexts_for,
     generating_candidates,
@@ -28,7 +28,7 @@ from .generating import (
 )
 from .resume import read_rows, write_json
 from .speed import Benchmark, BenchRow
-from .timing import SETTLING, generate_once
+from .timing import generate_once
 
 _CONTEXTS = (1024, 4096)
 
@@ -67,8 +67,7 @@ def bench(
 
     Raises ValueError for amounts that do not fit, a model without a causal head, and a file of another measurement.
     """
-    check_amounts(model, {"contexts": contexts or [1], "batches": batches, "rounds": [rounds]})
-    check_amounts(model, {"new_tokens": [new_tokens]}, least=SETTLING + 2)
+    check_generating(model, formats, contexts, batches, new_tokens, rounds, save)
     contexts = contexts or contexts_for(model, _CONTEXTS, new_tokens)
     check_length(model, max(contexts) + new_tokens)
     compared = generating_candidates(model, formats)

@@ -14,19 +14,18 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..hosts import disable_fake_quantization, without_wrapper
+from ..hosts import disable_fake_quantization, longest_sequence, without_wrapper
 from ..pools import OutOfPagesError
 from ..tables import table
 from .attempt import attempt
 from .caches import DEFAULT_FORMATS, DENSE, Candidate, Formats
 from .generating import (
     as_generating,
-    check_amounts,
+    check_generating,
     check_length,
     contexts_for,
     generating_candidates,
     generating_setup,
-    longest_sequence,
     random_ids,
 )
 from .resume import read_rows, write_json
@@ -78,7 +77,7 @@ class Capacity:
 
     Attributes:
         setup: model, machine and versions that the numbers belong to.
-        rows: one a cache and question.
+        rows: one per cache and question.
         notes: what the user should know of.
     """
 
@@ -146,8 +145,7 @@ def measure_capacity(
     Raises ValueError on a CPU, whose memory does not run out but slows everything down, for amounts that do not fit, a
     model without a causal head, and a file of another measurement.
     """
-    check_device(model)
-    check_amounts(model, {"contexts": contexts or [1], "batches": batches})
+    check_capacity(model, model.device, formats, contexts, batches, save)
     contexts = contexts or contexts_for(model, _CONTEXTS, _NEW_TOKENS)
     check_length(model, max(contexts) + _NEW_TOKENS)
     compared = generating_candidates(model, formats)
@@ -174,18 +172,31 @@ def measure_capacity(
     return Capacity(setup, rows, notes)
 
 
-def check_device(model: PreTrainedModel) -> None:
+def check_capacity(
+    model: PreTrainedModel,
+    device: torch.device,
+    formats: Formats,
+    contexts: Sequence[int] | None,
+    batches: Sequence[int],
+    save: str | os.PathLike[str] | None,
+) -> None:
+    """Raise what `measure_capacity` raises; `model`, for `device`, may still be on the meta device."""
+    check_device(device)
+    check_generating(model, formats, contexts, batches, _NEW_TOKENS, 1, save)
+
+
+def check_device(device: torch.device) -> None:
     """Raise ValueError where memory does not simply run out."""
-    if model.device.type != "cuda":
+    if device.type != "cuda":
         raise ValueError(
-            f"the model is on {model.device}: how much fits is found by filling a GPU's memory; for other devices "
+            f"the model is on {device}: how much fits is found by filling a GPU's memory; for other devices "
             "`hf-kvquant plan MODEL --memory SIZE` computes it"
         )
 
 
 def _row(model: PreTrainedModel, candidate: Candidate, batch: int | None, context: int | None) -> CapacityRow:
     unit = 1 if batch is None else _TOKENS
-    longest = longest_sequence(model)
+    longest = longest_sequence(model.config)
     most = _MOST if batch is None or longest is None else (longest - _NEW_TOKENS)
 
     def fits(count: int) -> bool:

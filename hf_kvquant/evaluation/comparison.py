@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,19 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration_data import tokenizer_beside
-from ..hosts import disable_fake_quantization, without_wrapper
+from ..hosts import disable_fake_quantization, longest_sequence, without_wrapper
 from .acceptance import PLACES, AcceptanceRun
 from .attempt import attempt
 from .caches import DEFAULT_FORMATS, DENSE, Candidate, Formats, candidates
+from .generating import check_amounts
 from .machine import git_commit
+from .mode import evaluating
 from .quality import QualityRun
-from .resume import read_rows, write_json
+from .resume import check_place, read_rows, write_json
 from .retrieval import Probe, make_probes, measure_retrieval
 from .rows import Comparison, ComparisonRow
 from .setup import model_setup
-from .windows import windows_of
+from .windows import read_windows
 
 
 def compare(
@@ -59,8 +60,8 @@ def compare(
         num_windows: how many windows are read, or fewer if there are not as many.
         new_tokens: length of the greedy continuations, at most half of `context`.
         steps: tokens at the end of each window that are read one by one, the costly part; None for half of `context`.
-        retrieval: lengths in tokens over which facts are to be found again, see `evaluation.retrieval`. The longest may
-            have as many tokens as the windows together, which hide them.
+        retrieval: lengths in tokens over which facts are to be found again, see `evaluation.retrieval`. The beginning
+            of the data hides them, which needs as many tokens as the longest.
         speculation: whether to count how many drafted tokens are accepted in the greedy continuations: those of prompt
             lookup and, if a model is given here, those of this assistant.
         save: a JSON file, written after every row. If it is there, the rows in it are taken over if they belong to the
@@ -70,18 +71,18 @@ def compare(
     Raises ValueError for no data, data shorter than `context`, options that do not fit, a model without a causal head,
     and a file of another comparison; TypeError for data of an unknown kind.
     """
-    _check_amounts(model, context, num_windows, new_tokens, steps, retrieval)
+    check_comparison(model, formats, context, num_windows, new_tokens, steps, retrieval, save)
     steps = context - context // 2 if steps is None else steps
     compared = candidates(model, formats)
-    windows = windows_of(data, model, tokenizer, context, num_windows)
-    probes = _probes(model, windows, tokenizer, retrieval) if retrieval else []
+    windows, pieces = read_windows(data, model, tokenizer, context, num_windows, max(retrieval, default=0))
+    probes = _probes(model, pieces, tokenizer, retrieval) if retrieval else []
     assistant = None if isinstance(speculation, bool) else speculation
     prompts = [window[: context // 2] for window in windows]
     drafting = AcceptanceRun(model, assistant, prompts, new_tokens) if speculation else None
     of_assistant = None if assistant is None else candidates(assistant, formats)
     setup = {
         **model_setup(model),
-        "text": hashlib.sha256(torch.stack(windows).cpu().numpy().tobytes()).hexdigest(),
+        "text": _digest([*windows, *pieces]),
         "context": context,
         "windows": len(windows),
         "new_tokens": new_tokens,
@@ -97,7 +98,7 @@ def compare(
     if len(windows) < num_windows:
         notes.append(f"only {len(windows)} of the {num_windows} windows asked for: there is no more data")
     rows: list[ComparisonRow] = []
-    with _evaluating(models):
+    with evaluating(*models):
         measuring = _Measuring(model, QualityRun(model, windows, new_tokens, steps), context, probes, drafting)
         for index, candidate in enumerate(compared):
             row = saved.get(candidate.name)
@@ -145,52 +146,41 @@ class _Measuring:
         return replace(row, failed="; ".join(failures))
 
 
-@contextmanager
-def _evaluating(models: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """Models in evaluation mode, for a while."""
-    were_training = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, was_training in zip(models, were_training, strict=True):
-            model.train(was_training)
+def _digest(pieces: Sequence[torch.Tensor]) -> str:
+    return hashlib.sha256(torch.cat([piece.cpu() for piece in pieces]).numpy().tobytes()).hexdigest()
 
 
 def _probes(
-    model: PreTrainedModel, windows: Sequence[torch.Tensor], tokenizer: Any, lengths: Sequence[int]
+    model: PreTrainedModel, pieces: Sequence[torch.Tensor], tokenizer: Any, lengths: Sequence[int]
 ) -> list[Probe]:
     tokenizer = tokenizer_beside(model) if tokenizer is None else tokenizer
     # Only the first token of a text says that it begins.
-    text = torch.cat([window[int(window[0] == tokenizer.bos_token_id) :] for window in windows])
+    text = torch.cat([piece[int(piece[:1].tolist() == [tokenizer.bos_token_id]) :].cpu() for piece in pieces])
     return make_probes(text, tokenizer, lengths)
 
 
-def _check_amounts(
+def check_comparison(
     model: PreTrainedModel,
+    formats: Formats,
     context: int,
     num_windows: int,
     new_tokens: int,
     steps: int | None,
     retrieval: Sequence[int],
+    save: str | os.PathLike[str] | None,
 ) -> None:
-    if model.config.is_encoder_decoder or not model.can_generate():
-        raise ValueError(f"{type(model).__name__} is not a causal language model, whose next tokens can be compared")
-    lengths = [("context", context), *(("retrieval", length) for length in retrieval)]
-    amounts = [
-        ("num_windows", num_windows, 1),
-        ("new_tokens", new_tokens, 1),
-        ("steps", 1 if steps is None else steps, 1),
-    ]
-    for name, value, least in [*((name, length, 16) for name, length in lengths), *amounts]:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r}; it must be an integer of at least {least}")
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    for name, value in lengths:
-        if isinstance(longest, int) and value > longest:
-            raise ValueError(f"{name}={value}, but the model is made for {longest} tokens (max_position_embeddings)")
+    """Raise what `compare` raises for arguments that do not fit; `model` may be on the meta device."""
+    lengths = {"context": [context], **({"retrieval": retrieval} if retrieval else {})}
+    check_amounts(model, lengths, least=16)
+    check_amounts(model, {"num_windows": [num_windows], "new_tokens": [new_tokens]})
+    check_amounts(model, {} if steps is None else {"steps": [steps]})
+    longest = longest_sequence(model.config)
+    for name, values in lengths.items():
+        if longest is not None and max(values) > longest:
+            raise ValueError(f"{name}: {max(values)}; the model is made for {longest} tokens (max_position_embeddings)")
     if new_tokens > context // 2:
         raise ValueError(f"new_tokens={new_tokens}; at most half of context={context}, the other half is the prompt")
     if steps is not None and steps >= context:
         raise ValueError(f"steps={steps}; it must be less than context={context}: what comes before is the prompt")
+    candidates(model, formats)
+    check_place(save)

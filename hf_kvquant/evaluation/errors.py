@@ -17,7 +17,7 @@ from ..hosts import attention_paths, with_cache, without_wrapper
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """Relative RMS errors, a number a layer; None for layers that keep no keys and values of their own.
+    """Relative RMS errors, one per layer; None for layers that keep no keys and values of their own.
 
     Also None where no attention module carries the layer's index, as in models that use one module for several layers.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,12 +11,21 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from ..hosts import attention_by_part, attention_name, is_fused, uses_attention_interface, without_wrapper
+from ..hosts import (
+    attention_by_part,
+    attention_name,
+    is_fused,
+    longest_sequence,
+    uses_attention_interface,
+    without_wrapper,
+)
 from .caches import Candidate, Formats, candidates
 from .machine import git_commit
 from .memory import peak_kind
+from .mode import evaluating
+from .resume import check_place
 from .setup import model_setup
-from .timing import COMPILING_DEVICES
+from .timing import COMPILING_DEVICES, SETTLING
 
 Item = TypeVar("Item")
 _OURS, _HOSTS = "kvquant", "sdpa"
@@ -33,15 +43,27 @@ def check_amounts(model: PreTrainedModel, amounts: Mapping[str, Sequence[int]], 
                 raise ValueError(f"{name}: {value!r}; it must be an integer of at least {least}")
 
 
-def longest_sequence(model: PreTrainedModel) -> int | None:
-    """Tokens that the model is made for; None if its configuration does not say."""
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) else None
+def check_generating(
+    model: PreTrainedModel,
+    formats: Formats,
+    contexts: Sequence[int] | None,
+    batches: Sequence[int],
+    new_tokens: int,
+    rounds: int,
+    save: str | os.PathLike[str] | None,
+) -> None:
+    """Raise what `bench` raises for arguments that do not fit; `model` may be on the meta device."""
+    check_amounts(model, {"contexts": contexts or [1], "batches": batches, "rounds": [rounds]})
+    check_amounts(model, {"new_tokens": [new_tokens]}, least=SETTLING + 2)
+    if contexts:
+        check_length(model, max(contexts) + new_tokens)
+    candidates(model, formats)
+    check_place(save)
 
 
 def check_length(model: PreTrainedModel, num_tokens: int) -> None:
     """Raise ValueError if the model is not made for so many tokens."""
-    longest = longest_sequence(model)
+    longest = longest_sequence(model.config)
     if longest is not None and num_tokens > longest:
         raise ValueError(
             f"context and new tokens are {num_tokens:,} together, but the model is made for {longest:,} "
@@ -51,7 +73,7 @@ def check_length(model: PreTrainedModel, num_tokens: int) -> None:
 
 def contexts_for(model: PreTrainedModel, usual: Sequence[int], new_tokens: int) -> list[int]:
     """Those of the usual contexts that the model is made for; if it is for none, half of what it is made for."""
-    longest = longest_sequence(model)
+    longest = longest_sequence(model.config)
     return [each for each in usual if longest is None or each + new_tokens <= longest] or [(longest or 0) // 2]
 
 
@@ -87,22 +109,21 @@ def as_generating(model: PreTrainedModel) -> Iterator[Callable[[Candidate], None
     """
     inner = without_wrapper(model)
     config = inner.config.get_text_config(decoder=True)
-    before, was_training, hosts = attention_by_part(inner), model.training, _hosts_attention(inner)
+    before, hosts = attention_by_part(inner), _hosts_attention(inner)
 
     def attend(candidate: Candidate) -> None:
         if uses_attention_interface(config):
             inner.set_attn_implementation(_OURS if candidate.ours else hosts)
 
-    model.eval()
     gc.collect()
     gc.freeze()
     try:
-        yield attend
+        with evaluating(model):
+            yield attend
     finally:
         gc.unfreeze()
         if attention_by_part(inner) != before:
             inner.set_attn_implementation(before)
-        model.train(was_training)
 
 
 def random_ids(model: PreTrainedModel, batch: int, context: int) -> torch.Tensor:

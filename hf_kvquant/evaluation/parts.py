@@ -13,17 +13,19 @@ from .sections import Section, Table
 Row = Mapping[str, Any]
 # What rows are told by, not what was measured.
 _HIDDEN = {"traceback", "row_seconds", "failures"}
+# What a row of tokens a second has.
+_SPEED = {"cache", "batch", "context", "tok_s"}
 
 
 def part_sections(result: Mapping[str, Any], name: str) -> list[Section]:
-    """A section a part: tables of rows of one kind, and bars where caches generate. `name` begins pictures' names."""
+    """One section per part: tables of like rows, and bars where caches generate. `name` begins pictures' names."""
     sections = []
     for part, content in result["parts"].items():
         commit = (content.get("git_commit") or "unknown")[:7]
         about = result["about"]
         versions = ", ".join(f"{key} {version}" for key, version in about["versions"].items() if version)
         where = f"{about['device']}; {versions}, commit {commit}, {about['date'][:10]}"
-        rows = [row for row in content["rows"] if "error" not in row]
+        rows = with_ratios([row for row in content["rows"] if "error" not in row])
         pictures = speed_bars(
             rows, f"{name}-{part}", f"{part}: tokens/s over {DENSE}'s", f"{content['title']}. {where}"
         )
@@ -44,6 +46,24 @@ def demo_sections(result: Mapping[str, Any], name: str) -> list[Section]:
     return [Section("Demo", caption, tables_by_kind(result["results"]))]
 
 
+def with_ratios(rows: Sequence[Row]) -> list[Row]:
+    """Rows of tokens a second with `vs_dynamic`, those over the host's unquantized cache's, whichever came first."""
+    dense = _dense_speeds(rows)
+    return [
+        {**row, "vs_dynamic": row["tok_s"] / dense[row["batch"], row["context"]]}
+        if row.keys() >= _SPEED and (row["batch"], row["context"]) in dense
+        else row
+        for row in rows
+    ]
+
+
+def _dense_speeds(rows: Sequence[Row]) -> dict[tuple[int, int], float]:
+    """By batch and context."""
+    return {
+        (row["batch"], row["context"]): row["tok_s"] for row in rows if row.keys() >= _SPEED and row["cache"] == DENSE
+    }
+
+
 def tables_by_kind(rows: Sequence[Row]) -> list[Table]:
     """Rows with the same columns share a table."""
     kinds: dict[tuple[str, ...], list[Row]] = {}
@@ -60,8 +80,8 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 def speed_bars(rows: Sequence[Row], name: str, title: str, caption: str) -> list[Picture]:
     """Tokens a second of each cache over those of the host's unquantized one, by batch and context; none without."""
-    speeds = [row for row in rows if {"cache", "batch", "context", "tok_s"} <= row.keys()]
-    dense = {(row["batch"], row["context"]): row["tok_s"] for row in speeds if row["cache"] == DENSE}
+    speeds = [row for row in rows if row.keys() >= _SPEED]
+    dense = _dense_speeds(rows)
     groups: dict[str, dict[str, float]] = {}
     for row in sorted(speeds, key=lambda row: row["cache"] != DENSE):
         place = row["batch"], row["context"]

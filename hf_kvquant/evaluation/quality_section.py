@@ -10,7 +10,16 @@ from .pictures import Picture
 from .quality import Quality
 from .rows import Comparison
 from .sections import Section, Table, provenance
-from .text import acceptance_cells, retrieval_cells
+from .text import (
+    ABOUT,
+    SAME_TOKENS,
+    STORED,
+    about_cells,
+    acceptance_cells,
+    retrieval_cells,
+    same_token_cells,
+    stored_cells,
+)
 
 _ERRORS = {"k_error": "error of K", "v_error": "error of V", "attention_error": "error of attention"}
 _LEAST_KL = 1e-7  # less is rounding
@@ -32,8 +41,9 @@ def quality_section(comparison: Comparison, name: str, title: str = "", about: s
     read = f"{setup['windows']} windows of {setup['context']:,} tokens in growing chunks"
     where = provenance(setup)
     caption = (
-        f"{about + '. ' if about else ''}{read}; KL divergence from the unquantized cache in nats; greedy tokens over "
-        f"{setup['new_tokens']}; errors are relative RMS, of the worst layer. {where}."
+        f"{about + '. ' if about else ''}{read}; KL divergence from the unquantized cache in nats; top-1 and "
+        f"greedy: shares of equal tokens, greedy over {setup['new_tokens']}; errors are relative RMS, of the "
+        f"worst layer. {where}."
     )
     tables = [quality_table(rows)] if rows else []
     for header, *lines in filter(None, (retrieval_cells(comparison.rows), acceptance_cells(comparison.rows))):
@@ -60,27 +70,18 @@ def divergence(quality: Quality) -> str:
 
 
 def quality_table(rows: Mapping[str, Quality]) -> Table:
-    """One line a cache."""
+    """One line per cache."""
     dense = rows.get(DENSE)
     lines = []
     for cache, quality in rows.items():
-        share = increase = ""
-        if dense is not None:
-            share = f" ({quality.bytes_held / dense.bytes_held:.2f}x)"
-            increase = f" ({perplexity_increase(quality, dense):+.3f} %)"
-        worst = (max((e for e in getattr(quality, which) if e is not None), default=None) for which in _ERRORS)
+        increase = "" if dense is None else f" ({perplexity_increase(quality, dense):+.3f} %)"
         lines.append((
-            cache, "-" if quality.scales is None else " / ".join(quality.scales), f"{quality.bytes_held:,}{share}",
+            *about_cells(cache, quality, dense),
             f"{quality.chunks.perplexity:.4f}{increase}", divergence(quality),
-            f"{quality.chunks.top1_agreement:.2%}", f"{quality.greedy_match:.2%}",
-            *("-" if error is None else f"{error:.2%}" for error in worst),
-            "-" if quality.clipped is None else f"{sum(quality.clipped):,}",
+            *same_token_cells(quality.chunks, quality),
+            *stored_cells(quality),
         ))  # fmt: skip
-    header = (
-        "cache", "scales", "bytes held", "perplexity", "KL", "same best token", "same greedy tokens", *_ERRORS.values(),
-        "clipped",
-    )  # fmt: skip
-    return Table(header, lines)
+    return Table((*ABOUT, "perplexity", "KL", *SAME_TOKENS, *STORED), lines)
 
 
 def _pictures(rows: Mapping[str, Quality], context: int, name: str, caption: str) -> list[Picture]:

@@ -9,18 +9,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 def random_model(
-    source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+    source: str | os.PathLike[str],
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """The model of a directory or hub id as its configuration describes it, the same random weights every time.
 
     Args:
         source: where the configuration is; no weights are read, and no scales of a checkpoint will be.
-        dtype: of the weights; "auto" for the configuration's.
+        dtype: of the weights, or its name; "auto" for the configuration's.
         device: where they are made.
+        revision: branch, tag or commit, if the source is a hub id.
 
     Raises OSError and ValueError for a source without a configuration that transformers knows.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, revision=revision)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # it is about weights in files
     chosen = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))

@@ -18,7 +18,7 @@ from .rows import Comparison
 from .sections import Section, capacity_section, speed_section
 from .speed import Benchmark
 
-_KINDS = "files of `hf-kvquant eval --json` and `bench --json`, and what this project's benchmarks and demo save"
+_KINDS = "files of `hf-kvquant eval --save` and `bench --save`, and what this project's benchmarks and demo save"
 
 
 def write_report(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> list[Path]:

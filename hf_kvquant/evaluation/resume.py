@@ -19,10 +19,8 @@ def read_rows(path: Path, setup: Mapping[str, Any], row_of: Callable[[Mapping[st
         setup: what the numbers depend on, as JSON. That of the file must be the same.
         row_of: makes a row of its JSON; may raise ValueError, TypeError and KeyError.
 
-    Raises ValueError if the file's setup is another, if it is no such file, and if it could not be written.
+    Raises ValueError if the file's setup is another, and if it is no such file.
     """
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no directory {path.parent} to save to")
     if not path.exists():
         return []
     try:
@@ -30,12 +28,18 @@ def read_rows(path: Path, setup: Mapping[str, Any], row_of: Callable[[Mapping[st
         differing = [name for name in setup if found["setup"][name] != setup[name]]
         rows = [] if differing else [row_of(row) for row in found["rows"]]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a saved comparison ({error!r}); name another file, or remove it") from error
+        raise ValueError(f"{path} is not a saved measurement ({error!r}); name another file, or remove it") from error
     if differing:
         raise ValueError(
-            f"{path} holds a comparison that differs in {', '.join(differing)}; name another file, or remove it"
+            f"{path} holds a measurement that differs in {', '.join(differing)}; name another file, or remove it"
         )
     return rows
+
+
+def check_place(path: str | os.PathLike[str] | None) -> None:
+    """Raise ValueError if a file could not be written there."""
+    if path is not None and not Path(path).parent.is_dir():
+        raise ValueError(f"{path}: there is no directory {Path(path).parent} to save to")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

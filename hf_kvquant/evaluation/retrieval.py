@@ -50,7 +50,7 @@ class Retrieval:
         found: share of answers that greedy decoding gives, all tokens right.
         log_probability: of the whole answer, in nats. A small model finds nothing over any cache; how far this is from
             the unquantized cache's still says what storage costs.
-        rank: of an answer's token that is worst off, among all tokens; 1 is the most likely one.
+        rank: of the answer's least likely token among the whole vocabulary; 1 is the most likely.
     """
 
     task: str
@@ -89,7 +89,7 @@ def make_probes(
 
 @torch.no_grad()
 def measure_retrieval(model: PreTrainedModel, probes: Sequence[Probe], make: Callable[[int], Cache]) -> list[Retrieval]:
-    """What a model finds over the caches that `make` makes for a number of tokens, an entry a task, length and depth.
+    """What a model finds over the caches that `make` makes for a number of tokens: one entry per task, length, depth.
 
     The document is read as a prompt; question and answer come after it, over what is stored.
     """
@@ -157,12 +157,12 @@ def _probe(task: str, length: int, depth: float, facts: _Facts, text: torch.Tens
     # The question begins a line of its own.
     room = length - len(start) - len(fact) - len(end) - len(question) - len(answer)
     if room < 0:
-        raise ValueError(f"retrieval over {length} tokens: a fact and the question for it take {length - room}")
+        raise ValueError(f"retrieval over {length:,} tokens: a fact and the question for it take {length - room}")
     if task == "needle":
         around = text.cpu()[:room]
         if len(around) < room:
             raise ValueError(
-                f"retrieval over {length} tokens needs as many tokens of text, and there are {len(text)}; "
+                f"retrieval over {length:,} tokens needs as many tokens of data, and there are {len(text):,}; "
                 "give more data, or smaller lengths"
             )
         before = int(depth * room)

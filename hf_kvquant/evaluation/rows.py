@@ -1,4 +1,4 @@
-"""A comparison of caches as data: a row a cache."""
+"""A comparison of caches as data: one row per cache."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Comparison:
 
     Attributes:
         setup: model, text and versions that the numbers belong to.
-        rows: one a cache; the first is the host's unquantized one.
+        rows: one per cache; the first is the host's unquantized one.
         notes: what the user should know of.
     """
 

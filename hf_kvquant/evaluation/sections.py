@@ -46,9 +46,12 @@ class Section:
     pictures: list[Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def markdown(self, pictures: Sequence[Picture], folded: bool = False) -> str:
-        """For a document beside which `pictures` lie as SVG files; `folded` tables are hidden until asked for."""
-        parts = [f"## {self.title}\n", f"{self.caption}\n"]
+    def markdown(self, pictures: Sequence[Picture], folded: bool = False, level: int = 2) -> str:
+        """For a document beside which `pictures` lie as SVG files.
+
+        `folded` tables are hidden until asked for; `level` is that of the heading.
+        """
+        parts = [f"{'#' * level} {self.title}\n", f"{self.caption}\n"]
         parts += [f"![{picture.title}]({picture.name}.svg)\n" for picture in pictures]
         body = [table.markdown() for table in self.tables]
         if self.notes:

@@ -24,7 +24,7 @@ class BenchRow:
         options: what it was made with, as JSON.
         batch: sequences.
         context: tokens of each prompt.
-        runs: one a round.
+        runs: one per round.
         failed: the exception that ended it, "" if none did.
     """
 
@@ -51,7 +51,7 @@ class BenchRow:
 
     @property
     def tokens_per_s(self) -> float:
-        """New tokens of all sequences a second, after the first token; the median of the rounds."""
+        """New tokens of all sequences a second, from the sixth token on; the median of the rounds."""
         return statistics.median(map(self._speed, self.runs))
 
     @property
@@ -108,7 +108,7 @@ class Benchmark:
 
     Attributes:
         setup: model, machine and versions that the numbers belong to.
-        rows: one a cache, batch and context.
+        rows: one per cache, batch and context.
         notes: what the user should know of.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .agreement import Agreement
 from .caches import DENSE
 from .quality import Quality
 
@@ -15,35 +16,60 @@ if TYPE_CHECKING:
 Cells = list[tuple[str, ...]]
 
 
+# What tables of qualities have in common: the columns before those of predictions, those of equal tokens, and the last.
+ABOUT = ("cache", "scales", "bytes held")
+SAME_TOKENS = ("top-1", "greedy")
+STORED = ("worst K error", "worst V error", "worst attention error", "clipped")
+
+
+def about_cells(cache: str, quality: Quality, dense: Quality | None) -> tuple[str, ...]:
+    """Of the columns `ABOUT`; bytes also over those of the unquantized cache."""
+    share = f" ({quality.bytes_held / dense.bytes_held:.2f}x)" if dense is not None else ""
+    return (
+        cache,
+        "-" if quality.scales is None else " / ".join(quality.scales),
+        f"{quality.bytes_held:,}{share}",
+    )
+
+
+def same_token_cells(agreement: Agreement, quality: Quality) -> tuple[str, ...]:
+    """Of the columns `SAME_TOKENS`."""
+    return f"{agreement.top1_agreement:.2%}", f"{quality.greedy_match:.2%}"
+
+
+def stored_cells(quality: Quality) -> tuple[str, ...]:
+    """Of the columns `STORED`."""
+    worst = [
+        max((error for error in errors if error is not None), default=None)
+        for errors in (quality.k_error, quality.v_error, quality.attention_error)
+    ]
+    return (
+        *("-" if error is None else f"{error:.2%}" for error in worst),
+        "-" if quality.clipped is None else f"{sum(quality.clipped):,}",
+    )
+
+
 def quality_cells(rows: Sequence[ComparisonRow]) -> Cells:
-    """One line a cache that could be measured."""
-    header = (
-        "cache", "scales", "bytes held", "perplexity", "in chunks", "KL", "top-1", "greedy", "differs at",
-        "worst K error", "worst V error", "worst attention error", "clipped",
-    )  # fmt: skip
+    """One line per cache that could be measured."""
+    header = (*ABOUT, "perplexity", "in chunks", "KL", *SAME_TOKENS, "differs at", *STORED)
     measured = {row.cache: row.quality for row in rows if row.quality is not None}
     dense = measured.get(DENSE)
     return [header, *(_quality_cells(name, quality, dense) for name, quality in measured.items())] if measured else []
 
 
 def _quality_cells(name: str, quality: Quality, dense: Quality | None) -> tuple[str, ...]:
-    share = f" ({quality.bytes_held / dense.bytes_held:.2f}x)" if dense is not None else ""
     places = [place for place in quality.first_divergence if place is not None]
-    worst = [
-        max((error for error in errors if error is not None), default=None)
-        for errors in (quality.k_error, quality.v_error, quality.attention_error)
-    ]
     return (
-        name, "-" if quality.scales is None else " / ".join(quality.scales), f"{quality.bytes_held:,}{share}",
-        f"{quality.steps.perplexity:.4f}", f"{quality.chunks.perplexity:.4f}",
-        f"{quality.steps.kl_divergence:.2e}", f"{quality.steps.top1_agreement:.2%}", f"{quality.greedy_match:.2%}",
-        str(min(places)) if places else "-", *("-" if error is None else f"{error:.3%}" for error in worst),
-        "-" if quality.clipped is None else f"{sum(quality.clipped):,}",
+        *about_cells(name, quality, dense),
+        f"{quality.steps.perplexity:.4f}", f"{quality.chunks.perplexity:.4f}", f"{quality.steps.kl_divergence:.2e}",
+        *same_token_cells(quality.steps, quality),
+        str(min(places)) if places else "-",
+        *stored_cells(quality),
     )  # fmt: skip
 
 
 def retrieval_cells(rows: Sequence[ComparisonRow]) -> Cells:
-    """One line a task, length and cache."""
+    """One line per task, length and cache."""
     lines: dict[tuple[str, int], list[tuple[str, ...]]] = {}
     expected = {_place(found): found for row in rows if row.cache == DENSE for found in row.retrieval}
     depths: list[str] = []
@@ -76,7 +102,7 @@ def _place(found: Retrieval) -> tuple[str, int, float]:
 
 
 def acceptance_cells(rows: Sequence[ComparisonRow]) -> Cells:
-    """One line a cache, drafter and place of the cache."""
+    """One line per cache, drafter and place of the cache."""
     lines = [
         (
             found.drafts, row.cache, found.place, f"{found.accepted:,} of {found.proposed:,}",

@@ -17,14 +17,21 @@ _CHUNKS = (8, 24, 32, 64, 128)
 _LATER_CHUNKS = 256
 
 
-def windows_of(data: Any, model: PreTrainedModel, tokenizer: Any, context: int, num_windows: int) -> list[torch.Tensor]:
-    """The first `num_windows` windows of the data, or fewer: token ids `[context]` each, on the model's device.
+def read_windows(
+    data: Any, model: PreTrainedModel, tokenizer: Any, context: int, num_windows: int, num_tokens: int = 0
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Windows of the data, and its pieces up to the first `num_tokens` tokens: both at once, as data may be read once.
+
+    Returns the first `num_windows` windows, or fewer if there are not as many, as token ids `[context]` on the model's
+    device; and pieces `[T]`, too short for a window or not, of at least `num_tokens` tokens together without the first
+    of each, or all there are.
 
     Raises ValueError for no data, data shorter than `context`, and data without token ids; TypeError for data of an
     unknown kind.
     """
     windows: list[torch.Tensor] = []
-    longest = 0
+    pieces: list[torch.Tensor] = []
+    longest = num_read = 0
     # Short texts do not count, so how many have to be read is not known.
     for batch in batches_of(data, model, tokenizer, sys.maxsize, context, 1):
         if "input_ids" not in batch.inputs:
@@ -35,14 +42,17 @@ def windows_of(data: Any, model: PreTrainedModel, tokenizer: Any, context: int, 
             tokens = row[mask]
             longest = max(longest, len(tokens))
             windows += [piece for piece in tokens.split(context) if len(piece) == context]
-        if len(windows) >= num_windows:
+            if num_read < num_tokens:
+                pieces.append(tokens)
+            num_read += max(len(tokens) - 1, 0)  # the first may only say that a text begins
+        if len(windows) >= num_windows and num_read >= num_tokens:
             break
     if not windows:
         raise ValueError(
             f"the data is shorter than the context: its longest text has {longest} tokens, and windows are of "
             f"context={context}; give longer texts, or a smaller context"
         )
-    return [window.to(model.device) for window in windows[:num_windows]]
+    return [window.to(model.device) for window in windows[:num_windows]], pieces
 
 
 def chunk_sizes(num_tokens: int) -> list[int]:

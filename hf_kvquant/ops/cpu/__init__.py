@@ -14,8 +14,9 @@ import torch
 
 from .. import reference
 from . import build, chunked, kernels
+from .build import outlook
 
-__all__ = ["channel_absmax", "paged_attention", "paths", "use", "write_kv"]
+__all__ = ["channel_absmax", "outlook", "paged_attention", "paths", "use", "write_kv"]
 
 _TORCH = "torch"
 

@@ -77,6 +77,20 @@ def load(instructions: str) -> ctypes.CDLL:
     raise error
 
 
+def outlook() -> str:
+    """What `load` would give on this machine, in words; nothing is built."""
+    compiler, cached = _compiler(), _cache_directory()
+    for instructions in instruction_sets():
+        names = [_file_name(flags) for flags in _flag_sets(instructions)]
+        if any((_PREBUILT / name).exists() for name in names):
+            return f"C++ for {instructions}, prebuilt"
+        if cached is not None and any((cached / name).exists() for name in names):
+            return f"C++ for {instructions}, built before"
+        if compiler is not None and shutil.which(compiler.split()[0]):
+            return f"C++ for {instructions}, built on first use (compiler found: {compiler})"
+    return "torch operators (no compiler: several times slower; install g++)"
+
+
 def _load_from(directory: Path, instructions: str) -> ctypes.CDLL:
     """Raises OSError if the directory cannot be used and BuildError if the compiler cannot."""
     builds = [(directory / _file_name(flags), flags) for flags in _flag_sets(instructions)]
@@ -136,9 +150,13 @@ def _file_name(flags: tuple[str, ...]) -> str:
     return f"kernels-{digest.hexdigest()[:20]}.so"
 
 
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+
+
 def _compile(target: Path, flags: tuple[str, ...], source: Path = _SOURCE) -> str:
     """Build `target`; returns why it could not be done, or nothing."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    compiler = _compiler()
     if compiler is None:
         return "no C++ compiler was found (c++, g++ or clang++)"
     # Under another name first: whoever sees the file may load it.
