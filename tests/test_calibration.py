@@ -207,6 +207,25 @@ def test_mse_clips_a_lonely_outlier() -> None:
     assert absmax * 0.6 < best < absmax * (1 - 0.5 * len(values) / 127**2 / 12)
 
 
+@pytest.mark.parametrize("name", [FP8, INT8])
+@pytest.mark.parametrize("estimator", ["absmax", "percentile", "mse"])
+def test_a_quiet_channel_has_room_for_what_its_partner_holds(name: str, estimator: str) -> None:
+    """At positions that calibration did not see the two have turned into each other."""
+    model = tiny_llama("sdpa", num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[7] *= 20  # the slowest pair is 7 and 15
+    tokens = prompt(4, 63)
+    found = calibrate(model, tokens, kv_cache_dtype=name, granularity="channel", estimator=estimator, progress=False)
+    bound = found[0].k_scale * QMAX[name]
+    assert torch.equal(bound, with_partner(bound))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():  # a quarter of a turn later, at 10000 ** -(7 / 8) a position
+        model(tokens, position_ids=4967 + torch.arange(63)[None], past_key_values=cache)
+    far = cache.layers[0].keys[:, 0, :, 15].abs()
+    assert far.amax() > 5 * bound[0, :7].median()
+    assert (far > bound[0, 15]).float().mean() < 0.01
+
+
 # -- what is seen ------------------------------------------------------------------------------------------------------
 
 
