@@ -235,6 +235,10 @@ def _valid_tokens(mask: torch.Tensor | None, key: PagedKV) -> torch.Tensor | Non
     """`[B, T]`, False for new tokens that no query may see, which is what padding is."""
     if mask is None or mask.shape[-1] < key.shape[-2]:
         return None
-    mask = mask.index_select(-1, key.layer.columns_of(key.num_new))
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen.any(dim=2).any(dim=1).expand(key.shape[0], -1)
+    return seen_tokens(mask.index_select(-1, key.layer.columns_of(key.num_new))).expand(key.shape[0], -1)
+
+
+def seen_tokens(mask: torch.Tensor) -> torch.Tensor:
+    """`[B, L]`, False for tokens that no query sees by a mask `[B, H, T, L]`, whose floats are added to the logits."""
+    seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    return seen.any(dim=2).any(dim=1)

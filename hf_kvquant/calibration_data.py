@@ -6,12 +6,14 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
+
+from .attention import seen_tokens
 
 _TEXT_FIELDS = ("text", "content", "prompt")
 _CHAT_FIELDS = ("messages", "conversations", "conversation")
@@ -118,14 +120,22 @@ def _given_batches(samples: Iterable[Any], num_samples: int) -> Iterator[Batch]:
         inputs = {name: value for name, value in sample.items() if isinstance(value, torch.Tensor)}
         # Cached are the decoder's tokens where there is a decoder, whatever padding the encoder's input has.
         mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
-        batch = Batch(
-            {name: value for name, value in inputs.items() if name != "labels"},
-            mask.bool() if mask is not None and mask.ndim == 2 else None,
-        )
+        batch = Batch({name: value for name, value in inputs.items() if name != "labels"}, None)
+        batch = replace(batch, mask=None if mask is None else _tokens_by(mask, batch.num_sequences))
         yield batch
         num_seen += batch.num_sequences
         if num_seen >= num_samples:
             return
+
+
+def _tokens_by(mask: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    """`[B, T]`, False for padding."""
+    if mask.ndim not in (2, 4):
+        raise ValueError(
+            f"an attention mask of shape {list(mask.shape)} does not tell padding from tokens; give [B, T], or "
+            "[B, 1, T, T]"
+        )
+    return mask.bool() if mask.ndim == 2 else seen_tokens(mask).expand(num_sequences, -1)
 
 
 def _padded(sequences: Sequence[torch.Tensor]) -> Batch:

@@ -254,6 +254,19 @@ def test_padding_does_not_count(granularity: str) -> None:
     assert (counted[0].v_scale > alone[0].v_scale * 1.2).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_padding_by_a_mask_of_pairs_does_not_count(dtype: torch.dtype) -> None:
+    model = tiny_llama("sdpa")
+    padded = left_padded(ragged((63, 17)), pad=98)
+    sees = padded["attention_mask"].bool()[:, None, None] & torch.ones(63, 63, dtype=torch.bool).tril()
+    mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(dtype).min) if dtype.is_floating_point else sees
+    pairs = {"input_ids": padded["input_ids"], "attention_mask": mask.to(dtype)}
+    expected, found = (calibrate(model, [batch], progress=False) for batch in (padded, pairs))
+    assert found.num_tokens == expected.num_tokens == 80
+    torch.testing.assert_close(found[0].v_scale, expected[0].v_scale, **CLOSE)
+    torch.testing.assert_close(found[0].k_scale, expected[0].k_scale, **CLOSE)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "kvquant"])
 @pytest.mark.parametrize("granularity", ["tensor", "head"])
 def test_queries(granularity: str, attention: str) -> None:
@@ -556,6 +569,11 @@ def test_data_that_cannot_be_read(tmp_path: Path, model: PreTrainedModel, monkey
         ([], ValueError, "data is empty"),
         ([torch.empty(0, dtype=torch.int64)], ValueError, "no token was seen"),
         ([{"question": "?"}], ValueError, "fields question has no text"),
+        (
+            [{"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(2, 3, 3)}],
+            ValueError,
+            r"mask of shape \[2, 3, 3\] does not tell",
+        ),
         ([1.5, 2.5], TypeError, "type float is neither text"),
         (3, TypeError, "type int"),
         ({"input_ids": torch.ones(1, 2)}, TypeError, "type dict"),

@@ -85,7 +85,7 @@ def calibrate(
             switched off for the life of the model.
         data: a text, JSON or JSONL file; `name`, `name:split` or `name:config:split` of a data set of the `datasets`
             package; texts or conversations in a sequence; token ids `[T]` or `[B, T]`, or a sequence of such; or
-            batches from a DataLoader, `{"input_ids": [B, T], "attention_mask": [B, T], ...}`.
+            batches from a DataLoader, `{"input_ids": [B, T], "attention_mask": [B, T] or [B, 1, T, T], ...}`.
         tokenizer: for text; by default the one that lies beside the model.
         kv_cache_dtype: `fp8` (= `fp8_e4m3`) or `int8`.
         granularity: one scale per `tensor`, `head` or `channel`.
