@@ -526,6 +526,8 @@ def test_token_ids(model: PreTrainedModel) -> None:
         assert num_tokens == 60
         assert scales == pytest.approx(list(expected[1:]), rel=1e-4)
     assert seen(model, tokens[0])[0] == 15
+    for data in ([{"input_ids": ids} for ids in ([], *tokens.tolist())], [[], *tokens.tolist()]):
+        assert seen(model, data) == expected
     assert seen(model, tokens, num_samples=3)[0] == 45
     assert seen(model, loader, num_samples=2)[0] == 45  # batches are taken whole
 
@@ -574,6 +576,10 @@ def test_data_that_cannot_be_read(tmp_path: Path, model: PreTrainedModel, monkey
             ValueError,
             r"mask of shape \[2, 3, 3\] does not tell",
         ),
+        ([[{"speaker": "x", "text": "y"}]], ValueError, "fields speaker, text; it needs role and content, or from and"),
+        ([[{"from": "human", "content": "y"}]], ValueError, "fields from, content; it needs role and content"),
+        ([{"input_ids": [[3, 4], [5, 6]]}], ValueError, r"input_ids .list. has no tensor of tokens"),
+        ([{"input_ids": []}, {"input_ids": []}], ValueError, "no token was seen"),
         ([1.5, 2.5], TypeError, "type float is neither text"),
         (3, TypeError, "type int"),
         ({"input_ids": torch.ones(1, 2)}, TypeError, "type dict"),
