@@ -23,7 +23,8 @@ from .estimating import Estimate
 from .gathering import CROWDED, Gatherer
 
 ESTIMATORS = ("absmax", "percentile", "mse")
-FORMATS = ("fp8_e4m3", "int8")
+# Those with static scales to calibrate.
+STATIC_FORMATS = ("fp8_e4m3", "int8")
 
 # Tokens kept of each layer for `percentile` and `mse`: a million numbers a layer of 8 heads of 128 channels.
 _SAMPLE_TOKENS = 1024
@@ -105,7 +106,7 @@ def calibrate(
     calibrated; TypeError for data of another kind.
     """
     row = get_format(kv_cache_dtype)
-    if row.name not in FORMATS:
+    if row.name not in STATIC_FORMATS:
         raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} has no static scales; choose fp8 or int8")
     for name, value, known in (("granularity", granularity, GRANULARITIES), ("estimator", estimator, ESTIMATORS)):
         if value not in known:
