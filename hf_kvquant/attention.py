@@ -74,8 +74,10 @@ def kvquant_attention(
     reason = "the model passes one of keys and values dense"
     if isinstance(key, PagedKV) and isinstance(value, PagedKV):
         layer = key.layer
-        if layer.holds_tokens and key.raw is not None:
-            layer.settle(_valid_tokens(attention_mask, key))
+        if layer.holds_tokens and layer.needs_tokens:
+            layer.tell_padding(_valid_tokens(attention_mask, key))
+            if key.raw is not None:  # else they are written when pages are read
+                layer.settle(None)
         readable = True
         if query.requires_grad or (dropout and module.training):
             readable, reason = False, "gradients or dropout are asked for"
@@ -228,8 +230,13 @@ def _causal_mask(query: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _valid_tokens(mask: torch.Tensor | None, key: PagedKV) -> torch.Tensor | None:
-    """`[B, T]`, False for tokens of a fresh prompt that no query may see, which is what padding is."""
-    if mask is None or key.raw is None or mask.shape[-1] != key.raw.shape[-2]:
+    """`[B, T]`, False for new tokens that no query may see, which is what padding is."""
+    if mask is None or mask.shape[-1] < key.shape[-2]:
         return None
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen.any(dim=2).any(dim=1).expand(key.raw.shape[0], -1)
+    return seen_tokens(mask.index_select(-1, key.layer.columns_of(key.num_new))).expand(key.shape[0], -1)
+
+
+def seen_tokens(mask: torch.Tensor) -> torch.Tensor:
+    """`[B, L]`, False for tokens that no query sees by a mask `[B, H, T, L]`, whose floats are added to the logits."""
+    seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    return seen.any(dim=2).any(dim=1)

@@ -6,13 +6,17 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
+from .attention import seen_tokens
+
+# Tokens of a batch by the model's names; those that are cached first.
+_TOKEN_FIELDS = ("decoder_input_ids", "input_ids", "inputs_embeds")
 _TEXT_FIELDS = ("text", "content", "prompt")
 _CHAT_FIELDS = ("messages", "conversations", "conversation")
 # A text file is tokenized in pieces of at least so many characters: it may be large, and few tokens of it needed.
@@ -33,8 +37,7 @@ class Batch:
 
     @property
     def _tokens(self) -> torch.Tensor:
-        names = ("decoder_input_ids", "input_ids", "inputs_embeds")
-        return next(self.inputs[name] for name in names if name in self.inputs)
+        return next(self.inputs[name] for name in _TOKEN_FIELDS if name in self.inputs)
 
     @property
     def num_sequences(self) -> int:
@@ -71,9 +74,7 @@ def batches_of(
     if first is None:
         raise ValueError("the data is empty")
     samples = itertools.chain([first], samples)
-    if isinstance(first, Mapping) and any(
-        name in first for name in ("input_ids", "decoder_input_ids", "inputs_embeds")
-    ):
+    if isinstance(first, Mapping) and any(name in first for name in _TOKEN_FIELDS):
         if not _is_row_of_ids(first):
             yield from _given_batches(samples, num_samples)
             return
@@ -107,7 +108,7 @@ def _is_row_of_ids(sample: Mapping[str, Any]) -> bool:
     """Whether this is one row of a tokenized data set rather than a batch."""
     ids = sample.get("input_ids")
     return (isinstance(ids, torch.Tensor) and ids.ndim == 1) or (
-        isinstance(ids, Sequence) and len(ids) > 0 and isinstance(ids[0], int)
+        isinstance(ids, Sequence) and (len(ids) == 0 or isinstance(ids[0], int))
     )
 
 
@@ -116,16 +117,30 @@ def _given_batches(samples: Iterable[Any], num_samples: int) -> Iterator[Batch]:
     num_seen = 0
     for sample in samples:
         inputs = {name: value for name, value in sample.items() if isinstance(value, torch.Tensor)}
+        if not any(name in inputs for name in _TOKEN_FIELDS):
+            kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in sample.items())
+            raise ValueError(
+                f"a batch of {kinds} has no tensor of tokens; give tensors {{'input_ids': [B, T], ...}}, or one row a "
+                "sample, {'input_ids': [T]}"
+            )
         # Cached are the decoder's tokens where there is a decoder, whatever padding the encoder's input has.
         mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
-        batch = Batch(
-            {name: value for name, value in inputs.items() if name != "labels"},
-            mask.bool() if mask is not None and mask.ndim == 2 else None,
-        )
+        batch = Batch({name: value for name, value in inputs.items() if name != "labels"}, None)
+        batch = replace(batch, mask=None if mask is None else _tokens_by(mask, batch.num_sequences))
         yield batch
         num_seen += batch.num_sequences
         if num_seen >= num_samples:
             return
+
+
+def _tokens_by(mask: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    """`[B, T]`, False for padding."""
+    if mask.ndim not in (2, 4):
+        raise ValueError(
+            f"an attention mask of shape {list(mask.shape)} does not tell padding from tokens; give [B, T], or "
+            "[B, 1, T, T]"
+        )
+    return mask.bool() if mask.ndim == 2 else seen_tokens(mask).expand(num_sequences, -1)
 
 
 def _padded(sequences: Sequence[torch.Tensor]) -> Batch:
@@ -181,7 +196,7 @@ class _Tokens:
             ids = torch.as_tensor(sample)
         except (TypeError, ValueError, RuntimeError):
             ids = torch.empty(0, 0)
-        if ids.ndim != 1 or ids.is_floating_point():
+        if ids.ndim != 1 or (len(ids) and ids.is_floating_point()):  # of an empty list torch makes floats
             raise TypeError(
                 f"a sample of type {type(sample).__name__} is neither text, nor a conversation "
                 "([{'role': ..., 'content': ...}, ...]), nor token ids [T]"
@@ -212,10 +227,17 @@ def _is_conversation(sample: Any) -> bool:
 def _with_usual_names(turns: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Turns as chat templates know them; some data sets say `from` and `value`."""
     roles = {"human": "user", "gpt": "assistant"}
-    return [
-        turn if "role" in turn else {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
-        for turn in turns
-    ]
+    usual: list[Mapping[str, Any]] = []
+    for turn in turns:
+        if "role" not in turn and not ("from" in turn and "value" in turn):
+            raise ValueError(
+                f"a turn of a conversation has the fields {', '.join(map(str, turn))}; it needs role and content, or "
+                "from and value"
+            )
+        usual.append(
+            turn if "role" in turn else {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
+        )
+    return usual
 
 
 def _read_source(source: str | os.PathLike[str]) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import is_accelerate_available, logging
 
 from . import __version__
-from .calibration import ESTIMATORS, FORMATS, calibrate
+from .calibration import ESTIMATORS, STATIC_FORMATS, calibrate
 from .calibration_data import batches_of
 from .checkpoints.layouts import JSON_LAYOUTS, LAYOUTS
 from .doctor import diagnose
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate_ = command("calibrate", _calibrate, "measure scales on text and write them into a checkpoint")
     calibrate_.add_argument("model", help="directory or hub id")
     calibrate_.add_argument(
-        "--kv-cache-dtype", default="fp8", choices=["fp8", *FORMATS], help="storage format (default: fp8)"
+        "--kv-cache-dtype", default="fp8", choices=["fp8", *STATIC_FORMATS], help="storage format (default: fp8)"
     )
     calibrate_.add_argument(
         "--granularity", default="tensor", choices=GRANULARITIES,

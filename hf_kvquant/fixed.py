@@ -136,8 +136,7 @@ class FixedLayer(PagedLayer):
 
     def _put(self, dense: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """`dense` with the newest tokens in their places."""
-        places = self._seq_lens[0].long() - new.shape[2] + torch.arange(new.shape[2], device=self.device)
-        return dense.index_copy(2, places, new)
+        return dense.index_copy(2, self.places_of(new.shape[2]), new)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +40,19 @@ def layer_type_names(config: PreTrainedConfig, layers: Sequence[Any]) -> list[st
 def without_wrapper(model: Any) -> PreTrainedModel:
     """The transformers model, also where adapters (peft) have put one of their own around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def evaluating(*models: torch.nn.Module) -> Iterator[None]:
+    """The models in evaluation mode; afterwards each is in the mode that it was in."""
+    were_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, was_training in zip(models, were_training, strict=True):
+            model.train(was_training)
 
 
 def attention_paths(model: PreTrainedModel, num_layers: int) -> list[list[str]]:

@@ -62,6 +62,7 @@ class LayerState(CacheLayerMixin):
             self.exact = ExactTokens(plan.recent_tokens, in_place=self.is_compileable)
         # Tokens that attention has to see before they are written.
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._held_valid: torch.Tensor | None = None  # [B, T] of them as attention has told, False for padding
         self._assigned = Assignment()
 
     # -- setting up ------------------------------------------------------------------------------------------------
@@ -117,6 +118,10 @@ class LayerState(CacheLayerMixin):
     def holds_tokens(self) -> bool:
         """Whether there are tokens that `settle` would write."""
         return self._held is not None
+
+    def tell_padding(self, valid: torch.Tensor | None) -> None:
+        """Before tokens are written that wait for it: `valid` `[B, T]` is False for those that are padding."""
+        self._held_valid = valid
 
     @abstractmethod
     def settle(self, valid: torch.Tensor | None) -> None:
@@ -188,6 +193,14 @@ class LayerState(CacheLayerMixin):
     @abstractmethod
     def _read(self, store: PageStore, num_new: int) -> torch.Tensor:
         """What `store` holds, as the newest `num_new` tokens see it."""
+
+    def places_of(self, num_new: int) -> torch.Tensor:
+        """Positions `[T]` of the newest tokens."""
+        return torch.arange(num_new, device=self.device) + (self.get_seq_length() - num_new)
+
+    def columns_of(self, num_new: int) -> torch.Tensor:
+        """Which columns `[T]` of the host's mask are those of the newest tokens."""
+        return self.places_of(num_new) - self._view_start(num_new)
 
     def shape_of(self, side: str, num_new: int) -> torch.Size:
         """Shape of what `read` returns."""

@@ -142,7 +142,8 @@ class PagedLayer(LayerState):
     def settle(self, valid: torch.Tensor | None) -> None:
         """Write tokens that were held back, taking scales from them where none are known yet.
 
-        `valid` `[B, T]` is False where a token is padding; without it the mask that `generate` gave is used.
+        `valid` `[B, T]` is False where a token is padding; without it what attention has told, or the mask that
+        `generate` gave, is used.
         """
         self._assigned.finish(self)
         if self._held is None:
@@ -153,17 +154,28 @@ class PagedLayer(LayerState):
         self._write(key, value, self._page_table, self._seq_lens)
 
     def _observe(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None) -> None:
+        if not self.needs_tokens:
+            return
+        if valid is None:
+            valid = self._held_valid if self._held_valid is not None else self._padding_of(key)
+        self._held_valid = None
         key, value = key[:, :, : self.num_prompt], value[:, :, : self.num_prompt]  # drafts may be rejected
-        valid = self._padding_of(key) if valid is None else valid[:, : self.num_prompt]
+        valid = None if valid is None else valid[:, : self.num_prompt]
+        if valid is not None and not valid.any():  # the tokens of a padded prompt that comes in pieces follow
+            return
         for store, tensor in ((self.k, key), (self.v, value)):
             if store.needs_tokens:
                 store.observe(tensor.detach(), valid)
 
     def _padding_of(self, key: torch.Tensor) -> torch.Tensor | None:
+        """`[B, T]` for the newest tokens by the mask that `generate` gave; whatever comes behind it is a token."""
         mask = self.shared.padding_mask
-        if mask is None or mask.shape[1] != key.shape[2] or key.shape[0] % mask.shape[0]:
+        # The mask of an encoder, whose prompt has no length here, says nothing about a decoder's tokens.
+        if mask is None or not self.shared.prompt_length or key.shape[0] % mask.shape[0]:
             return None
-        return mask.to(key.device).repeat_interleave(key.shape[0] // mask.shape[0], dim=0)
+        positions = self.places_of(key.shape[2])
+        valid = mask.to(key.device).index_select(1, positions.clamp(max=mask.shape[1] - 1))
+        return (valid | (positions >= mask.shape[1])).repeat_interleave(key.shape[0] // mask.shape[0], dim=0)
 
     def _write(self, key: torch.Tensor, value: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
         if key.requires_grad or value.requires_grad:
@@ -238,7 +250,7 @@ class PagedLayer(LayerState):
         self.follow_reset()
 
     def follow_reset(self) -> None:
-        self._held = None
+        self._held = self._held_valid = None
         self._assigned.forget()
         self.is_empty = True
         if self.exact is not None:

@@ -7,12 +7,23 @@ and is large later.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
+
+Kind = Literal["half", "interleaved", "none", "unknown"]
+
+_TURNING: tuple[Kind, ...] = ("half", "interleaved")
+# Entries of a configuration that ask for rotary embeddings.
+_SETTINGS = ("rope_parameters", "rope_theta", "rotary_dim")
+# Channels of a head on trial, and how many of the first ones may turn.
+_WIDTHS = (16, 8, 4)
 
 
 @dataclass(frozen=True)
@@ -24,12 +35,12 @@ class RotaryLayout:
         rotated: R, how many of the first channels are; None for all of them.
     """
 
-    kind: Literal["half", "interleaved", "none", "unknown"] = "unknown"
+    kind: Kind = "unknown"
     rotated: int | None = None
 
     def partners(self, head_dim: int) -> list[int] | None:
         """For each channel its partner (itself where nothing turns); None if there is nothing to pair."""
-        if self.kind not in ("half", "interleaved"):
+        if self.kind not in _TURNING:
             return None
         rotated = min(self.rotated or head_dim, head_dim) // 2 * 2
         if self.kind == "half":
@@ -47,30 +58,96 @@ class RotaryLayout:
 
 
 def rotary_layouts(model: Any, layer_types: Sequence[str]) -> list[RotaryLayout]:
-    """The layout of each cache layer, found by trying the function with which the model's own code turns keys."""
+    """The layout of each cache layer, found by trying the functions with which the model's attention turns keys."""
     config = model.config.get_text_config(decoder=True)
-    if all(getattr(config, name, None) is None for name in ("rope_parameters", "rope_theta", "rotary_dim")):
-        return [RotaryLayout("none")] * len(layer_types)
-    if hasattr(config, "qk_rope_head_dim"):  # rotated and other channels are joined in ways of the model's own
-        return [RotaryLayout("unknown")] * len(layer_types)
-    kind = _kind(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    kinds: set[Kind] = set()
+    # Where they have a size of their own, rotated and other channels are joined in ways of the model's own.
+    if not hasattr(config, "qk_rope_head_dim"):
+        attention = _attention(decoder) or _attention(model)  # what a model calls its decoder need not have any
+        kinds.update(*map(_kinds_of, attention))
+    if not kinds:
+        is_asked = any(getattr(config, name, None) is not None for name in _SETTINGS)
+        return [RotaryLayout("unknown" if is_asked else "none")] * len(layer_types)
+    kind = kinds.pop() if len(kinds) == 1 else "unknown"
     layouts = {name: RotaryLayout(kind, _rotated(decoder, config, name)) for name in set(layer_types)}
     return [layouts[name] for name in layer_types]
 
 
-def _kind(model: Any) -> Literal["half", "interleaved", "unknown"]:
-    for module in model.modules():
-        if not isinstance(getattr(module, "layer_idx", None), int) or "attention" not in type(module).__name__.lower():
+def _attention(model: Any) -> set[type]:
+    return {
+        type(module)
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and "attention" in type(module).__name__.lower()
+    }
+
+
+@functools.cache
+def _kinds_of(attention: type) -> frozenset[Kind]:
+    """All that modules of this class do; none for those that turn nothing, such as cross-attention."""
+    return frozenset(_kinds_called(attention.forward, attention, set()))  # type: ignore[attr-defined]
+
+
+def _kinds_called(function: Callable[..., Any], attention: type, seen: set[Any]) -> set[Kind]:
+    """How the functions turn that `function` calls; a file may have others, such as a vision tower's."""
+    function = inspect.unwrap(function)
+    kinds: set[Kind] = set()
+    if not isinstance(function, FunctionType):
+        return kinds
+    for name in function.__code__.co_names:
+        called = function.__globals__.get(name, getattr(attention, name, None))
+        called = inspect.unwrap(called) if callable(called) else called
+        if not isinstance(called, FunctionType) or called in seen:
             continue
-        code = sys.modules.get(type(module).__module__)
-        rotate = getattr(code, "rotate_half", None) or getattr(code, "rotate_every_two", None)
-        if rotate is None:
-            return "unknown"
-        turned = rotate(torch.arange(1.0, 9.0).reshape(1, 1, 1, 8)).abs().flatten().tolist()
-        if turned == [5, 6, 7, 8, 1, 2, 3, 4]:
-            return "half"
-        return "interleaved" if turned == [2, 1, 4, 3, 6, 5, 8, 7] else "unknown"
+        seen.add(called)
+        if kind := _tried(called):
+            kinds.add(kind)
+        elif called.__globals__ is function.__globals__:
+            kinds |= _kinds_called(called, attention, seen)
+    return kinds
+
+
+def _tried(function: FunctionType) -> Kind | None:
+    """How `function` turns channels; None if it is not for that, or cannot be called."""
+    found: set[Kind] = set()
+    with torch.device("cpu"), torch.no_grad():
+        for width in _WIDTHS:  # of the tables: as many channels turn, or twice as many
+            arguments = _arguments(function, width)
+            try:
+                if arguments is not None:
+                    found.add(_shown(function(**arguments)))
+            except Exception:  # noqa: S112 - code of any model, which may take none of these shapes
+                continue
+    return None if not found else found.pop() if len(found) == 1 else "unknown"
+
+
+def _arguments(function: FunctionType, width: int) -> dict[str, torch.Tensor] | None:
+    """A channel a token for whatever is to be turned, and the same angle everywhere; None if that is not its job."""
+    x = torch.eye(_WIDTHS[0], dtype=torch.float32)[None, None]  # as [B, H, T, D] or [B, T, H, D]
+    cos, sin = (torch.full((1, 1, width), number, dtype=torch.float32) for number in (0.6, 0.8))
+    tables = {"cos": cos, "sin": sin, "freqs_cis": torch.complex(cos, sin)}
+    tables["sinusoidal_pos"] = torch.cat([sin, cos], dim=-1)[None]
+    parameters = inspect.signature(function).parameters
+    required = {p.name: x for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    if "position_ids" in required:
+        required["position_ids"] = torch.zeros(1, 1, dtype=torch.int64)
+    given = {name: tables[name] for name in parameters if name in tables}
+    turns_by_right_angle = "rotate" in function.__name__ and len(required) == 1
+    return required | given if given or turns_by_right_angle else None
+
+
+def _shown(turned: Any) -> Kind:
+    """How this was turned: partners hold something of the same channel afterwards."""
+    turned = turned[0] if isinstance(turned, tuple) else turned
+    own = torch.eye(_WIDTHS[0], dtype=torch.float32)
+    holds = (turned.reshape(own.shape).abs() > 0.1).to(own.dtype)
+    if (holds.sum(dim=1) == 1).all():  # by a right angle
+        holds = holds + own
+    pairs = holds.T @ holds > 0
+    for kind, rotated in itertools.product(_TURNING, _WIDTHS):
+        partners = RotaryLayout(kind, rotated).partners(len(own))
+        if torch.equal(pairs, own[partners] + own > 0):
+            return kind
     return "unknown"
 
 

@@ -207,6 +207,25 @@ def test_mse_clips_a_lonely_outlier() -> None:
     assert absmax * 0.6 < best < absmax * (1 - 0.5 * len(values) / 127**2 / 12)
 
 
+@pytest.mark.parametrize("name", [FP8, INT8])
+@pytest.mark.parametrize("estimator", ["absmax", "percentile", "mse"])
+def test_a_quiet_channel_has_room_for_what_its_partner_holds(name: str, estimator: str) -> None:
+    """At positions that calibration did not see the two have turned into each other."""
+    model = tiny_llama("sdpa", num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[7] *= 20  # the slowest pair is 7 and 15
+    tokens = prompt(4, 63)
+    found = calibrate(model, tokens, kv_cache_dtype=name, granularity="channel", estimator=estimator, progress=False)
+    bound = found[0].k_scale * QMAX[name]
+    assert torch.equal(bound, with_partner(bound))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():  # a quarter of a turn later, at 10000 ** -(7 / 8) a position
+        model(tokens, position_ids=4967 + torch.arange(63)[None], past_key_values=cache)
+    far = cache.layers[0].keys[:, 0, :, 15].abs()
+    assert far.amax() > 5 * bound[0, :7].median()
+    assert (far > bound[0, 15]).float().mean() < 0.01
+
+
 # -- what is seen ------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +252,19 @@ def test_padding_does_not_count(granularity: str) -> None:
         torch.testing.assert_close(one.v_scale, other.v_scale, **CLOSE)
     counted = calibrate(model, [{"input_ids": padded["input_ids"]}], granularity=granularity, progress=False)
     assert (counted[0].v_scale > alone[0].v_scale * 1.2).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_padding_by_a_mask_of_pairs_does_not_count(dtype: torch.dtype) -> None:
+    model = tiny_llama("sdpa")
+    padded = left_padded(ragged((63, 17)), pad=98)
+    sees = padded["attention_mask"].bool()[:, None, None] & torch.ones(63, 63, dtype=torch.bool).tril()
+    mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(dtype).min) if dtype.is_floating_point else sees
+    pairs = {"input_ids": padded["input_ids"], "attention_mask": mask.to(dtype)}
+    expected, found = (calibrate(model, [batch], progress=False) for batch in (padded, pairs))
+    assert found.num_tokens == expected.num_tokens == 80
+    torch.testing.assert_close(found[0].v_scale, expected[0].v_scale, **CLOSE)
+    torch.testing.assert_close(found[0].k_scale, expected[0].k_scale, **CLOSE)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "kvquant"])
@@ -278,7 +310,7 @@ def test_on_a_gpu(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("what", ["interrupt", "end"])
 def test_interrupting_keeps_what_was_seen(what: str, recwarn: pytest.WarningsRecorder) -> None:
-    model = tiny_llama("sdpa").train()
+    model = tiny_llama("sdpa", attention_dropout=0.5).train()
     sequences = ragged()
 
     def stream() -> Iterator[torch.Tensor]:
@@ -494,6 +526,8 @@ def test_token_ids(model: PreTrainedModel) -> None:
         assert num_tokens == 60
         assert scales == pytest.approx(list(expected[1:]), rel=1e-4)
     assert seen(model, tokens[0])[0] == 15
+    for data in ([{"input_ids": ids} for ids in ([], *tokens.tolist())], [[], *tokens.tolist()]):
+        assert seen(model, data) == expected
     assert seen(model, tokens, num_samples=3)[0] == 45
     assert seen(model, loader, num_samples=2)[0] == 45  # batches are taken whole
 
@@ -537,6 +571,15 @@ def test_data_that_cannot_be_read(tmp_path: Path, model: PreTrainedModel, monkey
         ([], ValueError, "data is empty"),
         ([torch.empty(0, dtype=torch.int64)], ValueError, "no token was seen"),
         ([{"question": "?"}], ValueError, "fields question has no text"),
+        (
+            [{"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(2, 3, 3)}],
+            ValueError,
+            r"mask of shape \[2, 3, 3\] does not tell",
+        ),
+        ([[{"speaker": "x", "text": "y"}]], ValueError, "fields speaker, text; it needs role and content, or from and"),
+        ([[{"from": "human", "content": "y"}]], ValueError, "fields from, content; it needs role and content"),
+        ([{"input_ids": [[3, 4], [5, 6]]}], ValueError, r"input_ids .list. has no tensor of tokens"),
+        ([{"input_ids": []}, {"input_ids": []}], ValueError, "no token was seen"),
         ([1.5, 2.5], TypeError, "type float is neither text"),
         (3, TypeError, "type int"),
         ({"input_ids": torch.ones(1, 2)}, TypeError, "type dict"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import families
 import pytest
 import torch
 from helpers import llama_config, prompt, tiny_llama
@@ -159,11 +160,24 @@ def test_half_precision_models(dtype: str, model_dtype: torch.dtype) -> None:
         assert (one - other).abs().amax().item() <= bound
 
 
+PAD = 98
+
+
+def loud_when_padded(attention: str) -> LlamaForCausalLM:
+    """What the token PAD puts into the cache would show."""
+    model = tiny_llama(attention)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.weight += model.model.embed_tokens.weight[PAD].repeat(32, 1)
+    return model
+
+
 def test_left_padding_does_not_reach_first_batch_scales() -> None:
-    model = tiny_llama("kvquant")
-    short = prompt(batch_size=1, length=13)
-    padded = torch.cat([torch.zeros(1, 8, dtype=torch.int64), short], dim=1)
-    mask = (padded != 0).long()
+    model = loud_when_padded("kvquant")
+    short = prompt(batch_size=1, length=13, vocab_size=PAD)
+    padded = torch.cat([torch.full((1, 8), PAD), short], dim=1)
+    mask = (padded != PAD).long()
     options = {"kv_cache_dtype": "int8", "scales": "first_batch", "granularity": "channel"}
     caches = []
     for attention in ("kvquant", "sdpa"):
@@ -180,6 +194,66 @@ def test_left_padding_does_not_reach_first_batch_scales() -> None:
         for layer, expected in zip(cache.layers, caches[0].layers, strict=True):
             # Values do not turn with position. The padded prompt's lie elsewhere but are the same.
             torch.testing.assert_close(layer.v.paged.scale, expected.v.paged.scale)
+
+
+# What first comes of a prompt of 13 tokens behind 8 of padding, by the length of its pieces.
+FIRST_TOKENS = {6: 4, 8: 8, 10: 2}
+
+
+@pytest.mark.parametrize("fixed", [{}, {"max_cache_len": 40}], ids=["growing", "fixed"])
+@pytest.mark.parametrize("attention", ["kvquant", "sdpa"])
+@pytest.mark.parametrize(
+    "scales", [{"scales": "first_batch", "granularity": "channel"}, {}], ids=["first", "equalized"]
+)
+@pytest.mark.parametrize("piece", FIRST_TOKENS)
+def test_left_padding_does_not_reach_scales_of_a_prompt_in_pieces(
+    piece: int, scales: dict[str, Any], attention: str, fixed: dict[str, Any]
+) -> None:
+    model = loud_when_padded(attention)
+    options = {"kv_cache_dtype": "int8", **scales, **fixed}
+    tokens = prompt(batch_size=2, length=13, vocab_size=PAD)
+    padded = torch.cat([torch.full((2, 8), PAD), tokens], dim=1)
+    mask = (padded != PAD).long()
+    named = {"cache_implementation": "kvquant", "cache_config": options, "disable_compile": True}
+    expected = generate(model, tokens, prefill_chunk_size=FIRST_TOKENS[piece], **named).past_key_values
+    found = [generate(model, padded, attention_mask=mask, prefill_chunk_size=piece, **named).past_key_values]
+    if attention == "kvquant":  # without `generate` only attention sees the mask
+        cache = QuantizedPagedCache.from_model(model, **options)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        for start in range(0, 21, piece):
+            rows, end = slice(start, start + piece), min(start + piece, 21)
+            model(padded[:, rows], attention_mask=mask[:, :end], position_ids=positions[:, rows], past_key_values=cache)
+        found.append(cache)
+    for cache in found:
+        for side in ("k", "v"):
+            scale, right = (getattr(c.layers[0], side).paged.scale for c in (cache, expected))
+            torch.testing.assert_close(scale, right)
+
+
+def test_an_encoders_padding_is_not_a_decoders() -> None:
+    model = families.build("bart")
+    options = {"kv_cache_dtype": "int8", "scales": "first_batch"}
+    source, start = prompt(1, 7), torch.tensor([[3, 11, 12, 13]])
+    scales = []
+    for padding in (0, 3):
+        padded = torch.cat([torch.zeros(1, padding, dtype=torch.int64), source[:, padding:]], dim=1)
+        out = generate(
+            model, padded, attention_mask=(padded != 0).long(), decoder_input_ids=start,
+            cache_implementation="kvquant", cache_config=options,
+        )  # fmt: skip
+        scales.append(out.past_key_values.self_attention_cache.layers[0].v.paged.scale)
+    torch.testing.assert_close(*scales)
+
+
+def test_what_comes_behind_a_padded_prompt_is_no_padding() -> None:
+    model = tiny_llama("sdpa")
+    options = {"kv_cache_dtype": "fp8", "scales": "first_batch"}
+    # The embedding of token 0 is zero, so the prompt gives no scales.
+    out = generate(
+        model, torch.zeros(1, 4, dtype=torch.int64), attention_mask=torch.tensor([[1, 1, 1, 0]]),
+        cache_implementation="kvquant", cache_config=options, suppress_tokens=[0],
+    )  # fmt: skip
+    assert "first batch (1 tokens" in out.past_key_values.report().layers[0].scales[0]
 
 
 def test_first_batch_waits_for_real_tokens() -> None:

@@ -23,7 +23,8 @@ from .estimating import Estimate
 from .gathering import CROWDED, Gatherer
 
 ESTIMATORS = ("absmax", "percentile", "mse")
-FORMATS = ("fp8_e4m3", "int8")
+# Those with static scales to calibrate.
+STATIC_FORMATS = ("fp8_e4m3", "int8")
 
 # Tokens kept of each layer for `percentile` and `mse`: a million numbers a layer of 8 heads of 128 channels.
 _SAMPLE_TOKENS = 1024
@@ -85,7 +86,7 @@ def calibrate(
             switched off for the life of the model.
         data: a text, JSON or JSONL file; `name`, `name:split` or `name:config:split` of a data set of the `datasets`
             package; texts or conversations in a sequence; token ids `[T]` or `[B, T]`, or a sequence of such; or
-            batches from a DataLoader, `{"input_ids": [B, T], "attention_mask": [B, T], ...}`.
+            batches from a DataLoader, `{"input_ids": [B, T], "attention_mask": [B, T] or [B, 1, T, T], ...}`.
         tokenizer: for text; by default the one that lies beside the model.
         kv_cache_dtype: `fp8` (= `fp8_e4m3`) or `int8`.
         granularity: one scale per `tensor`, `head` or `channel`.
@@ -105,7 +106,7 @@ def calibrate(
     calibrated; TypeError for data of another kind.
     """
     row = get_format(kv_cache_dtype)
-    if row.name not in FORMATS:
+    if row.name not in STATIC_FORMATS:
         raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} has no static scales; choose fp8 or int8")
     for name, value, known in (("granularity", granularity, GRANULARITIES), ("estimator", estimator, ESTIMATORS)):
         if value not in known:

@@ -40,10 +40,11 @@ class Estimate:
         # Where positions turn what a key holds into other channels, its middle is 0 in the long run, and a channel
         # comes to hold what its partner did, both at positions that calibration may not have seen.
         turning = rotary.turning(statistics.head_dim)
+        partners = rotary.partners(statistics.head_dim) if self.granularity == "channel" else None
         largest = torch.maximum(-low, high)
         if self.granularity != "channel":
             turning = turning.any()
-        elif partners := rotary.partners(statistics.head_dim):
+        if partners:
             largest = torch.maximum(largest, largest[:, partners])
         if self.symmetric:
             middle, half = None, largest
@@ -52,7 +53,7 @@ class Estimate:
             half = torch.where(turning, largest, (high - low) / 2)
         half = self._never_zero(half)
         if self.estimator == "mse" and statistics.sample is not None:
-            half = half * self._best_share(statistics.sample, half, middle)
+            half = half * self._best_share(statistics.sample, half, middle, partners)
         if middle is None:
             return self._shaped(half / self.row.qmax), None
         if self.row.name != "int8":
@@ -88,15 +89,18 @@ class Estimate:
         half = torch.where(half.amax(dim=1, keepdim=True) == 0, largest, half)
         return half.clamp(min=half.amax(dim=1, keepdim=True) * _SHARE_OF_LARGEST)
 
-    def _best_share(self, sample: torch.Tensor, half: torch.Tensor, middle: torch.Tensor | None) -> torch.Tensor:
-        """Of each group the share of `half` with the smallest squared error."""
+    def _best_share(
+        self, sample: torch.Tensor, half: torch.Tensor, middle: torch.Tensor | None, partners: list[int] | None
+    ) -> torch.Tensor:
+        """Of each group, or each pair of channels, the share of `half` with the smallest squared error."""
         x = sample.to(torch.float32).transpose(0, 1)[None]  # [1, H, S, D]
         errors = []
         for share in _SHRINKS:
             scale = half * (share / self.row.qmax)
             codes, _, _ = reference.quantize(x, self.row.name, scale, middle, dynamic=False)
             difference = reference.dequantize(codes, self.row.name, scale, middle, None) - x
-            errors.append(self._grouped(difference[0].transpose(0, 1)).square().sum(dim=-1))
+            of_groups = self._grouped(difference[0].transpose(0, 1)).square().sum(dim=-1)
+            errors.append(of_groups + of_groups[:, partners] if partners else of_groups)
         return torch.tensor(_SHRINKS)[torch.stack(errors).argmin(dim=0)]
 
     def _shaped(self, per_group: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..attention import kvquant_attention, kvquant_mask
 from ..calibration_data import Batch
-from ..hosts import attention_by_part, layer_type_names, uses_attention_interface, with_cache
+from ..hosts import attention_by_part, evaluating, layer_type_names, uses_attention_interface, with_cache
 from ..rotary import rotary_layouts
 from ..scales import LayerScales
 from .estimating import Estimate
@@ -53,10 +53,9 @@ class Gatherer:
     def run(self, batches: Iterator[Batch], queries: bool, progress: bool) -> bool:
         """Gather from all batches; returns whether that was interrupted."""
         parameters = inspect.signature(self._model.forward).parameters
-        was_training = self._model.training
-        self._model.eval()
         try:
             with (
+                evaluating(self._model),
                 self._watched_queries() if queries else nullcontext(),
                 torch.inference_mode(),
                 logging.tqdm(desc="calibrating", unit=" tokens", unit_scale=True, disable=not progress) as bar,
@@ -67,8 +66,6 @@ class Gatherer:
             return False
         except KeyboardInterrupt:
             return True
-        finally:
-            self._model.train(was_training)
 
     def _forward(self, batch: Batch, parameters: Any) -> None:
         inputs: dict[str, Any] = {name: value.to(self._model.device) for name, value in batch.inputs.items()}

@@ -13,13 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration_data import tokenizer_beside
-from ..hosts import disable_fake_quantization, longest_sequence, without_wrapper
+from ..hosts import disable_fake_quantization, evaluating, longest_sequence, without_wrapper
 from .acceptance import PLACES, AcceptanceRun
 from .attempt import attempt
 from .caches import DEFAULT_FORMATS, DENSE, Candidate, Formats, candidates
 from .generating import check_amounts
 from .machine import git_commit
-from .mode import evaluating
 from .quality import QualityRun
 from .resume import check_place, read_rows, write_json
 from .retrieval import Probe, make_probes, measure_retrieval

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..hosts import (
     attention_by_part,
     attention_name,
+    evaluating,
     is_fused,
     longest_sequence,
     uses_attention_interface,
@@ -22,7 +23,6 @@ from ..hosts import (
 from .caches import Candidate, Formats, candidates
 from .machine import git_commit
 from .memory import peak_kind
-from .mode import evaluating
 from .resume import check_place
 from .setup import model_setup
 from .timing import COMPILING_DEVICES, SETTLING
