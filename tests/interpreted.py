@@ -79,6 +79,28 @@ def check_blind_rows(case: Case, options: dict[str, Any], tiles: tuple[int, int]
         assert (got[:, :, ~blind] != 0).all()
 
 
+def check_what_comes_with_strides(case: Case) -> None:
+    """Sinks of every second place, and a format by another of its names."""
+    problem = build(case, poisoned=True)
+    expected = attend(problem, None, 1)
+    problem.options["sinks"] = problem.options["sinks"].repeat_interleave(2)[::2]
+    for side in (problem.k, problem.v):
+        assert side.format == "fp8_e4m3"
+        side.format = "fp8"
+    assert torch.equal(attend(problem, None, 1), expected)
+
+
+def check_lowest_bias(case: Case) -> None:
+    """A row in which all have the lowest float sees all of them alike; where others are, those are hidden."""
+    problem = build(case, poisoned=True)
+    bias = torch.full((1, 1, case.num_tokens, max(case.lengths)), torch.finfo(torch.float32).min)
+    bias[:, :, 1, ::2] = 0.0
+    problem.options |= {"attn_mask": bias}
+    expected = problem.run()
+    assert (expected[:, :, 0] != 0).any()
+    torch.testing.assert_close(attend(problem, None, 1), expected, rtol=1e-4, atol=1e-4)
+
+
 def check_bytes(
     key: torch.Tensor, value: torch.Tensor, sides: list[PagedTensor], tables: list[torch.Tensor], counted: bool = True
 ) -> None:

@@ -79,7 +79,7 @@ def model_of_bytes(
         if dynamic:
             largest = np.max(np.abs(np.array(token, dtype=np.float32)))  # NaN if there is one
             fitting = np.float32(largest * np.float32(1 / QMAX[name]))
-            fitting = fitting if np.isnan(fitting) else max(fitting, np.float32(2.0**-100))
+            fitting = max(fitting, np.float32(2.0**-100)) if np.isfinite(largest) else np.float32(np.nan)
             token_scales[b, h, t] = bf16_not_below(fitting)
             token = [np.float32(y * np.float32(one / token_scales[b, h, t])) for y in token]
         codes[b, h, t] = [nearest_code(name, float(y)) for y in token]
@@ -818,12 +818,16 @@ BAD_SIDES: dict[str, tuple[str, Any]] = {
 }
 BAD_ARGUMENTS: dict[str, tuple[str, torch.Tensor, Sequence[Any]]] = {
     "key_rank": ("key", _reshaped(2, 2, 8), [_write]),
+    "key_dtype": ("key", _reshaped(2, 2, 1, 8, dtype=torch.int64), [_write]),
+    "value_dtype": ("value", _reshaped(2, 2, 1, 6, dtype=torch.float8_e4m3fn), [_write]),
+    "query_dtype": ("query", _reshaped(2, 4, 1, 8, dtype=torch.bool), [_attend]),
     "key_tokens": ("key", _reshaped(2, 2, 2, 8), [_write]),
     "value_rank": ("value", _reshaped(2, 2, 1), [_write]),
     "value_heads": ("value", _reshaped(2, 1, 1, 6), [_write]),
     "query_rank": ("query", _reshaped(2, 4, 8), [_attend]),
     "query_heads": ("query", _reshaped(2, 3, 1, 8), [_attend]),
     "page_table_rank": ("page_table", _reshaped(4, dtype=torch.int32), [_write, _attend]),
+    "page_table_columns": ("page_table", _reshaped(2, 0, dtype=torch.int32), [_write, _attend]),
     "page_table_batch": ("page_table", _reshaped(3, 2, dtype=torch.int32), [_write, _attend]),
     "page_table_dtype": ("page_table", _reshaped(2, 2, dtype=torch.int64), [_write, _attend]),
     "seq_lens_shape": ("seq_lens", _reshaped(3, dtype=torch.int32), [_write, _attend]),
@@ -835,6 +839,7 @@ BAD_ARGUMENTS: dict[str, tuple[str, torch.Tensor, Sequence[Any]]] = {
     "mask_batch": ("attn_mask", _reshaped(3, 1, 1, 5), [_attend]),
     "mask_heads": ("attn_mask", _reshaped(2, 2, 1, 5), [_attend]),
     "mask_tokens": ("attn_mask", _reshaped(2, 1, 2, 5), [_attend]),
+    "mask_columns": ("attn_mask", _reshaped(1, 1, 1, 0), [_attend]),
     "mask_dtype": ("attn_mask", _reshaped(1, 1, 1, 5, dtype=torch.int64), [_attend]),
     "sinks_shape": ("sinks", _reshaped(2), [_attend]),
     "lse_shape": ("lse", _reshaped(2, 4), [_attend]),
@@ -869,6 +874,8 @@ def test_errors_name_the_field_of_the_side(field: str, bad: torch.Tensor, side: 
         ("v", (4, 1, 4, 6), [_write, _attend]),
         ("v", (4, 2, 4, 9), [_write]),
         ("v", (4, 2, 8, 6), [_write, _attend]),
+        ("k", (4, 2, 0, 8), [_write, _attend]),
+        ("k", (4, 0, 4, 8), [_write, _attend]),
     ],
 )
 def test_errors_name_pages_of_another_shape(side: str, shape: tuple[int, ...], calls: Sequence[Any]) -> None:
@@ -888,6 +895,31 @@ def test_errors_name_the_argument(name: str, bad: torch.Tensor, calls: Sequence[
         with pytest.raises(ValueError, match=f"{name} is ") as error:
             call(given)
         assert str(list(bad.shape)) in str(error.value) or str(bad.dtype) in str(error.value)
+
+
+def test_errors_say_what_does_not_go_together() -> None:
+    given = _valid()
+    given["clipped"] = torch.zeros(4, dtype=torch.int64)[::2]
+    with pytest.raises(ValueError, match=r"clipped has strides \(2,\)"):
+        _write(given)
+    given = _valid() | {"key": torch.zeros(2, 2, 9, 8), "value": torch.zeros(2, 2, 9, 6)}
+    with pytest.raises(ValueError, match="key has 9 tokens, but 2 pages of 4 tokens have no room"):
+        _write(given)
+    given = _valid()
+    arguments = (given[name] for name in ("query", "k", "v", "page_table", "seq_lens"))
+    with pytest.raises(ValueError, match="window is -1"):
+        paged_attention(*arguments, softmax_scale=1.0, window=-1)
+
+
+def test_scales_are_stored_as_kernels_read_them() -> None:
+    """By rows of channels, whatever strides they come with."""
+    scale = torch.rand(8, 2) + 0.1
+    side = empty_side("fp8", 4, 2, 4, 8, scale=scale.T)
+    assert side.scale is not None
+    assert side.scale.stride() == (8, 1)
+    side.zero = scale.new_zeros(()).expand(2, 8)
+    assert side.zero.stride() == (8, 1)
+    assert torch.equal(side.scale, scale.T)
 
 
 @pytest.mark.parametrize("call", [_write, _attend], ids=["write_kv", "paged_attention"])

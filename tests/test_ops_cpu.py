@@ -486,6 +486,36 @@ def test_a_forked_process_goes_on() -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("path", PATHS)
+def test_an_infinity_leaves_nothing_of_its_token(path: str, name: str) -> None:
+    """NaN, which nobody overlooks; a logit of -inf would hide the token."""
+    cpu.use(path)
+    problem = build(Case(lengths=(33, 33), formats=(name, name), kinds=("dynamic", "dynamic")), poisoned=False)
+    clean = problem.run()
+    key, value = torch.randn(2, 2, 2, 1, 64)
+    key[0, 0, 0, 3] = torch.inf
+    value[1, 1, 0, 5] = -torch.inf
+    write_kv(key, value, problem.k, problem.v, problem.page_table, problem.seq_lens)
+    assert problem.k.token_scale is not None
+    assert problem.k.token_scale.isnan().sum() == 1
+    got, heads = problem.run(), clean.shape[1] // 2
+    assert got[0, :heads].isnan().all()
+    assert got[1, heads:].isnan().all()
+    assert got[0, heads:].isfinite().all()
+    assert got[1, :heads].isfinite().all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_window_of_nothing(path: str, num_tokens: int) -> None:
+    cpu.use(path)
+    problem = build(Case(lengths=(33, 33), num_tokens=num_tokens, window=1), poisoned=True)
+    assert (problem.run() != 0).all()
+    problem.options["window"] = 0
+    assert (problem.run() == 0).all()
+
+
 # -- what the kernels do not serve ------------------------------------------------------------------------------------
 
 
@@ -507,11 +537,33 @@ def test_unusual_layouts_are_served(path: str) -> None:
     torch.testing.assert_close(problem.run(), expected, rtol=64 * eps, atol=64 * eps * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("path", KERNELS[:1])
+@pytest.mark.parametrize("layout", ["gap", "token_scales", "channels"])
+@pytest.mark.parametrize("path", [*KERNELS[:1], "torch"])
+def test_pages_in_any_layout_are_served(path: str, layout: str) -> None:
+    cpu.use(path)
+    problem = build(Case(formats=("int8", "fp8_e5m2"), kinds=("dynamic", "dynamic")), poisoned=True)
+    expected = problem.run()
+    for side in (problem.k, problem.v):
+        if layout == "token_scales":
+            assert side.token_scale is not None
+            side.token_scale = side.token_scale.transpose(1, 2).contiguous().transpose(1, 2)
+            continue
+        num_pages, *shape, head_dim = side.pages.shape
+        wide = torch.zeros(num_pages, *shape, 2 * head_dim, dtype=torch.uint8)
+        pages = wide[..., ::2]
+        if layout == "gap":
+            row = side.pages[0].numel()
+            pages = torch.zeros(num_pages, row + 3, dtype=torch.uint8)[:, :row].view(side.pages.shape)
+        side.pages = pages.copy_(side.pages)
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(problem.run(), expected, rtol=64 * eps, atol=64 * eps * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("path", [*KERNELS[:1], "torch"])
 def test_a_page_outside_the_pool_is_refused(path: str) -> None:
     cpu.use(path)
     for page in (-1, 99):
-        problem = build(Case(), poisoned=False)
+        problem = build(Case(kinds=("dynamic", "dynamic"), formats=("int8", "int8")), poisoned=False)
         problem.page_table[1, 0] = page
         with pytest.raises(ValueError, match="page_table names a page outside 0 ... "):
             problem.run()

@@ -122,6 +122,18 @@ def test_attention_in_full(name: str, run: Run) -> None:
     check(run, FULL[name], (torch.float16, torch.float32)[turn // 2 % 2], tiles, splits, turn % 4 < 2)
 
 
+def test_sinks_with_strides_and_names_of_formats(run: Run) -> None:
+    e4m3 = ("fp8_e4m3", "fp8_e4m3")
+    run(
+        interpreted.check_what_comes_with_strides,
+        Case(sinks=True, num_kv_heads=1, formats=e4m3, kinds=("head", "unit")),
+    )
+
+
+def test_the_lowest_number_as_a_bias(run: Run) -> None:
+    run(interpreted.check_lowest_bias, Case(lengths=(33, 33), num_tokens=3, num_kv_heads=1))
+
+
 @pytest.mark.parametrize("splits", [1, 2, 9])
 def test_the_number_of_splits_does_not_matter(splits: int, run: Run) -> None:
     """One part, several, and more than there are tiles."""

@@ -48,6 +48,8 @@ class PagedTensor:
     passed: tuple[int, int] | None = field(default=None, init=False, repr=False)
 
     def __setattr__(self, name: str, value: object) -> None:
+        if name in ("scale", "zero") and isinstance(value, torch.Tensor):
+            value = value.contiguous()  # as kernels read them
         object.__setattr__(self, name, value)
         if name != "passed":
             object.__setattr__(self, "passed", None)
@@ -169,10 +171,10 @@ def write_kv(
     Args:
         key, value: `[B, H, T, D]`, any strides; they are tokens `seq_lens[b] - T ... seq_lens[b] - 1`.
         k, v: where they go; pages, and dynamic token scales, are written.
-        page_table: int32 `[B, N]`.
+        page_table: int32 `[B, N]`, with room for the new tokens: T is at most N * S.
         seq_lens: int32 `[B]`, lengths that already count the new tokens.
-        clipped: int64 `[2]`, incremented by how many numbers of K and V did not fit under static scales, NaN among
-            them; or None.
+        clipped: int64 `[2]`, contiguous, incremented by how many numbers of K and V did not fit under static scales,
+            NaN among them; or None.
 
     Raises ValueError naming the argument for shapes and dtypes that do not go together.
     """
@@ -214,7 +216,7 @@ def paged_attention(
             tokens outside its columns are not attended to.
         sinks: `[Hq]`, a logit per head that takes part in the softmax and has no value.
         softcap: logits become `softcap * tanh(logits / softcap)` before the mask.
-        window: a token attends to itself and the `window - 1` before it; earlier pages are not read.
+        window: a token attends to itself and the `window - 1` before it, with 0 to nothing; earlier pages are not read.
         causal: whether later tokens are hidden; applies on top of the mask.
         lse: fp32 `[B, Hq, T]`, contiguous; is overwritten with the natural logarithm of the sum of exp(logit) over what
             a query sees, `sinks` included, -inf if that is nothing. With it, attention over parts can be merged.
@@ -224,7 +226,9 @@ def paged_attention(
     Raises ValueError naming the argument for shapes and dtypes that do not go together.
     """
     implementation = _eager(query)
-    check_attention(query, k, v, page_table, seq_lens, attn_mask, sinks, lse, remembers=implementation is not None)
+    check_attention(
+        query, k, v, page_table, seq_lens, attn_mask, sinks, window, lse, remembers=implementation is not None
+    )
     arguments = (
         query, page_table, seq_lens,
         k.pages, k.format, k.scale, k.zero, k.token_scale,

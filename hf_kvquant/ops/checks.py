@@ -12,6 +12,8 @@ import torch
 
 from ..formats import get_format
 
+_NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 class Paged(Protocol):
     """What is needed of `ops.PagedTensor`."""
@@ -39,6 +41,11 @@ def _check_tensor(
         raise ValueError(f"{name} is on {tensor.device}; the pages it belongs to are on {device}")
 
 
+def _check_numbers(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in _NUMBERS:
+        raise ValueError(f"{name} is {tensor.dtype}; expected one of {', '.join(map(str, _NUMBERS))}")
+
+
 def _check_paged(name: str, side: Paged, num_heads: int, head_dim: int, remembers: bool) -> None:
     if remembers and side.passed == (num_heads, head_dim):
         return
@@ -51,6 +58,8 @@ def _check_parts(name: str, side: Paged, num_heads: int, head_dim: int) -> None:
     row, pages = get_format(side.format), side.pages
     if pages.ndim != 4 or pages.shape[1] != num_heads or pages.shape[3] != head_dim:
         raise ValueError(f"{name}.pages is {list(pages.shape)}; expected [P, {num_heads}, S, {head_dim}]")
+    if not pages.shape[1] or not pages.shape[2]:
+        raise ValueError(f"{name}.pages is {list(pages.shape)}; it needs at least one head and one token a page")
     if row.storage_dtype is not None and pages.dtype != row.storage_dtype:
         raise ValueError(f"{name}.pages is {pages.dtype}; {row.name} is stored as {row.storage_dtype}")
     for field in ("scale", "zero"):
@@ -75,6 +84,8 @@ def _check_pair(k: Paged, v: Paged) -> None:
 def _check_table(batch_size: int, page_table: torch.Tensor, seq_lens: torch.Tensor, device: torch.device) -> None:
     if page_table.ndim != 2 or page_table.shape[0] != batch_size:
         raise ValueError(f"page_table is {list(page_table.shape)}; expected [{batch_size}, N]")
+    if batch_size and not page_table.shape[1]:
+        raise ValueError(f"page_table is {list(page_table.shape)}; it needs at least one column")
     _check_tensor("page_table", page_table, device, torch.int32)
     _check_tensor("seq_lens", seq_lens, device, torch.int32, (batch_size,))
 
@@ -91,6 +102,8 @@ def check_write(
 ) -> None:
     if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3]:
         raise ValueError(f"key is {list(key.shape)} and value is {list(value.shape)}; both must be [B, H, T, D]")
+    _check_numbers("key", key)
+    _check_numbers("value", value)
     _check_paged("k", k, key.shape[1], key.shape[3], remembers)
     _check_paged("v", v, value.shape[1], value.shape[3], remembers)
     _check_pair(k, v)
@@ -100,6 +113,13 @@ def check_write(
     _check_tensor("value", value, device)
     if clipped is not None:
         _check_tensor("clipped", clipped, device, torch.int64, (2,))
+        if not clipped.is_contiguous():
+            raise ValueError(f"clipped has strides {clipped.stride()}; expected a contiguous tensor")
+    if remembers and key.shape[2] > page_table.shape[1] * k.pages.shape[2]:  # a graph would be guarded on it
+        raise ValueError(
+            f"key has {key.shape[2]} tokens, but {page_table.shape[1]} pages of {k.pages.shape[2]} tokens have no room "
+            "for as many; write the newest of them"
+        )
 
 
 def check_attention(
@@ -110,15 +130,17 @@ def check_attention(
     seq_lens: torch.Tensor,
     attn_mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    window: int | None,
     lse: torch.Tensor | None,
     remembers: bool,
 ) -> None:
     for name, tensor in (("query", query), ("k.pages", k.pages), ("v.pages", v.pages)):
         if tensor.ndim != 4:
             raise ValueError(f"{name} is {list(tensor.shape)}; expected four dimensions")
+    _check_numbers("query", query)
     batch_size, num_q_heads, num_tokens, head_dim = query.shape
     num_kv_heads = k.pages.shape[1]
-    if num_q_heads % num_kv_heads:
+    if num_kv_heads and num_q_heads % num_kv_heads:
         heads = f"its heads do not divide over {num_kv_heads} of keys and values"
         raise ValueError(f"query is {list(query.shape)}; {heads}")
     _check_paged("k", k, num_kv_heads, head_dim, remembers)
@@ -133,6 +155,7 @@ def check_attention(
             and attn_mask.shape[0] in (1, batch_size)
             and attn_mask.shape[1] in (1, num_q_heads)
             and attn_mask.shape[2] == num_tokens
+            and attn_mask.shape[3] > 0
         )
         if not fits:
             expected = f"[1 or {batch_size}, 1 or {num_q_heads}, {num_tokens}, M]"
@@ -140,6 +163,8 @@ def check_attention(
         if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
             raise ValueError(f"attn_mask is {attn_mask.dtype}; expected bool (True attends) or float (added)")
         _check_tensor("attn_mask", attn_mask, device)
+    if window is not None and window < 0:
+        raise ValueError(f"window is {window}; expected 1 or more, 0 to see nothing, or None for no window")
     if sinks is not None:
         _check_tensor("sinks", sinks, device, shape=(num_q_heads,))
     if lse is not None:

@@ -102,8 +102,6 @@ def write_kv(
         if name > 2 and pages.dtype != dtype:
             return False
     page_table, seq_lens = page_table.contiguous(), seq_lens.contiguous()
-    if clipped is not None and not clipped.is_contiguous():
-        return False
     record = _WRITE.pack(
         *k_side, *v_side, *_tables(page_table, seq_lens, k[0]),
         key.data_ptr(), *key.stride(), value.data_ptr(), *value.stride(),

@@ -57,7 +57,7 @@ int64_t encode(const Side& side, float* y, int64_t slot) {
         for (int64_t d = 0; d < dim; d++) most = std::max(most, bits_of(y[d]) & 0x7FFFFFFF);
         float scale = float_of(most) * encoding.reciprocal_qmax;
         scale = scale < 0x1p-100f ? 0x1p-100f : scale;
-        uint32_t up = most > 0x7F800000 ? 0x7FC00000 : (bits_of(scale) + 0xFFFF) & 0xFFFF0000;
+        uint32_t up = most >= 0x7F800000 ? 0x7FC00000 : (bits_of(scale) + 0xFFFF) & 0xFFFF0000;
         side.token_scale[slot] = uint16_t(up >> 16);
         const float reciprocal = 1.0f / float_of(up);
         for (int64_t d = 0; d < dim; d++) y[d] = y[d] * reciprocal;

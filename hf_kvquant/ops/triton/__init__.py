@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import triton.language as tl
 
+from ...formats import get_format
 from . import tuning
 from .attention import attention_kernel, merge_kernel
 from .codes import CODE_OF
@@ -34,12 +35,14 @@ _Grid = tuple[int, int, int]
 _T = TypeVar("_T")
 
 
-def why_not(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int) -> str | None:
-    """Why the kernels do not serve queries or keys like these, or None if they do."""
+def why_not(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int, dense: bool = True) -> str | None:
+    """Why the kernels do not serve queries or keys like these, or pages that are not `dense`; None if they do."""
     if device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"its compute capability {major}.{minor} is below 8.0"
+    if not dense:
+        return "the kernels serve contiguous pages and token scales"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels do not compute in {dtype}"
     for head_dim in (k_dim, v_dim):
@@ -105,8 +108,8 @@ def _plan_write(
     block_t = min(_padded(num_tokens, 1), max(1, _ELEMENTS_PER_PROGRAM // max(k_block, v_block)))
     constants = (
         num_heads, page_size, block_t, tuning.instruction_set(device),
-        CODE_OF[k_format], k_dim, k_block, k_scale, k_zero, not k_static,
-        CODE_OF[v_format], v_dim, v_block, v_scale, v_zero, not v_static,
+        _code_of(k_format), k_dim, k_block, k_scale, k_zero, not k_static,
+        _code_of(v_format), v_dim, v_block, v_scale, v_zero, not v_static,
         not uncounted and (k_static or v_static),
     )  # fmt: skip
     types = (k_dtype, v_dtype, k_pages_dtype, v_pages_dtype, uncounted) if is_aligned else None
@@ -144,6 +147,7 @@ def paged_attention(
     if query.numel() == 0:
         return output
     query = query if query.stride(3) == 1 else query.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
     page_table = _with_dense_rows(page_table)
     num_columns = page_table.shape[1]
     mask_kind, mask_dtype, mask_len = 0, None, 0
@@ -229,8 +233,8 @@ def _plan_attention(
     chained = splits > 1 and tuning.can_chain(device)
     constants = (
         num_heads, group, page_size, tiles.block_m, tiles.block_n,
-        CODE_OF[k_format], k_dim, k_block, k_scale, k_zero, not k_static,
-        CODE_OF[v_format], v_dim, v_block, v_scale, v_zero, not v_static,
+        _code_of(k_format), k_dim, k_block, k_scale, k_zero, not k_static,
+        _code_of(v_format), v_dim, v_block, v_scale, v_zero, not v_static,
         causal, not no_window, mask_kind, not no_softcap, sinks_dtype is not None, has_lse, splits > 1,
         chained, tuning.instruction_set(device), tl.float32 if dtype == torch.float32 else tl.float16, tiles.num_stages,
     )  # fmt: skip
@@ -275,7 +279,7 @@ def read_pages(
     block_t = max(1, _ELEMENTS_PER_PROGRAM // block)
     constants = (
         num_heads, page_size, block_t, tuning.instruction_set(pages.device),
-        CODE_OF[format_name], head_dim, block, _kind(scale), _kind(zero), token_scale is not None,
+        _code_of(format_name), head_dim, block, _kind(scale), _kind(zero), token_scale is not None,
     )  # fmt: skip
     types = (page_ids.dtype, pages.dtype, dtype) if _is_aligned(pages) else None
     kernel = _read.prepare(pages.device, constants, (("num_warps", 4),), types)
@@ -305,6 +309,10 @@ def _is_aligned(*tensors: torch.Tensor) -> bool:
 def _padded(number: int, least: int = 32) -> int:
     """The next power of two; at least 32, pairs of channels then fill a matrix instruction."""
     return max(least, 1 << (number - 1).bit_length())
+
+
+def _code_of(format_name: str) -> int:
+    return CODE_OF[get_format(format_name).name]
 
 
 def _kind(scale: torch.Tensor | None) -> int:

@@ -24,6 +24,7 @@ from .codes import MODEL, bf16_bits_to_fp32, decode_factor, decode_pair
 from .write import load_scale
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST_BIAS = tl.constexpr(-(2.0**127))  # times LOG2_E it is finite
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -310,7 +311,8 @@ def _attend_tile(
         # tanh by way of the logistic function
         logits = (2.0 / (1.0 + tl.exp2(logits * (-2.0 * LOG2_E / softcap))) - 1.0) * (softcap * LOG2_E)
     if BIASED:
-        logits = logits + bias * LOG2_E
+        # The lowest number of a float hides nothing where a row has no other.
+        logits = logits + tl.where(bias > float("-inf"), tl.maximum(bias, LOWEST_BIAS), bias) * LOG2_E
     if MASKED:
         logits = tl.where(visible, logits, float("-inf"))
     if V_DYNAMIC:

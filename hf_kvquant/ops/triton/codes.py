@@ -179,8 +179,8 @@ def _encode_fp8(x, QMAX: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexp
 
 @triton.jit
 def round_up_to_bf16_bits(x):
-    """The bits of the smallest bfloat16 not below x (positive fp32; NaN and infinity stay), as int16."""
-    bits = tl.where(x == x, x.to(tl.int32, bitcast=True), 0x7FC00000)
+    """The bits of the smallest bfloat16 not below x (positive fp32), as int16; those of NaN if x is not finite."""
+    bits = tl.where(x < float("inf"), x.to(tl.int32, bitcast=True), 0x7FC00000)
     return ((bits + 0xFFFF) >> 16).to(tl.int16)
 
 

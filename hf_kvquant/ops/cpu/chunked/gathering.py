@@ -64,7 +64,8 @@ class Gathering:
         words = store.flatten(2)
         size = words.element_size()
         bits = 0x80
-        if words.shape[2] * size % 8 == 0 and words.storage_offset() * size % 8 == 0:
+        places = (words.shape[2], words.storage_offset(), *words.stride()[:2])
+        if words.stride(2) == 1 and all(place * size % 8 == 0 for place in places):
             words, bits = words.view(torch.int64), _HIGHEST_BITS
         copy = workspace("codes", words.dtype, (*rows.shape, words.shape[2]))
         first = -1 if self.first_pages is None or rows.shape[0] > 1 else self.first_pages[sequences.start] + pages.start

@@ -35,11 +35,11 @@ class Visible:
         oldest = [max(-(-n // page_size) * page_size - capacity, 0) for n in lens]
         held = [n - first for n, first in zip(lens, oldest, strict=True)]
         stop = max(1, *held)
-        start = 0 if window is None else max(min(held) - num_tokens - window + 1, 0)
+        start = 0 if window is None else min(max(min(held) - num_tokens - window + 1, 0), stop - 1)
         pages = reference.by_age(page_table, seq_lens, page_size)[0] if any(oldest) else page_table
         self.pages = pages[:, start // page_size : -(-stop // page_size)]
         self.start_slot, self.length = start % page_size, stop - start
-        sees_all = num_tokens == 1 or not (causal or window is not None)
+        sees_all = num_tokens == 1 and window != 0 or not (causal or window is not None)
         self.is_full = sees_all and min(held) == stop and not is_masked
         if not self.is_full:
             self.positions = torch.tensor(oldest)[:, None] + torch.arange(start, stop)

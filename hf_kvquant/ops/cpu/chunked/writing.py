@@ -18,6 +18,8 @@ def write_kv(
     y = torch.stack([reference.in_code_units(key, *k[2:4]), reference.in_code_units(value, *v[2:4])])
     codes, token_scales = reference.quantize_tokens(y, get_format(k[1]))
     pages, slots = reference.newest_slots(page_table, seq_lens, key.shape[2], k[0].shape[2])
+    if not 0 <= int(pages.min()) <= int(pages.max()) < len(k[0]):
+        raise ValueError(f"page_table names a page outside 0 ... {len(k[0]) - 1}: {page_table.tolist()}")
     for store, scales, x, x_scales in zip((k[0], v[0]), (k[4], v[4]), codes, token_scales, strict=True):
         store[pages, :, slots] = x.transpose(1, 2)
         scales[pages, :, slots] = x_scales.transpose(1, 2)
