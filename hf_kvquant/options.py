@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from .checkpoints import CheckpointScales
+from .checkpoints import CheckpointScales, NoUsableScalesError
 from .config import KVQuantConfig
 from .hosts import attention_name, checkpoint_of
 from .reading import read_scales
+
+logger = logging.get_logger(__name__)
 
 
 def options_for(model: PreTrainedModel, options: Any, max_cache_len: int | None = None) -> KVQuantConfig:
@@ -35,6 +38,14 @@ def find_checkpoint(model: PreTrainedModel, kvquant: KVQuantConfig, notes: list[
         if kvquant.scales != "auto":
             raise
         notes.append(f"no KV scales were looked for: {error}; name a checkpoint with scales=... if it has some")
+        return None
+    except NoUsableScalesError as error:
+        # A model that was loaded without them and saved again declares them still.
+        if kvquant.scales != "auto":
+            raise
+        note = f"{error}; scales are dynamic now"
+        logger.warning_once(f"{note}.")
+        notes.append(note)
         return None
     if found is None and kvquant.scales != "auto":
         where = (checkpoint_of(model)[0] or "a model that was not loaded from files") if own else source

@@ -280,6 +280,24 @@ def test_declared_without_scales(tmp_path: Path, value: float | None) -> None:
     assert "scales='dynamic'" in str(error.value)
 
 
+def test_a_model_that_was_saved_without_its_scales(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers knows no scales of KV caches, but keeps what declares them."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantization = {"quant_method": "compressed-tensors", "kv_cache_scheme": FP8}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    model.config._name_or_path = str(tmp_path)
+    with caplog.at_level("WARNING", logger="transformers"):
+        cache = QuantizedPagedCache.from_model(model)
+    message = "holds no usable k_scale / v_scale"
+    assert message in caplog.text
+    assert any(message in note and "scales are dynamic now" in note for note in cache.report().notes)
+    assert {layer.kv_cache_dtype for layer in cache.report().layers} == {("int8", "int8")}
+    with pytest.raises(ValueError, match=message):
+        QuantizedPagedCache.from_model(model, scales="checkpoint")
+
+
 def test_undeclared_and_unusable_is_nothing(tmp_path: Path) -> None:
     given = {key: torch.zeros(1) for key in scales_of_layers()}
     assert read_scales(write(tmp_path, given, scheme=None), PATHS) is None

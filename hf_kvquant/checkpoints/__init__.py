@@ -15,7 +15,7 @@ import torch
 from ..scales import LayerScales
 from . import lightllm, lmdeploy, ort_genai, sidecar, tensorrt_llm, tensors, vllm
 from .files import MAX_COUNT, CheckpointFiles
-from .found import CheckpointScales, Found, ModelLayers, Parts, ScaleSource, Wanted
+from .found import CheckpointScales, Found, ModelLayers, NoUsableScalesError, Parts, ScaleSource, Wanted
 from .matching import match_layers, number_layers
 from .names import looks_like_kv_scale
 from .values import LayerReader
@@ -81,7 +81,7 @@ def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -
             if declared.file is None:
                 return None
             if not declared.means_one:
-                raise ValueError(
+                raise NoUsableScalesError(
                     f"{files.path} declares an 8-bit KV cache ({declared.file}, {declared.producer}) but holds no "
                     "usable k_scale / v_scale; use scales='dynamic', or scales='unit' if 1.0 is meant"
                 )
@@ -170,4 +170,4 @@ def _fill_with_ones(
     notes.append(f"{files.path} holds no KV scales; {declared.producer} means 1.0 by that")
 
 
-__all__ = ["CheckpointScales", "ModelLayers", "ScaleSource", "Wanted", "read_checkpoint"]
+__all__ = ["CheckpointScales", "ModelLayers", "NoUsableScalesError", "ScaleSource", "Wanted", "read_checkpoint"]

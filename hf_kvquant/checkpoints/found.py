@@ -10,6 +10,10 @@ import torch
 from ..scales import LayerScales
 
 
+class NoUsableScalesError(ValueError):
+    """A checkpoint declares an 8-bit KV cache with static scales, and holds none."""
+
+
 @dataclass(frozen=True)
 class ScaleSource:
     """Where one value was read: the file inside the checkpoint's directory, and the tensor or entry in it."""
