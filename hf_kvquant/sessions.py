@@ -201,7 +201,9 @@ class SavedCache:
     @property
     def options(self) -> dict[str, Any]:
         """Options to make the cache with; scales, and how queries are rounded, come from the file."""
-        return {**self.header["options"], "scales": "dynamic", "q_dtype": None}
+        of_scales = ("scales", "granularity", "margin", "q_dtype")
+        kept = {name: value for name, value in self.header["options"].items() if name not in of_scales}
+        return {**kept, "scales": "dynamic"}
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises ValueError if the cache was written with another model."""
