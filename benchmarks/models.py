@@ -54,7 +54,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
 class Way:
     """One way to keep the cache: the attention that goes with it, and how the cache is made.
 
-    `make` takes the model and how many tokens a sequence will reach.
+    `make` takes the model and how many tokens each sequence will reach.
     """
 
     name: str
@@ -107,7 +107,7 @@ CAPACITY_WAYS = [
 
 @torch.no_grad()
 def fill(cache: Any, model: PreTrainedModel, batch: int, length: int) -> None:
-    """Give every layer `length` random tokens a sequence, as a prompt would leave them.
+    """Give every layer `length` random tokens per sequence, as a prompt would leave them.
 
     All sequences and layers get the same ones, over and over, which no time depends on.
     """

@@ -103,7 +103,7 @@ class Project:
     dimension of its grid that splits sequences.
 
     `imports` are what stands for them, or nothing for a file beside the module's. `formats` have a call, and the bytes
-    of scales a token.
+    of scales per token.
     """
 
     module: str

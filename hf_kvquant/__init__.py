@@ -49,7 +49,7 @@ __all__ = [
 
 def register() -> None:
     """Register the attention names and the cache implementation with transformers (done on import; idempotent)."""
-    generation.register()  # first: it refuses hosts that it does not know
+    generation.register()  # first: it refuses versions of transformers that it does not know
     attention.register()
 
 

@@ -29,7 +29,7 @@ def register() -> None:
 
 
 def kvquant_mask(*args: Any, config: PreTrainedConfig | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """The host's mask for this attention: boolean, or None where causality says it all.
+    """transformers' mask for this attention: boolean, or None where causality says it all.
 
     A model that computes its attention itself, whatever the configuration says, adds its mask to the logits and
     needs it always: it gets the mask of `eager`.
@@ -61,8 +61,8 @@ def kvquant_attention(
         attention_mask: `[B, 1 | Hq, T, L]`, bool (True attends) or float (added), or None.
         scaling: softmax scale, by default D ** -0.5.
         is_causal: by default the module's.
-        softcap, s_aux, position_bias: as the host's models pass them; sinks may also come as `sinks`,
-            one a head or, over dense tensors only, one a head and token `[B, Hq, T, 1]`.
+        softcap, s_aux, position_bias: as transformers' models pass them; sinks may also come as `sinks`,
+            one per head or, over dense tensors only, one per head and token `[B, Hq, T, 1]`.
 
     Returns `[B, T, Hq, D]` and None for the weights, which are never formed.
     """

@@ -1,4 +1,4 @@
-"""`QuantizedPagedCache`: a host cache whose attention layers store 8-bit pages."""
+"""`QuantizedPagedCache`: a transformers cache whose attention layers store 8-bit pages."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ from .shared import SharedState
 
 logger = logging.get_logger(__name__)
 
-# The host's layer class -> ours, growing and fixed. Whatever is not here (linear attention, convolutions, dummies,
-# indexers of sparse attention) stays the host's own.
+# transformers' layer class -> ours, growing and fixed. Whatever is not here (linear attention, convolutions, dummies,
+# indexers of sparse attention) stays transformers' own.
 _PAGED: dict[type, tuple[type[GrowingLayer], type[FixedLayer]]] = {
     DynamicLayer: (GrowingLayer, FixedLayer),
     DynamicSlidingWindowLayer: (GrowingLayer, FixedLayer),
@@ -65,7 +65,7 @@ class QuantizedPagedCache(DynamicCache):
         kvquant: options, see `KVQuantConfig`; None for the defaults.
         checkpoint: scales to use, from `read_scales`; None for none.
         notes: lines for the report.
-        expected_length: tokens a sequence will reach at most, if known; memory is then not allocated beyond it.
+        expected_length: tokens that a sequence will reach at most, if known; memory is then not allocated beyond it.
         key_biases: layers whose keys have a bias too large for static scales, and how large.
 
     Raises ValueError for options that do not fit the model.
@@ -149,7 +149,7 @@ class QuantizedPagedCache(DynamicCache):
 
         Args:
             model, options: as of `from_model`; None for no options.
-            expected_length: tokens a sequence will reach at most; memory is not allocated beyond it.
+            expected_length: tokens that a sequence will reach at most; memory is not allocated beyond it.
             max_cache_len: as the option, where the user has given none.
 
         Raises ValueError or TypeError for options that are unknown or do not fit the model.
@@ -199,7 +199,7 @@ class QuantizedPagedCache(DynamicCache):
         saved.fill(cache, model)
         return cache
 
-    # -- the host's operations, each table once --------------------------------------------------------------------
+    # -- transformers' operations, each table once -----------------------------------------------------------------
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -366,7 +366,7 @@ class QuantizedPagedCache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use: distinct pages, scales and page tables (and what layers of the host store)."""
+        """Bytes in use: distinct pages, scales and page tables (and what layers of transformers store)."""
         return sum(self._stored_nbytes(layer) for layer in self.layers) + self._table_nbytes
 
     @property
@@ -404,7 +404,7 @@ class QuantizedPagedCache(DynamicCache):
 
 
 def _fixed_layers(config: PreTrainedConfig, capacity: int) -> list[Any]:
-    """The host's layers at fixed addresses. Raises ValueError if it has none for a type of layer."""
+    """transformers' layers at fixed addresses. Raises ValueError if it has none for a type of layer."""
     try:
         return list(StaticCache(config=config, max_cache_len=capacity).layers)
     except (KeyError, ValueError) as error:
@@ -433,7 +433,7 @@ def _query_of(layer: PagedLayer) -> tuple[str | None, str]:
 
 
 def _host_tensors(layer: Any) -> list[torch.Tensor]:
-    """The tensors that a layer of the host holds."""
+    """The tensors that a layer of transformers holds."""
     held: list[Any] = []
     for value in vars(layer).values():
         held += value.values() if isinstance(value, dict) else (value,)

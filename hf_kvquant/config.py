@@ -31,8 +31,8 @@ class KVQuantConfig:
         margin: factor between the largest value of the first batch and the largest storable one (`first_batch`).
         page_size: tokens per page.
         num_pages: upper bound of the pages of a layer, for all sequences together; None for no bound.
-        max_cache_len: reserve this many tokens a sequence at the first update, at fixed addresses. Such a cache can be
-            compiled, and cannot grow.
+        max_cache_len: reserve this many tokens per sequence at the first update, at fixed addresses. Such a cache can
+            be compiled, and cannot grow.
         offload: let the pages of layers without a window rest in host memory; a layer's come to the device, in 8 bits,
             while the layer before it computes.
         skip_layers: layers kept in the model's dtype, by index (negative counts from the end) or by layer type
@@ -43,8 +43,8 @@ class KVQuantConfig:
         recent_tokens: let every token attend to itself and to the ones before it, this many in all, as the model made
             them, and to older ones in 8 bits. Both are 0 by default, and part of the same attention.
         q_dtype: `fp8` (= `fp8_e4m3`) rounds the query of attention over pages too, as fp8 attention of serving engines
-            does, by the checkpoint's or given `q_scale`, else by one scale a token and head. For keys in fp8_e4m3, and
-            for comparing: it costs accuracy and is not faster here. None: the query stays as it is.
+            does, by the checkpoint's or given `q_scale`, else by one scale per token and head. For keys in fp8_e4m3,
+            and for comparing: it costs accuracy and is not faster here. None: the query stays as it is.
 
     Raises ValueError or TypeError that list what is accepted.
     """

@@ -23,7 +23,7 @@ class LayerDiagnosis:
 
     Attributes:
         layer: index in the cache.
-        layer_type: the host's name for it.
+        layer_type: transformers' name for it.
         kv_cache_dtype: formats of K and V.
         scales: where the scales of K and V come from.
         bytes_per_token: stored for a token.
@@ -46,7 +46,7 @@ class Diagnosis:
 
     Attributes:
         model: directory or hub id.
-        model_type: the host's name of its architecture.
+        model_type: transformers' name of its architecture.
         dtype: of its weights, and of a cache without quantization.
         device: what was asked about.
         kernels: what computes attention over the pages there.

@@ -11,7 +11,7 @@ from .report import CacheReport
 
 
 class QuantizedEncoderDecoderCache(EncoderDecoderCache):
-    """The host's pair of caches; what they hold is reported together. Made by `generate`."""
+    """transformers' pair of caches; what they hold is reported together. Made by `generate`."""
 
     @property
     def _paged(self) -> dict[str, QuantizedPagedCache]:

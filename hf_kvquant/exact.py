@@ -20,7 +20,7 @@ from .stores import mutable_everywhere
 SLACK = 64
 
 _Pair = tuple[torch.Tensor, torch.Tensor]
-Length = int | torch.Tensor  # of the sequences; on the device where the host does not know it
+Length = int | torch.Tensor  # of the sequences; on the device where the CPU does not know it
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ _SLACK = 64
 
 
 class FixedLayer(PagedLayer):
-    """All pages from the start, lengths on the device: nothing of a step happens on the host.
+    """All pages from the start, lengths on the device: a step needs no bookkeeping on the CPU.
 
-    Host masks cover the whole capacity, so that their shape stays the same from step to step; a fresh prompt's covers
-    the prompt.
+    Masks from transformers cover the whole capacity, so that their shape stays the same from step to step; a fresh
+    prompt's covers the prompt.
 
     Args:
-        capacity: tokens a sequence may reach.
+        capacity: tokens that a sequence may reach.
         num_pages: most pages that may be reserved, None for no bound.
         args, kwargs: of `PagedLayer`.
     """
@@ -163,7 +163,7 @@ class FixedLayer(PagedLayer):
         return 0 if self.is_empty else self._seq_lens[0].long()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and first token of the host's mask."""
+        """Length and first token of transformers' mask."""
         return (query_length if self.is_empty and self._returns_prompt else self.capacity), 0
 
     def get_max_length(self) -> int:

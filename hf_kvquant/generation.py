@@ -1,7 +1,7 @@
 """`cache_implementation="kvquant"`: the two places where `generate` has to know the name, and one that loses caches.
 
-The host has no registry for cache implementations. The first two hooks are made once, on import, the third on the class
-of a model that a quantized cache is used with. They check what they change, and leave every other cache to the host.
+transformers has no registry for cache implementations. The first two hooks are made once, on import, the third on the
+class of a model that a quantized cache is used with. They check what they change, and leave every other cache alone.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _extended(prepare_cache: Any) -> Any:
                 "attention reads the 8-bit pages themselves, which is faster.",
                 self.config._attn_implementation,
             )
-        # The host makes a DynamicCache, with all it knows about models; ours takes its place.
+        # transformers makes a DynamicCache, with all it knows about models; ours takes its place.
         with _without_name(generation_config):
             result = prepare_cache(self, generation_config, *arguments)
         for name in CACHE_NAMES:
@@ -130,7 +130,7 @@ def _replace(
     batch_size: int,
     max_cache_length: int,
 ) -> Any:
-    """Ours for the host's `made`; anything but a plain dynamic cache is left alone."""
+    """Ours for `made`, a cache of transformers; anything but a plain dynamic cache is left alone."""
     if isinstance(made, EncoderDecoderCache):
         encoder_outputs = model_kwargs.get("encoder_outputs")
         encoder_length = encoder_outputs[0].shape[1] if encoder_outputs is not None else None
@@ -157,9 +157,9 @@ def _replace(
 def _keep_in_inputs(model_class: Any) -> None:
     """Have models of a class keep a quantized cache where their inputs are prepared.
 
-    Some begin anew in the middle of a text (where a long rotary embedding takes over), by leaving the cache out: the
-    host would go on with one of its own, so ours is emptied and stays. And where speculation begins over a cache that
-    holds tokens, the host gives the model all tokens again.
+    Some begin anew in the middle of a text (where a long rotary embedding takes over), by leaving the cache out:
+    transformers would go on with one of its own, so ours is emptied and stays. And where speculation begins over a
+    cache that holds tokens, transformers gives the model all tokens again.
     """
     method = getattr(model_class, _INPUTS)
     if getattr(method, "_is_kvquant", False):
@@ -218,7 +218,7 @@ def _describe_prompt(model: Any, model_kwargs: dict[str, Any], cache: QuantizedP
     """Tell `cache` what is padding, and how long the prompt is."""
     mask, positions = _padding_mask(model_kwargs), model_kwargs.get("position_ids")
     cache.shared.padding_mask = mask
-    known = positions if positions is not None else mask  # the host drops a mask that hides nothing
+    known = positions if positions is not None else mask  # transformers drops a mask that hides nothing
     cache.shared.prompt_length = 0 if known is None or model.config.is_encoder_decoder else known.shape[-1]
     if cache.batch_size > 0:
         cache.shared.copies = 1  # what comes now may differ between sequences that began with the same prompt
@@ -252,7 +252,7 @@ def _will_compile(model: Any, generation_config: Any, generation_mode: Any) -> b
     On an accelerator it would do so by itself. That suits a cache that is gone afterwards; one that is returned may
     have to grow, and one with a bound on its pages must not reserve more.
     """
-    # The host compiles neither beam search nor speculation; both are better off with pages that grow.
+    # transformers compiles neither beam search nor speculation; both are better off with pages that grow.
     if generation_config.disable_compile or generation_config.is_assistant or generation_mode not in _COMPILED_MODES:
         return False
     options = options_for(model, generation_config.cache_config)
@@ -263,7 +263,7 @@ def _will_compile(model: Any, generation_config: Any, generation_mode: Any) -> b
         return True
     if compile_config is None and (generation_config.return_dict_in_generate or options.num_pages):
         return False
-    # Not every model works over such a cache, and the host says of some that they do.
+    # Not every model works over such a cache, and transformers says of some that they do.
     fused = is_fused(model.config.get_text_config(decoder=True))
     return fused and model._can_compile_fullgraph and model.device.type in _COMPILED_DEVICES
 

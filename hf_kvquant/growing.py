@@ -74,7 +74,7 @@ class GrowingLayer(PagedLayer):
             self.table.append(num_new, batch_size, copies)
         self.length += num_new
 
-    # Bookkeeping on the host: a graph would be guarded on every length. Eager steps go without what the wrapper costs.
+    # Bookkeeping on the CPU: a graph would be guarded on every length. Eager steps go without what the wrapper costs.
     _count_apart = torch.compiler.disable(_count)
 
     def _write(self, key: torch.Tensor, value: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
@@ -113,7 +113,7 @@ class GrowingLayer(PagedLayer):
         return self.table.seq_lens(self.device, self.length)
 
     def _attended_window(self, attn_mask: torch.Tensor | None) -> int | None:
-        # A mask says all; without the window in it, tokens see whatever the host would hold.
+        # A mask says all; without the window in it, tokens see whatever transformers would hold.
         return self.window if attn_mask is None else None
 
     # -- reading ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def with_cache(cache: Any) -> dict[str, Any]:
 
 
 def layer_type_names(config: PreTrainedConfig, layers: Sequence[Any]) -> list[str]:
-    """The host's name of each cache layer's type, from the configuration or, without one, from the layer's class."""
+    """transformers' name of each cache layer's type, from the configuration or, without one, from the layer's class."""
     names = list(getattr(config, "layer_types", None) or ())[: len(layers)]
     if len(names) == len(layers):
         return [str(name) for name in names]
@@ -213,9 +213,9 @@ _UPDATE = re.compile(r"(past_key_values|cache)\.update\(")
 def uses_attention_interface(config: PreTrainedConfig) -> bool:
     """Whether models of this configuration call the attention function they are configured with.
 
-    Some older ones compute their attention themselves and take no notice. It is the host's own test, which looks at the
-    source of the model, and one for modules in which only another part, such as a vision tower, does call it; a model
-    that the host cannot find (remote code) is taken to follow the configuration.
+    Some older ones compute their attention themselves and take no notice. It is transformers' own test, which looks at
+    the source of the model, and one for modules in which only another part, such as a vision tower, does call it; a
+    model that transformers cannot find (remote code) is taken to follow the configuration.
     """
     kind = type(config)
     if kind not in _uses_interface:
@@ -236,9 +236,9 @@ def _attends_itself(model_class: type) -> bool:
 
 
 def tokens_to_take_back(tokens_to_remove: int, get_seq_length: Callable[[], Any]) -> int:
-    """What `crop`'s argument means to the installed host.
+    """What `crop`'s argument means to the installed transformers.
 
-    Raises ValueError for a positive number from transformers 5.18 on, as the host's own caches do.
+    Raises ValueError for a positive number from transformers 5.18 on, as transformers' own caches do.
     """
     if tokens_to_remove <= 0:
         return -tokens_to_remove

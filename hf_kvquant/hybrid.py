@@ -1,4 +1,4 @@
-"""Layers with both attention and a linear-attention state: paged keys and values, the host's own state."""
+"""Layers with both attention and a linear-attention state: paged keys and values, transformers' own state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Hybrid(PagedLayer):
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        # The host calls it with two positional arguments for attention, by keyword for the linear state.
+        # transformers calls it with two positional arguments for attention, by keyword for the linear state.
         if args:
             super().lazy_initialization(*args)
         else:

@@ -39,7 +39,7 @@ def weights_digest(model: torch.nn.Module) -> str:
         flat = weight.detach().reshape(-1)
         places = torch.linspace(0, len(flat) - 1, min(_SAMPLES, len(flat)), dtype=torch.float64, device=flat.device)
         samples.setdefault(flat.device, []).append(flat[places.long()].to(torch.float64))
-    for taken in samples.values():  # one transfer a device
+    for taken in samples.values():  # one transfer per device
         digest.update(torch.cat(taken).cpu().numpy().tobytes())
     for module in model.modules():
         if isinstance(is_off := getattr(module, "disable_adapters", None), bool):

@@ -31,7 +31,7 @@ class LayerState(CacheLayerMixin):
 
     Args:
         index: of the layer in the cache.
-        layer_type: the host's name for it, for the report.
+        layer_type: transformers' name for it, for the report.
         plan: formats and scales.
         shared: what the layers of the cache have in common.
         window: of sliding or chunked attention.
@@ -39,7 +39,7 @@ class LayerState(CacheLayerMixin):
 
     is_croppable = True
     store_type: type[PageStore] = PageStore
-    # Whether the host knows how many tokens there are.
+    # Whether the CPU knows how many tokens there are.
     knows_length = False
     record_past: bool
 
@@ -155,7 +155,7 @@ class LayerState(CacheLayerMixin):
     # -- reading as dense tensors ----------------------------------------------------------------------------------
 
     def read(self, side: str, num_new: int, exact: ExactStep | None = None) -> torch.Tensor:
-        """The dense keys or values `[B, H, L, D]` that the host's mask is made for; `exact` as in `attend`."""
+        """The dense keys or values `[B, H, L, D]` that transformers' mask is made for; `exact` as in `attend`."""
         if not self._assigned.is_pending:  # one of the two has been assigned, both are still what they were
             self.settle(None)
         return self.read_stored(side, num_new, exact)
@@ -199,7 +199,7 @@ class LayerState(CacheLayerMixin):
         return torch.arange(num_new, device=self.device) + (self.get_seq_length() - num_new)
 
     def columns_of(self, num_new: int) -> torch.Tensor:
-        """Which columns `[T]` of the host's mask are those of the newest tokens."""
+        """Which columns `[T]` of transformers' mask are those of the newest tokens."""
         return self.places_of(num_new) - self._view_start(num_new)
 
     def shape_of(self, side: str, num_new: int) -> torch.Size:
@@ -212,11 +212,11 @@ class LayerState(CacheLayerMixin):
 
     @abstractmethod
     def _view_start(self, num_new: int) -> int:
-        """The oldest token in the host's mask when the newest `num_new` look back."""
+        """The oldest token in transformers' mask when the newest `num_new` look back."""
 
     @abstractmethod
     def _view_length(self, num_new: int) -> int:
-        """How many tokens the host's mask covers."""
+        """How many tokens transformers' mask covers."""
 
     def note_dense(self, reason: str) -> None:
         """Remember for the report that the layer was read as dense tensors."""
@@ -257,7 +257,7 @@ class LayerState(CacheLayerMixin):
 
     @property
     def model_dtype_nbytes(self) -> int:
-        """Bytes that the host's own cache would need for the same tokens."""
+        """Bytes that transformers' own cache would need for the same tokens."""
         if not self.is_initialized or self.is_empty:
             return 0
         num_tokens = int(self.get_seq_length())

@@ -24,7 +24,7 @@ from .query import round_query
 class PagedLayer(LayerState):
     """Keys and values of one layer in pages. Arguments as of `LayerState`."""
 
-    # -- the two hops ----------------------------------------------------------------------------------------------
+    # -- writing and attending -------------------------------------------------------------------------------------
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Write new tokens `[B, H, T, D]` and return what attention reads: handles, or dense tensors.

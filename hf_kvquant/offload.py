@@ -1,4 +1,4 @@
-"""Pages in the memory of the host: 8 bits a number over the bus, while the device computes other layers."""
+"""Pages in host memory: 8 bits per number over the bus, while the device computes other layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from .ops import PagedTensor
 from .stores import PageStore
 
-# One stream a device for all copies to it: they share a bus.
+# One stream per device for all copies to it: they share a bus.
 _streams: dict[torch.device, Any] = {}
 
 
@@ -73,7 +73,7 @@ class OffloadedStore(PageStore):
             self._arrived = stream.record_event()
 
     def save(self, pages: np.ndarray) -> None:
-        """Copy what was written into these pages (ascending) back to the host, without waiting for it."""
+        """Copy what was written into these pages (ascending) back to host memory, without waiting for it."""
         here = self.paged
         starts = np.flatnonzero(np.diff(pages, prepend=-2) != 1)  # neighbors go in one copy
         for first, last in zip(pages[starts], pages[np.append(starts[1:], len(pages)) - 1], strict=True):
@@ -93,7 +93,7 @@ class OffloadedStore(PageStore):
             self._here.scale = scale
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        # The host is about to touch what the device may still be copying.
+        # The CPU is about to touch what the device may still be copying.
         for event in (self._arrived, self._saved):
             if event is not None:
                 event.synchronize()

@@ -1,11 +1,11 @@
 """Page tables: which pages a sequence's tokens lie in.
 
-Layers that see the same tokens share one `PageTable`, so a step edits one table, not one a layer. Token p of a sequence
-is in its page `p // page_size`, column `(p // page_size) % N` of the table (see `ops`): with a sliding window only the
-pages of the window exist. Sequences of one table, and of the tables of forked caches, may share pages of a pool
-(`pools.py`); a shared page that is about to be written is copied first.
+Layers that see the same tokens share one `PageTable`, so a step edits one table, not one per layer. Token p of a
+sequence is in its page `p // page_size`, column `(p // page_size) % N` of the table (see `ops`): with a sliding window
+only the pages of the window exist. Sequences of one table, and of the tables of forked caches, may share pages of a
+pool (`pools.py`); a shared page that is about to be written is copied first.
 
-This table grows with the tokens and lives on the host; `static_pages.py` has the one that is reserved at once and
+This table grows with the tokens and lives on the CPU; `static_pages.py` has the one that is reserved at once and
 lives on the device.
 """
 
@@ -26,7 +26,7 @@ _NONE = np.zeros(0, dtype=np.int64)
 class Follower(Protocol):
     """What a table asks of the layers that go by it."""
 
-    length: int  # tokens a sequence that it has written
+    length: int  # tokens per sequence that it has written
 
     def leave_table(self) -> None:
         """The layer has not followed the table's last step; it must go on with a table of its own."""
@@ -50,7 +50,7 @@ class PageTable:
         page_size: tokens per page.
         window: only the last `window - 1` tokens are needed by later ones; pages before them are given back.
         pool: where pages come from; None for a pool of its own.
-        expected_length: tokens a sequence is known to reach at most; bounds how far ahead the pool grows.
+        expected_length: tokens that a sequence is known to reach at most; bounds how far ahead the pool grows.
     """
 
     def __init__(
@@ -326,7 +326,7 @@ def _on(device: torch.device, pages: np.ndarray) -> torch.Tensor:
 
 
 class PageTables:
-    """The growing page tables of a cache: one a window, for the layers that have it.
+    """The growing page tables of a cache: one per window, for the layers that have it.
 
     Args:
         page_size, expected_length: as for `PageTable`.

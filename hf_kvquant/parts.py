@@ -126,7 +126,7 @@ def attend_in_parts(
 
     Args:
         query: `[B, Hq, T, D]`; `rounded` is what meets the keys in pages.
-        length: what `seq_lens` says of all sequences, on the host if it is known there.
+        length: what `seq_lens` says of all sequences, on the CPU if it is known there.
         behind: how many tokens of the step come after these queries.
         adds_tokens: whether the queries are the newest tokens.
         others: of `ops.paged_attention`.

@@ -51,7 +51,7 @@ class QueryPlan:
     Attributes:
         format: name of the format.
         source: where the scale comes from, in words, for the report.
-        scale: `[1]` or `[Hq]`; None for one a token and head, computed as tokens arrive.
+        scale: `[1]` or `[Hq]`; None for one per token and head, computed as tokens arrive.
     """
 
     format: str
@@ -102,7 +102,7 @@ def plan_layers(
 
     Args:
         config: what the user asked.
-        layer_types: the host's name of each cache layer's type.
+        layer_types: transformers' name of each cache layer's type.
         checkpoint: scales that were found in the files asked for, or None.
         key_biases: layers whose keys have a bias too large for fp8 or a shared static scale, and how large.
 

@@ -151,7 +151,7 @@ class PagePool:
             self._fresh = max(self._fresh, int(targets.max()) + 1)
 
     def _indexed(self, *indices: np.ndarray) -> list[tuple[PageUser, torch.Tensor]]:
-        """Every user with the indices on its device, `[len(indices), n]`; one transfer a device."""
+        """Every user with the indices on its device, `[len(indices), n]`; one transfer per device."""
         stacked = torch.from_numpy(np.stack(indices).astype(np.int64))
         moved: dict[torch.device, torch.Tensor] = {}
         pairs = []

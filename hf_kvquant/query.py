@@ -23,11 +23,11 @@ def round_query(query: torch.Tensor, format_name: str, scale: torch.Tensor | Non
     Args:
         query: as the model gives it, in units of its own.
         format_name: of the codes.
-        scale: fp32 `[1]` or `[Hq]`, numbers that do not fit are clamped; None for one a token and head, its largest
+        scale: fp32 `[1]` or `[Hq]`, numbers that do not fit are clamped; None for one per token and head, its largest
             number / the format's.
         where: the layer, for errors.
 
-    Raises ValueError for a scale of another shape. Source: static scales as in vLLM (there one a KV head at most, the
+    Raises ValueError for a scale of another shape. Source: static scales as in vLLM (there one per KV head at most, the
     largest of its query heads') and in compressed-tensors.
     """
     if scale is not None and tuple(scale.shape) not in ((1,), (query.shape[1],)):

@@ -13,8 +13,8 @@ class LayerReport:
 
     Attributes:
         layer: index in the cache.
-        layer_type: the host's name for it.
-        kv_cache_dtype: formats of K and V, or what the host stores for a layer that is not paged.
+        layer_type: transformers' name for it.
+        kv_cache_dtype: formats of K and V, or what transformers stores for a layer that is not paged.
         scales: where K's and V's scales come from.
         stored_bytes: bytes in use.
         model_dtype_bytes: what the same tokens take in the model's dtype.
@@ -41,7 +41,7 @@ class CacheReport:
     """The state of a cache. `str(report)` is a table.
 
     Attributes:
-        layers: one entry a layer that stores something.
+        layers: one entry per layer that stores something.
         notes: decisions the user should know of.
         nbytes: bytes in use: distinct pages, scales, tables.
         nbytes_allocated: bytes held.

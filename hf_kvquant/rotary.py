@@ -122,7 +122,7 @@ def _tried(function: FunctionType) -> Kind | None:
 
 
 def _arguments(function: FunctionType, width: int) -> dict[str, torch.Tensor] | None:
-    """A channel a token for whatever is to be turned, and the same angle everywhere; None if that is not its job."""
+    """One channel per token for whatever is to be turned, the same angle everywhere; None if that is not its job."""
     x = torch.eye(_WIDTHS[0], dtype=torch.float32)[None, None]  # as [B, H, T, D] or [B, T, H, D]
     cos, sin = (torch.full((1, 1, width), number, dtype=torch.float32) for number in (0.6, 0.8))
     tables = {"cos": cos, "sin": sin, "freqs_cis": torch.complex(cos, sin)}

@@ -2,8 +2,8 @@
 
 `kv_cache.safetensors` holds, for every page table t, the page numbers of its sequences, oldest first (`tables.{t}`
 `[B, N]`), for every paged layer i its `layers.{i}.k.pages` and `.v.pages` `[P, H, S, D]` with their `.token_scale`,
-`.scale` and `.zero` and what is kept in the model's dtype beside them (`.exact`), and the states that layers of the
-host keep. Everything else is JSON in its header, under the name `hf_kvquant`.
+`.scale` and `.zero` and what is kept in the model's dtype beside them (`.exact`), and the states that layers of
+transformers keep. Everything else is JSON in its header, under the name `hf_kvquant`.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _save_store(
 
 
 def _state_of(layer: Any, where: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What a layer of the host keeps: tensors go to `tensors`, numbers and flags are returned."""
+    """What a layer of transformers keeps: tensors go to `tensors`, numbers and flags are returned."""
     state = {}
     for name in _state_names(layer):
         value = getattr(layer, name)
@@ -137,7 +137,7 @@ def _state_of(layer: Any, where: str, tensors: dict[str, torch.Tensor]) -> dict[
 
 
 def _state_names(layer: Any) -> list[str]:
-    """Attributes in which the host keeps the state of `layer`, or its linear-attention state if the rest is paged."""
+    """Names of attributes with transformers' state of `layer`, or its linear-attention state if the rest is paged."""
     if not isinstance(layer, PagedLayer):
         return list(vars(layer))
     if not isinstance(layer, LinearAttentionLayer):

@@ -18,7 +18,7 @@ class LayerShape:
     """Keys and values of one cache layer.
 
     Attributes:
-        layer_type: the host's name for it.
+        layer_type: transformers' name for it.
         num_kv_heads, k_head_dim, v_head_dim: sizes; 0 where a layer stores no keys and values.
         window: tokens that a sliding layer looks back, itself included; None for all.
     """

@@ -9,11 +9,11 @@ from .pools import OutOfPagesError
 
 
 class StaticPageTable:
-    """A page table with every page reserved, as tensors at fixed addresses: nothing of a step happens on the host.
+    """A page table with every page reserved, as tensors at fixed addresses: a step needs no bookkeeping on the CPU.
 
     Args:
         batch_size: sequences.
-        capacity: tokens a sequence may reach.
+        capacity: tokens that a sequence may reach.
         slack: with a window, how many tokens may be written at once beside the window's.
     """
 

@@ -61,7 +61,7 @@ def test_eight_beams_take_little_more_than_one(way: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("chunk", [None, 6, 8])
 def test_a_prompts_pages_are_shared_from_the_start(chunk: int | None) -> None:
-    """Two prompts of 21 tokens, three beams each: five full pages a prompt, and one to write in for each beam."""
+    """Two prompts of 21 tokens, three beams each: five full pages per prompt, and one to write in for each beam."""
     model = tiny_llama("kvquant")
     out = generate(model, prompt(), num_beams=3, max_new_tokens=3, cache_config=UNQUANTIZED, prefill_chunk_size=chunk)
     table = out.past_key_values.layers[0].table

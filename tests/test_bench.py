@@ -105,7 +105,7 @@ def test_an_interrupted_run_is_taken_up(model: Any, tmp_path: Path, monkeypatch:
     result = measured(model, save=path)
     caches = [str(row) for row in result.rows if not row.failed]
     done = {str(row): len(row.runs) for row in kept.rows}
-    assert sum(done.values()) == 5 - len(caches)  # of five calls one a cache warms up
+    assert sum(done.values()) == 5 - len(caches)  # of five calls, one per cache warms up
     assert calls == 100 + sum(1 + 2 - done[name] for name in caches if done[name] < 2)
     assert Benchmark.from_dict(json.loads(path.read_text())).rows == result.rows
     for row in kept.rows:

@@ -103,7 +103,7 @@ def test_generate_sizes_the_pool_by_its_maximum() -> None:
     model = tiny_llama("kvquant")
     options = {"max_new_tokens": 60, "do_sample": False, "return_dict_in_generate": True}
     cache = model.generate(prompt(3, 100), cache_config={"page_size": 8}, **options).past_key_values
-    assert cache.layers[0].table.pool.size == 3 * 20  # 159 tokens a sequence, in pages of 8
+    assert cache.layers[0].table.pool.size == 3 * 20  # 159 tokens per sequence, in pages of 8
     assert cache.nbytes == cache.nbytes_allocated
 
 

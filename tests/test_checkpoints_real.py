@@ -127,7 +127,7 @@ def test_the_tools_own_quantization(name: str) -> None:
 
 
 def test_modelopt_affine() -> None:
-    """`x - bias` is quantized, and the bias is one a head and channel."""
+    """`x - bias` is quantized, and the bias is one per head and channel."""
     found, plain = read("modelopt_fp8_affine"), read("modelopt_fp8")
     in_file = load_file(ROOT / "modelopt_fp8_affine" / "model.safetensors")
     for index, layer in enumerate(found.layers):

@@ -162,7 +162,7 @@ def test_bytes() -> None:
     config = trained_model().config
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * HEAD_DIM * (CONTEXT - 1)
     assert quality(result(), DENSE).bytes_held == 4 * numbers
-    # Whole pages, and for int8 a bf16 scale a token and head and an fp32 equalizer; nothing ahead of its use.
+    # Whole pages, and for int8 a bf16 scale per token and head and an fp32 equalizer; nothing ahead of its use.
     pages = numbers * 64 / (CONTEXT - 1)
     held = pages * (1 + 2 / HEAD_DIM) + numbers / (CONTEXT - 1) * 4
     assert quality(result(), "int8").bytes_held == pytest.approx(held, rel=0.01)  # and small tables

@@ -181,7 +181,7 @@ def test_attention(name: str, dtype: str) -> None:
     check(ALL_CASES[name], DTYPES[dtype], "cuda")
 
 
-# Served by one program a sequence, by many, and with everything that a logit goes through.
+# Served by one program per sequence, by many, and with everything that a logit goes through.
 LSE_CASES = ["tokens_3", "gpu_tokens_64", "gpu_long", "gpu_long_sinks", "gpu_long_float_mask", "gpu_int8_zeros",
              "e4m3_zero_channel", "softcap", "window_2"]  # fmt: skip
 

@@ -143,7 +143,7 @@ def test_ties_of_every_code(name: str) -> None:
 
 
 def test_pages_beyond_two_to_the_31_elements() -> None:
-    """The last pages of a pool of 2.3 GB a side are written and read like those of a small pool."""
+    """The last pages of a pool of 2.3 GB per side are written and read like those of a small pool."""
     from hf_kvquant.ops import paged_attention
 
     num_heads, page_size, head_dim, pool_size, length = 8, 16, 128, 140_000, 55

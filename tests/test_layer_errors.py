@@ -17,7 +17,7 @@ from hf_kvquant.evaluation.errors import LayerErrors, layer_errors
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-python-lm"
 PIECES = [15, 1, 17, 30]
-# One scale a token and head, whatever came before: what is stored does not depend on the pieces.
+# One scale per token and head, whatever came before: what is stored does not depend on the pieces.
 PLAIN = {"kv_cache_dtype": "int8", "scales": "dynamic", "equalize": False, "page_size": 4}
 
 

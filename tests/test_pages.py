@@ -1,4 +1,4 @@
-"""Page tables against a dense model: lists of tokens, one a sequence."""
+"""Page tables against a dense model: lists of tokens, one per sequence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class FakeStore:
-    """A user of a pool of pages that stores one number a token."""
+    """A user of a pool of pages that stores one number per token."""
 
     def __init__(self, pool: PagePool, page_size: int) -> None:
         self.numbers = np.zeros((0, page_size), dtype=np.int64)

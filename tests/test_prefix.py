@@ -76,7 +76,7 @@ def test_nothing_is_stored_twice() -> None:
     assert all(other.nbytes_allocated == allocated for other in more)
     assert prefixes.nbytes == kept
     for other in more:
-        model(prompt(1, 4), past_key_values=other)  # one page a layer and request
+        model(prompt(1, 4), past_key_values=other)  # one page per layer and request
     page = sum(store.page_nbytes for layer in cache.layers for store in (layer.k, layer.v))
     assert cache.nbytes_allocated <= (16 + 3) * 1.25 * page + cache.nbytes - 16 * page
     before = contents(cache)

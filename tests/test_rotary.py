@@ -119,7 +119,7 @@ def test_models_without_rotation(model_type: str) -> None:
 
 
 def test_layers_of_one_kind_are_searched_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call of `generate` pays for it: with a search a layer it took 50 ms for 30 of them."""
+    """Every call of `generate` pays for it: with a search per layer it took 50 ms for 30 of them."""
     searches, modules = [], torch.nn.Module.modules
     monkeypatch.setattr(torch.nn.Module, "modules", lambda self: searches.append(self) or modules(self))
     counts = []

@@ -88,7 +88,7 @@ def check_nvidia(shape: Shape, compiled: Any, tiles: tuning.Tiles, guards: Guard
     for name, loop in zip(names, loops, strict=True):
         covered = loop.count(r"LDGSTS\..*\.128") * 16 * binary.threads
         guards.hold(f"{name}: bytes by 128-bit copies", f"{covered} of {bytes_per_tile}", abs(covered - bytes_per_tile))
-        # A mask's own bytes, one a token and thread that needs it, may pass through shared memory; K and V may not.
+        # A mask's own bytes, one per token and thread that needs it, may pass through shared memory; K and V may not.
         of_mask = {"key": tiles.block_n // 8, "bool": tiles.block_n * tiles.block_m // binary.threads}.get(
             shape.mask, 0
         )
@@ -152,7 +152,7 @@ def known(shape: Shape, tiles: tuning.Tiles) -> dict[str, tuple[float, str]]:
         result["edges: spills"] = (140, "softcap, sinks, zeros, a window and a mask at once are rare")
     if shape.device == "gfx942":
         result["spills"] = (30, "the table of tiles was made on another device")
-        # K and V would be 128 accesses a thread; Triton 3.6 keeps which tokens are written as bytes.
+        # K and V would be 128 accesses per thread; Triton 3.6 keeps which tokens are written as bytes.
         result["byte-wide shared accesses"] = (4, "not of K and V")
     return result
 

@@ -26,7 +26,7 @@ ESTIMATORS = ("absmax", "percentile", "mse")
 # Those with static scales to calibrate.
 STATIC_FORMATS = ("fp8_e4m3", "int8")
 
-# Tokens kept of each layer for `percentile` and `mse`: a million numbers a layer of 8 heads of 128 channels.
+# Tokens kept of each layer for `percentile` and `mse`: a million numbers per layer of 8 heads of 128 channels.
 _SAMPLE_TOKENS = 1024
 
 logger = logging.get_logger(__name__)
@@ -34,11 +34,11 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Calibration(Sequence["LayerScales | None"]):
-    """Calibrated scales: a sequence with one entry a cache layer, as `scales=` takes it; `write_scales` saves it.
+    """Calibrated scales: a sequence with one entry per cache layer, as `scales=` takes it; `write_scales` saves it.
 
     Attributes:
         kv_cache_dtype: the format they are made for.
-        layers: one entry a cache layer; None where no token reached one, or where there is no K and V.
+        layers: one entry per cache layer; None where no token reached one, or where there is no K and V.
         model_layers: which modules of the model these layers are.
         num_tokens: tokens seen, without padding.
         settings: how they were made, in words, for files and reports.

@@ -156,7 +156,7 @@ class Gatherer:
 
 
 class _WatchedCache(DynamicCache):
-    """The host's cache, which tells what it is given."""
+    """transformers' cache, which tells what it is given."""
 
     def __init__(self, config: Any, gatherer: Gatherer) -> None:
         super().__init__(config=config)

@@ -14,7 +14,7 @@ class Statistics:
         self.num_unusable: torch.Tensor | int = 0
         self.sample: torch.Tensor | None = None  # [S, H, D], on the CPU
         self._sample_tokens = sample_tokens
-        # The tokens with the largest of random numbers drawn one a token are a uniform sample of all that came by.
+        # The tokens with the largest of random numbers drawn one per token are a uniform sample of all that came by.
         self._draws = torch.empty(0)
         self._generator = torch.Generator().manual_seed(0)
 

@@ -1,7 +1,7 @@
 """Ascend's C8, of msmodelslim: int8 with `<attention>.k_proj.kv_cache_scale` and `.kv_cache_offset`, also for `v_proj`.
 
-One number or one a channel, head by head; the offset is in steps of the scale, `x = (q - offset) * scale`. Declared by
-`kv_cache_type` or `kv_quant_type` in quant_model_description*.json. Source: the vllm-ascend project.
+One number or one per channel, head by head; the offset is in steps of the scale, `x = (q - offset) * scale`. Declared
+by `kv_cache_type` or `kv_quant_type` in quant_model_description*.json. Source: the vllm-ascend project.
 """
 
 from __future__ import annotations

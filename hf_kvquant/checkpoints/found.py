@@ -31,7 +31,7 @@ class CheckpointScales:
         producer: whose format it is, such as `compressed-tensors` or `modelopt`.
         kv_cache_dtype: the format they are made for (`fp8_e4m3`, `int8`), or None if nothing says.
         dynamic: the checkpoint asks for scales that are computed at run time (`layers` then holds None only).
-        layers: one entry a cache layer, None where there are none.
+        layers: one entry per cache layer, None where there are none.
         sources: for each layer where its values come from: `{"k_scale": ScaleSource(file, key), ...}`, {} without any.
         notes: what the reader had to decide or found suspicious, for the report.
         ignored: tensors and files that look like KV scales, but are of no layer of the model or of no known format.
@@ -54,7 +54,7 @@ class ModelLayers:
     Attributes:
         paths: for each cache layer the path of its attention (`model.layers.0.self_attn`), then other names in files.
         num_kv_heads: of each cache layer; None where unknown.
-        model_type: the host's name of the architecture, or None.
+        model_type: transformers' name of the architecture, or None.
     """
 
     paths: Sequence[Sequence[str]]
@@ -117,7 +117,7 @@ class Found:
         declared: what the files say of it.
         by_path: parts by the path of the attention module.
         by_number: parts by the number of the decoder layer, where a format has no paths.
-        ranks: values are one a tensor-parallel rank, so of so many equal groups of heads.
+        ranks: values are one per tensor-parallel rank, so of so many equal groups of heads.
         shaped: values are `[H, 1]` or `[H, D]`, whatever is known of the model.
         notes, ignored: as in `CheckpointScales`.
     """

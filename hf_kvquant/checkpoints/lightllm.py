@@ -1,4 +1,4 @@
-"""LightLLM's and LightCompress' `kv_cache_calib.json`: one row a layer, K's scales and then V's.
+"""LightLLM's and LightCompress' `kv_cache_calib.json`: one row per layer, K's scales and then V's.
 
 `{"quant_type": "per_tensor" | "per_head", "num_layers": L, "num_head": H, "qmax": 448.0, "scales": [[...]]}`, rows of 2
 or 2 * H numbers. Source: the LightLLM project.

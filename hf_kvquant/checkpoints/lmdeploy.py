@@ -3,8 +3,8 @@
 `key_stats.pth` and `value_stats.pth`: `{"max": {layer: [H, D]}, "min": ..., "absmax": ...}`, layers by the path of the
 decoder layer; scales of any format and granularity can be made from them.
 `layers.N.past_kv_scale.R.weight`: raw little-endian fp32, `[k_scale, k_zero, v_scale, v_zero]` or `[k_scale, v_scale]`,
-zeros in the units of x, a file a layer and tensor-parallel rank. Source: LMDeploy up to 0.5.1, `lite/apis`; vLLM pull
-request 1507.
+zeros in the units of x, one file per layer and tensor-parallel rank. Source: LMDeploy up to 0.5.1, `lite/apis`; vLLM
+pull request 1507.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """ONNX Runtime GenAI's scale file, whatever it is called: `--kv-cache-scale-file`.
 
-`{"scales": {"k_scales": [...], "v_scales": [...]}, "layer_ids": [...], "qmax": 128.0}`: an entry a layer with full
-attention, a number (per tensor) or one a channel, head by head. Source: the onnxruntime-genai project.
+`{"scales": {"k_scales": [...], "v_scales": [...]}, "layer_ids": [...], "qmax": 128.0}`: an entry per layer with full
+attention, a number (per tensor) or one per channel, head by head. Source: the onnxruntime-genai project.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class LayerReader:
     Attributes:
         path: the checkpoint's directory, for errors.
         factor: what scales are multiplied by.
-        ranks: values are one a tensor-parallel rank.
+        ranks: values are one per tensor-parallel rank.
         shaped: values are `[H, 1]` or `[H, D]` already.
         notes: what had to be decided; is added to.
         suspicious: those of the notes that deserve a warning.

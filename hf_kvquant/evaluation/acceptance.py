@@ -143,7 +143,7 @@ class AcceptanceRun:
 def _watched_drafts(
     model: PreTrainedModel, assistant: PreTrainedModel | None, cache_of_assistant: Cache | None, counts: _Counts
 ) -> Iterator[None]:
-    """Count what the host's candidate generator drafts and what was accepted; give it a cache to draft with."""
+    """Count what transformers' candidate generator drafts and what was accepted; give it a cache to draft with."""
     core = without_wrapper(model)
     make_generator = core._get_candidate_generator
 
@@ -167,7 +167,7 @@ def _watched_drafts(
             generator.assistant_kwargs[CACHE_NAME] = cache_of_assistant
         return generator
 
-    # The host adapts the number of drafted tokens and keeps it with the assistant, for the next prompt and cache.
+    # transformers adapts the number of drafted tokens and keeps it with the assistant, for the next prompt and cache.
     drafted = None if assistant is None else assistant.generation_config.num_assistant_tokens
     core._get_candidate_generator = watched_generator
     try:

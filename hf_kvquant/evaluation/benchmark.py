@@ -1,4 +1,4 @@
-"""`bench`: how fast a model generates over each cache, and in how much memory, beside the host's."""
+"""`bench`: how fast a model generates over each cache, and in how much memory, beside transformers'."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def bench(
 ) -> Benchmark:
     """Measure how fast `model` generates over each cache, and with how much memory.
 
-    In every round each cache gets its turn: the host's unquantized one, ours in each format, the host's quantized ones.
-    Ours run under our attention, the others under the model's own, sdpa if that is ours. A first round warms up and
-    does not count. `generate` compiles where it does so by itself: on GPUs over caches at fixed addresses, which ours
-    then are, and the host's `StaticCache` is measured too. A cache that fails (not installed, out of memory) is a row
-    that says so.
+    In every round each cache gets its turn: transformers' unquantized one, ours in each format, transformers' quantized
+    ones. Ours run under our attention, the others under the model's own, sdpa if that is ours. A first round warms up
+    and does not count. `generate` compiles where it does so by itself: on GPUs over caches at fixed addresses, which
+    ours then are, and transformers' `StaticCache` is measured too. A cache that fails (not installed, out of memory)
+    is a row that says so.
 
     Args:
         model: a causal language model; random weights will do. It gets its attention and mode back.

@@ -1,4 +1,4 @@
-"""The caches that stand side by side in a measurement: the host's unquantized one, ours, and the host's quantized."""
+"""The caches that stand side by side in a measurement: ours, and transformers' unquantized and quantized ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DENSE = "DynamicCache"
 STATIC = "StaticCache"
 DEFAULT_FORMATS = ("fp8_e4m3", "fp8_e5m2", "int8")
 Formats = Iterable[str | tuple[str, str]] | Mapping[str, Mapping[str, Any]]
-# The host's quantized caches; of the bits that a backend offers, the host's default and, if there is one, 8.
+# transformers' quantized caches; of the bits that a backend offers, the default and, if there is one, 8.
 HOST_CACHES: dict[str, dict[str, Any]] = {
     "transformers fp8": {"backend": "fp8"},
     "transformers quanto 4 bit": {"backend": "quanto", "nbits": 4},
@@ -47,13 +47,13 @@ class Candidate:
 
 
 def candidates(model: PreTrainedModel, formats: Formats = DEFAULT_FORMATS, reserved: bool = False) -> list[Candidate]:
-    """The host's unquantized cache, ours in each format, and the host's quantized ones, installed or not.
+    """transformers' unquantized cache, ours in each format, and transformers' quantized ones, installed or not.
 
     Args:
         model: whose caches they are.
         formats: values of `kv_cache_dtype`; or the names of rows and their options, the fields of `KVQuantConfig`.
-        reserved: ours at fixed addresses, as `generate` makes them where it compiles; then the host's unquantized cache
-            of that kind is there too.
+        reserved: ours at fixed addresses, as `generate` makes them where it compiles; then transformers' unquantized
+            cache of that kind is there too.
 
     Raises TypeError for formats given as one text, ValueError for options that are unknown and names that are taken.
     """
@@ -94,7 +94,7 @@ def candidates(model: PreTrainedModel, formats: Formats = DEFAULT_FORMATS, reser
 
 
 def held_bytes(cache: Cache) -> int:
-    """Bytes that a cache holds: for ours also pages that are not in use yet, for the host's every tensor it keeps."""
+    """Bytes that a cache holds: for ours also pages that are not in use yet, for theirs every tensor."""
     if isinstance(cache, QuantizedPagedCache):
         return cache.nbytes_allocated
     return sum(_tensor_bytes(list(vars(layer).values())) for layer in cache.layers)

@@ -95,7 +95,7 @@ class Capacity:
         return cls(data["setup"], [CapacityRow(**row) for row in data["rows"]], data["notes"])
 
     def dense(self, row: CapacityRow) -> CapacityRow | None:
-        """The answer of the host's unquantized cache to the same question, if there is one."""
+        """The answer of transformers' unquantized cache to the same question, if there is one."""
         found = (other for other in self.rows if other.cache == DENSE and other.question == row.question)
         return next((other for other in found if not other.failed and other.largest), None)
 

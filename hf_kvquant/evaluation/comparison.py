@@ -1,4 +1,4 @@
-"""`compare`: what each cache costs a model in quality, on text, beside the host's unquantized cache."""
+"""`compare`: what each cache costs a model in quality, on text, beside transformers' unquantized cache."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def compare(
     save: str | os.PathLike[str] | None = None,
     on_row: Callable[[ComparisonRow], None] | None = None,
 ) -> Comparison:
-    """Measure what caches cost `model` on text: the host's unquantized one, its quantized ones, and ours.
+    """Measure what caches cost `model` on text: transformers' unquantized one, its quantized ones, and ours.
 
     Every cache reads the same windows beside an unquantized one, all under the model's attention: load it with
     `attn_implementation="kvquant"` to judge attention over pages, with another to judge storage alone. A cache that

@@ -47,7 +47,7 @@ def demo_sections(result: Mapping[str, Any], name: str) -> list[Section]:
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """Rows of tokens a second with `vs_dynamic`, those over the host's unquantized cache's, whichever came first."""
+    """Rows of tokens a second with `vs_dynamic`, those over transformers' unquantized cache's, whichever came first."""
     dense = _dense_speeds(rows)
     return [
         {**row, "vs_dynamic": row["tok_s"] / dense[row["batch"], row["context"]]}
@@ -79,7 +79,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 
 def speed_bars(rows: Sequence[Row], name: str, title: str, caption: str) -> list[Picture]:
-    """Tokens a second of each cache over those of the host's unquantized one, by batch and context; none without."""
+    """Tokens a second of each cache over those of transformers' unquantized one, by batch and context; none without."""
     speeds = [row for row in rows if row.keys() >= _SPEED]
     dense = _dense_speeds(rows)
     groups: dict[str, dict[str, float]] = {}

@@ -32,9 +32,9 @@ class Quality:
         v_error: the same of V.
         attention_error: the same of what attention makes of them, every layer by itself.
         clipped: for each layer how many numbers of K and V were beyond their static scales, in all windows in chunks;
-            None for the host's caches.
+            None for transformers' caches.
         bytes_held: with one window in it, memory that is held but not used included.
-        scales: where the scales of ours come from, every source once; None for the host's caches.
+        scales: where the scales of ours come from, every source once; None for transformers' caches.
     """
 
     steps: Agreement

@@ -53,7 +53,7 @@ class Comparison:
 
     Attributes:
         setup: model, text and versions that the numbers belong to.
-        rows: one per cache; the first is the host's unquantized one.
+        rows: one per cache; the first is transformers' unquantized one.
         notes: what the user should know of.
     """
 

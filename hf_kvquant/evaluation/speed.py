@@ -122,7 +122,7 @@ class Benchmark:
         return cls(data["setup"], [BenchRow.from_dict(row) for row in data["rows"]], data["notes"])
 
     def dense(self, row: BenchRow) -> BenchRow | None:
-        """The row of the host's unquantized cache at the same batch and context, if it was measured."""
+        """The row of transformers' unquantized cache at the same batch and context, if it was measured."""
         for other in self.rows:
             if other.cache == DENSE and (other.batch, other.context) == (row.batch, row.context) and other.runs:
                 return None if other.failed else other

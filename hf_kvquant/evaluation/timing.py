@@ -28,7 +28,7 @@ class Clock(StoppingCriteria):
         self.times: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        synchronize(self.device)  # the host would wait for the token in any case
+        synchronize(self.device)  # the CPU would wait for the token in any case
         self.times.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
@@ -81,6 +81,6 @@ def generate_once(model: PreTrainedModel, make: Callable[[int], Cache], ids: tor
         inter_token_ms=[round((after - before) * 1e3, 4) for before, after in zip(counted, counted[1:], strict=False)],
         cache_bytes=held_bytes(cache),
         peak_bytes=peak_bytes(device),
-        # The host's own condition.
+        # transformers' own condition.
         compiled=device.type in COMPILING_DEVICES and cache.is_compileable and type(cache) is not DynamicCache,
     )

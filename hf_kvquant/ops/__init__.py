@@ -9,8 +9,8 @@ enough that nothing wraps. (There is no separate slot_mapping: it is what these 
 
     x ≈ code * scale * token_scale + zero
 
-`scale` and `zero` are fp32 `[1 | H, 1 | D]`; `token_scale` is bf16 `[P, H, S]`, one number a token and head. Any may be
-missing. Inside attention: q·k · softmax_scale -> softcap -> mask -> softmax with sinks -> ·v.
+`scale` and `zero` are fp32 `[1 | H, 1 | D]`; `token_scale` is bf16 `[P, H, S]`, one number per token and head. Any may
+be missing. Inside attention: q·k · softmax_scale -> softcap -> mask -> softmax with sinks -> ·v.
 """
 
 from __future__ import annotations

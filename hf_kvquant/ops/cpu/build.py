@@ -1,4 +1,4 @@
-"""Building the C++ kernels: on first use, once a user and instruction set, in a second or three.
+"""Building the C++ kernels: on first use, once per user and instruction set, in a second or three.
 
 A wheel may bring them along (`make wheel`), for machines without a compiler.
 """

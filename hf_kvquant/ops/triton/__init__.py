@@ -3,7 +3,7 @@
 This package imports Triton; `ops` imports it on the first call with tensors of such a device, asks `why_not` whether
 the kernels serve the call, and takes the reference if they do not.
 
-Small calls are bound by the host: what does not change from step to step is worked out once, into a plan.
+Small calls are bound by the CPU: what does not change from step to step is worked out once, into a plan.
 """
 
 from __future__ import annotations

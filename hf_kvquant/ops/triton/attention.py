@@ -131,7 +131,7 @@ def attention_kernel(
     pages = tl.where(full_begin < full_end, tl.load(table_ptr + columns), 0)
 
     # The query [D, rows]: channels in pairs for 8-bit pages, with K's scale per channel, made at most 2 by a power of
-    # two a row.
+    # two per row.
     logit_offset = tl.zeros([BLOCK_M], tl.float32)
     if K_FORMAT == MODEL:
         q_even = q_even.to(k_ptr.dtype.element_ty)

@@ -36,7 +36,7 @@ def write_kernel(
 ):  # fmt: skip
     """A program writes BLOCK_T tokens of one head. Grid: token blocks * H, B.
 
-    K_SCALE, K_ZERO, ...: 0 none, 1 one number, 2 one a head, 3 one a head and channel, 4 one a channel for all heads.
+    K_SCALE, K_ZERO, ...: 0 none, 1 one number, 2 per head, 3 per head and channel, 4 per channel for all heads.
     """
     head = tl.program_id(0) % H
     block = tl.program_id(0) // H
