@@ -906,6 +906,10 @@ def test_errors_say_what_does_not_go_together() -> None:
     with pytest.raises(ValueError, match="key has 9 tokens, but 2 pages of 4 tokens have no room"):
         _write(given)
     given = _valid()
+    given["k"] = PagedTensor(torch.zeros(4, 2, 4, 8), "model", scale=torch.ones(1, 1))
+    with pytest.raises(ValueError, match=r"k\.scale is given, but unquantized pages have none"):
+        _write(given)
+    given = _valid()
     arguments = (given[name] for name in ("query", "k", "v", "page_table", "seq_lens"))
     with pytest.raises(ValueError, match="window is -1"):
         paged_attention(*arguments, softmax_scale=1.0, window=-1)

@@ -61,6 +61,8 @@ def _check_parts(name: str, side: Paged, num_heads: int, head_dim: int) -> None:
         tensor = getattr(side, field)
         if tensor is None:
             continue
+        if not row.is_quantized:
+            raise ValueError(f"{name}.{field} is given, but unquantized pages have none")
         if tensor.ndim != 2 or tensor.shape[0] not in (1, num_heads) or tensor.shape[1] not in (1, head_dim):
             expected = f"[1 or {num_heads}, 1 or {head_dim}]"
             raise ValueError(f"{name}.{field} is {list(tensor.shape)}; expected {expected}")
