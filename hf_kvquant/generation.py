@@ -178,6 +178,8 @@ def _keep_in_inputs(model_class: Any) -> None:
         if all(inputs.get(name) is None for name in CACHE_NAMES):
             if cache.batch_size > 0:
                 cache.reset()
+                # All tokens, which not every version asks for.
+                inputs = method(self, input_ids, *args, **{**kwargs, "next_sequence_length": None})
             inputs[CACHE_NAME] = cache
         return inputs
 
