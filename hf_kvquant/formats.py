@@ -55,8 +55,7 @@ def _decode_fp8(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _encode_int8(x: torch.Tensor) -> torch.Tensor:
-    codes = (x.clamp(-127, 127).round() + 128).to(torch.uint8)
-    return torch.where(x.isnan(), 0, codes)
+    return (x.clamp(-127, 127).round() + 128).nan_to_num(nan=0.0).to(torch.uint8)
 
 
 def _decode_int8(stored: torch.Tensor) -> torch.Tensor:

@@ -245,6 +245,22 @@ def test_long_int8_in_torch_operators(changes: dict[str, Any], exact: bool, monk
     assert bool(large) == (exact and torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available())
 
 
+@pytest.mark.parametrize(
+    ("num_places", "signed", "places_worth"), [(2, True, 2**15), (3, True, 2**22), (3, False, 2**23)]
+)
+@pytest.mark.parametrize("count", [1, 17, 1000, 70_000])
+def test_digits_are_the_rows(num_places: int, signed: bool, places_worth: int, count: int) -> None:
+    """To half a unit of the last place, and what fp32 rounds."""
+    rows = torch.randn(2, 1, 3, count) * torch.tensor([2.0**-60, 1.0, 3e30])[:, None]
+    rows[0, 0, 1] = 0.0
+    rows = rows if signed else rows.abs()
+    made = digits.Digits(rows.clone(), num_places, signed)
+    error = (made.sums.double() @ made.digits.double() - rows.double()).abs().amax(dim=-1)
+    unit = 1.02 / places_worth  # the largest number is a little less than the places hold
+    assert (error <= (unit / 2 + 2**-23) * rows.abs().amax(dim=-1).double()).all()
+    assert signed or made.digits[:, :, -3:].min() >= 0  # the highest digits, which come last
+
+
 def test_rows_of_any_size_keep_their_digits() -> None:
     """A query a million times as large as the others of its head, a token of V a thousand times, take nothing away."""
     problem = build(replace(LONG, lengths=(2101, 2101)), poisoned=False)

@@ -77,23 +77,22 @@ def in_code_units(x: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tenso
     if zero is not None:
         y = y - zero[:, None, :]
     if scale is not None:
-        y = y * (1.0 / scale)[:, None, :]
+        y = y * scale.reciprocal()[:, None, :]
     return y
 
 
 def quantize_tokens(y: torch.Tensor, row: StorageFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers fp32 `[..., D]` to codes of the same shape and bf16 token scales `[...]`."""
-    largest = y.abs().amax(dim=-1)
     # As with a NaN, nothing of a token is left beside an infinity: 0 * inf is NaN.
-    largest = torch.where(largest.isinf(), torch.nan, largest)
+    largest = y.abs().amax(dim=-1).nan_to_num(nan=torch.nan, posinf=torch.nan)
     token_scales = round_up_to_bf16((largest * (1.0 / row.qmax)).clamp(min=_TINY_SCALE))
-    return row.encode(y * (1.0 / token_scales.to(torch.float32))[..., None]), token_scales
+    return row.encode(y * token_scales.to(torch.float32).reciprocal()[..., None]), token_scales
 
 
 def round_up_to_bf16(x: torch.Tensor) -> torch.Tensor:
     """The smallest bfloat16 that is not below x (positive fp32; NaN stays)."""
     # The bits of some NaN would overflow into those of zero.
-    bits = torch.where(x.isnan(), torch.nan, x).view(torch.int32)
+    bits = x.nan_to_num(nan=torch.nan, posinf=torch.inf).view(torch.int32)
     return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
 

@@ -47,7 +47,9 @@ def paged_attention(
     group = num_q_heads // num_heads
     seen = Visible(page_table, seq_lens, page_size, num_tokens, window, causal, attn_mask is not None)
     gathering = Gathering(seen.pages, num_heads)
-    k_scales, v_scales = (_token_scales(side, gathering, seen) for side in (k, v))
+    k_scales, v_scales = (
+        None if side[4] is None else gathering.scales(side[4], seen.start_slot, seen.length) for side in (k, v)
+    )
     if v_scales is not None and not seen.is_full:  # what lies in other slots may be NaN, and 0 · NaN is NaN
         v_scales = v_scales.masked_fill(~seen.written[:, None], 0.0)
 
@@ -55,7 +57,8 @@ def paged_attention(
     for first in range(0, num_tokens, at_once):
         tokens = slice(first, min(first + at_once, num_tokens))
         shape = (batch_size, num_heads, group, tokens.stop - tokens.start)
-        q = query[:, :, tokens].to(torch.float32).reshape(batch_size, num_heads, -1, dim)
+        q = query if at_once >= num_tokens else query[:, :, tokens]
+        q = q.to(torch.float32).reshape(batch_size, num_heads, -1, dim)
         logits = _dot(q * softmax_scale, k, gathering, seen, _PLACES_OF_QUERY.get(query.dtype, _PLACES))
         if k_scales is not None:
             logits *= k_scales[:, :, None]
@@ -95,31 +98,23 @@ def paged_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _token_scales(side: Side, gathering: Gathering, seen: Visible) -> torch.Tensor | None:
-    """`[B, H, length]`."""
-    if side[4] is None:
-        return None
-    return gathering.copy(side[4])[..., seen.start_slot : seen.start_slot + seen.length].to(torch.float32)
-
-
 def _dot(q: torch.Tensor, k: Side, gathering: Gathering, seen: Visible, num_places: int) -> torch.Tensor:
     """Products `[B, H, R, length]` of `q` `[B, H, R, D]` with K without its token scales and zeros."""
     store, name, scale = k[:3]
     q = q if scale is None else q * scale[:, None]
-    shape = (*q.shape[:3], seen.length)
-    logits = workspace("logits", torch.float32, shape)
-    digits = _digits(q, k, seen, num_places)
+    logits = workspace("logits", torch.float32, (*q.shape[:3], seen.length))
+    digits = Digits(q, num_places) if _takes_digits(q, k, seen) else None
     q = q if factor(name) == 1.0 else q * factor(name)
     for block, slots, columns in gathering.blocks(
         store, _NUMBERS if digits is None else _CODES, seen.start_slot, seen.length
     ):
         sequences, heads, _ = block
         codes = gathering.codes(store, name, block)[:, :, slots]
-        if digits is None:
-            products = q[sequences, heads] @ numbers(name, codes).transpose(2, 3)
-        else:
+        if digits is not None:
             products = digits.dot(codes, sequences, heads)
-        if products.shape == shape:  # there is one block
+        else:
+            products = q[sequences, heads] @ numbers(name, codes).transpose(2, 3)
+        if block == gathering.whole:
             return products
         logits[sequences, heads, :, columns] = products
     return logits
@@ -129,25 +124,27 @@ def _weigh(weights: torch.Tensor, v: Side, gathering: Gathering, seen: Visible) 
     """Sums `[B, H, R, D]` of V without its token scales and zeros. `weights` `[B, H, R, length]` are overwritten."""
     store, name, scale = v[:3]
     values = weights.new_zeros(*weights.shape[:3], store.shape[3])
-    digits = _digits(weights, v, seen, _PLACES)
+    digits = Digits(weights, _PLACES, signed=False) if _takes_digits(weights, v, seen) else None
     for block, slots, columns in gathering.blocks(
         store, _NUMBERS if digits is None else _CODES, seen.start_slot, seen.length
     ):
         sequences, heads, _ = block
         codes = gathering.codes(store, name, block)[:, :, slots]
-        if digits is None:
+        if digits is not None:
+            products = digits.weigh(codes, sequences, heads, columns)
+        else:
             x = numbers(name, codes)
             if not seen.is_full:
                 x.masked_fill_(~seen.written[sequences, None, columns, None], 0.0)
-            values[sequences, heads] += weights[sequences, heads, :, columns] @ x
+            products = weights[sequences, heads, :, columns] @ x
+        if block == gathering.whole:
+            values = products
         else:
-            values[sequences, heads] += digits.weigh(codes, sequences, heads, columns)
+            values[sequences, heads].add_(products)
     values = values if factor(name) == 1.0 else values * factor(name)
     return values if scale is None else values * scale[:, None]
 
 
-def _digits(rows: torch.Tensor, side: Side, seen: Visible, num_places: int) -> Digits | None:
-    """Digits of the rows to be multiplied with `side`, or None where floats are better."""
-    is_int8 = get_format(side[1]).name == "int8"
-    pays = is_int8 and pay(rows.shape[2], seen.length * side[0].shape[3])
-    return Digits(rows, num_places) if pays else None
+def _takes_digits(rows: torch.Tensor, side: Side, seen: Visible) -> bool:
+    """Whether products of digits of the rows with `side` are faster than those of floats."""
+    return get_format(side[1]).name == "int8" and pay(rows.shape[2], seen.length * side[0].shape[3])

@@ -8,7 +8,7 @@ import torch
 
 from .workspace import workspace
 
-_BASE = 254  # a digit is -127 ... 127
+_BITS = 8  # of a digit, which is -128 ... 127
 # Below so many codes of a head waking the threads for its product takes longer than everything else; from so many rows
 # on their digits do.
 _FEWEST_CODES, _MOST_ROWS = 1 << 19, 16
@@ -30,7 +30,7 @@ def _are_exact() -> bool:
         return False
     codes = torch.arange(64 * 40, dtype=torch.int32).remainder(256).sub(128).view(40, 64)
     codes[:4] = -128
-    digits = codes[:9].clamp(-127, 127)
+    digits = codes[:9]
     return torch.equal(torch._int_mm(digits.to(torch.int8), codes.to(torch.int8).T), digits @ codes.T)
 
 
@@ -38,21 +38,24 @@ class Digits:
     """Rows fp32 `[B, H, R, N]` in P digits of 8 bits, from each row's largest number down. The rows are overwritten.
 
     `digits`, int8 `[B, H, P * R, N]`, is this thread's until the next `Digits`. `sums @ (products with them)`, with
-    `sums` `[B, H, R, P * R]`, are the products with the rows.
+    `sums` `[B, H, R, P * R]`, are the products with the rows. P is 2 or 3; without `signed` no number is negative.
     """
 
-    def __init__(self, rows: torch.Tensor, num_places: int) -> None:
+    def __init__(self, rows: torch.Tensor, num_places: int, signed: bool = True) -> None:
         batch_size, num_heads, num_rows, count = rows.shape
         # NaN and infinity go on to all products of the row.
-        scale = rows.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30) * (1 / 127)
+        largest = (rows.abs() if signed else rows).amax(dim=-1, keepdim=True).clamp_(min=1e-30)
+        # Adding 2^23 rounds to an integer, which then lies in the float's last bits (1.5 times as much: below zero as
+        # well). Half a digit more in the lower places makes these 0 ... 255, flipping their first bits -128 ... 127.
+        zero = 3 << 22 if signed else 2 << 22
+        halves = sum(1 << (_BITS * place - 1) for place in range(1, num_places))
+        scale = largest * (1 / min(127 << _BITS * (num_places - 1), 63 << 16 if signed else 127 << 16))
+        bits = rows.mul_(scale.reciprocal()).add_(zero + halves).view(torch.int32).bitwise_xor_(halves)
+        if signed:
+            bits.sub_(1 << 22)
         by_place = workspace("digits", torch.int8, (batch_size, num_heads, num_places, num_rows, count))
-        digit = workspace("digit", torch.float32, (batch_size, num_heads, num_rows, count))
-        rest = rows.mul_(1.0 / scale)
         for place in range(num_places):
-            torch.round(rest, out=digit)
-            by_place[:, :, place] = digit
-            if place + 1 < num_places:
-                rest.sub_(digit).mul_(_BASE)
+            by_place[:, :, place] = bits if place == 0 else bits.bitwise_right_shift_(_BITS)
         self.digits = by_place.flatten(2, 3)
         self.sums = scale * _places(num_rows, num_places)
 
@@ -80,5 +83,5 @@ def _multiply(digits: torch.Tensor, codes: torch.Tensor, products: torch.Tensor)
 def _places(num_rows: int, num_places: int) -> torch.Tensor:
     """`[R, P * R]`: what adds up the digits of each row by their places."""
     with torch.inference_mode(False):
-        weights = torch.tensor([1 / _BASE**place for place in range(num_places)])
+        weights = torch.tensor([float(1 << _BITS * place) for place in range(num_places)])
         return torch.eye(num_rows).repeat(1, num_places) * weights.repeat_interleave(num_rows)
