@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from .dense import DenseOptions, causal_mask, dense_attention, with_bias
 from .handle import PagedKV
 from .hosts import uses_attention_interface
 from .layers import PagedLayer
-from .ops import reference
 
 # New tokens from which on a GPU the past is dequantized for them: attention then takes much longer than that.
 _LONG_TURN = 64
@@ -90,7 +89,7 @@ def kvquant_attention(
             output = layer.attend(
                 query,
                 key.num_new,
-                _with_bias(attention_mask, position_bias),
+                with_bias(attention_mask, position_bias),
                 softmax_scale=scaling,
                 sinks=sinks,
                 softcap=softcap,
@@ -99,34 +98,20 @@ def kvquant_attention(
             )
             return output.transpose(1, 2).contiguous(), None
         if key.raw is not None and value.raw is not None and readable and layer.num_prompt < key.num_new:
-            options = _Options(module, scaling, is_causal, softcap, sinks, dropout, kwargs)
+            options = DenseOptions(module, scaling, is_causal, softcap, sinks, dropout, kwargs)
             return _attend_with_drafts(key, query, key.raw, value.raw, attention_mask, position_bias, options), None
         if key.raw is not None:
             key, value = key.raw, value.raw
-            if key.device.type == "cpu":  # where heads in one piece save the kernel more than it costs to copy them
-                key, value = key.contiguous(), value.contiguous()
         elif attention_mask is None and is_causal and query.shape[2] > 1:
-            attention_mask = _causal_mask(query, key.shape[2])
+            attention_mask = causal_mask(query, key.shape[2])
     if isinstance(key, PagedKV):
         key = key.dense(reason)
     if isinstance(value, PagedKV):
         value = value.dense(reason)
     if attention_mask is not None and attention_mask.shape[-1] > key.shape[-2]:
         attention_mask = attention_mask[..., : key.shape[-2]]  # a mask for reserved pages over a fresh prompt
-    options = _Options(module, scaling, is_causal, softcap, sinks, dropout, kwargs)
-    return _dense_attention(query, key, value, attention_mask, position_bias, options), None
-
-
-class _Options(NamedTuple):
-    """What attention over dense tensors is to do; names as of `kvquant_attention`."""
-
-    module: torch.nn.Module
-    scaling: float
-    is_causal: bool
-    softcap: float | None
-    sinks: torch.Tensor | None
-    dropout: float
-    others: dict[str, Any]
+    options = DenseOptions(module, scaling, is_causal, softcap, sinks, dropout, kwargs)
+    return dense_attention(query, key, value, attention_mask, position_bias, options), None
 
 
 def _attend_with_drafts(
@@ -136,7 +121,7 @@ def _attend_with_drafts(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     position_bias: torch.Tensor | None,
-    options: _Options,
+    options: DenseOptions,
 ) -> torch.Tensor:
     """Attention of a fresh prompt with drafted tokens behind it.
 
@@ -151,14 +136,14 @@ def _attend_with_drafts(
     def part(x: torch.Tensor | None, rows: slice, columns: slice) -> torch.Tensor | None:
         return None if x is None else x[..., rows, columns]
 
-    of_prompt = _dense_attention(
+    of_prompt = dense_attention(
         query[:, :, prompt], key[:, :, prompt], value[:, :, prompt], part(mask, prompt, prompt),
         part(position_bias, prompt, prompt), options,
     )  # fmt: skip
     of_drafts = layer.attend(
         query[:, :, drafts],
         num_drafts,
-        _with_bias(part(mask, drafts, view), part(position_bias, drafts, view)),
+        with_bias(part(mask, drafts, view), part(position_bias, drafts, view)),
         softmax_scale=options.scaling,
         sinks=options.sinks,
         softcap=options.softcap,
@@ -190,43 +175,6 @@ def _attend_long_turn(query: torch.Tensor, layer: PagedLayer, scaling: float) ->
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return output.transpose(1, 2).contiguous()
-
-
-def _dense_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    position_bias: torch.Tensor | None,
-    options: _Options,
-) -> torch.Tensor:
-    """What `sdpa` computes; softcap and sinks, which it lacks, in plain torch."""
-    module, scaling, is_causal, softcap, sinks, dropout, others = options
-    if softcap is None and sinks is None:
-        return sdpa_attention_forward(
-            module, query, key, value, mask,
-            dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias, **others,
-        )[0]  # fmt: skip
-    if mask is None and is_causal and query.shape[2] > 1:
-        mask = _causal_mask(query, key.shape[2])
-    output = reference.attend(
-        query, key, value, scaling, softcap, None, _with_bias(mask, position_bias), sinks,
-        dropout=dropout if module.training else 0.0,
-    )  # fmt: skip
-    return output.transpose(1, 2).contiguous()
-
-
-def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """Mask and learned position bias as one additive mask."""
-    if bias is None:
-        return mask
-    return bias if mask is None else create_position_bias_mask(bias, mask, False, bias, bias)
-
-
-def _causal_mask(query: torch.Tensor, length: int) -> torch.Tensor:
-    """`[1, 1, T, L]` for queries that are the last T of L tokens."""
-    num_tokens = query.shape[2]
-    return torch.ones(num_tokens, length, dtype=torch.bool, device=query.device).tril(length - num_tokens)[None, None]
 
 
 def _valid_tokens(mask: torch.Tensor | None, key: PagedKV) -> torch.Tensor | None:

@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
         {"cache"},
         {"encoder_decoder", "prefix"},
     ),
-    ({"attention"},),
+    ({"dense"}, {"attention"}),
     (
         {"generation", "calibration_data", "exporting", "doctor", "inspection", "planning"},
         {"calibration", "evaluation"},

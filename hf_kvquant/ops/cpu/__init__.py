@@ -16,9 +16,12 @@ from .. import reference
 from . import build, chunked, kernels
 from .build import outlook
 
-__all__ = ["channel_absmax", "outlook", "paged_attention", "paths", "use", "write_kv"]
+__all__ = ["channel_absmax", "outlook", "outruns_torch", "paged_attention", "paths", "use", "write_kv"]
 
 _TORCH = "torch"
+
+# Who knows whether the processor multiplies tiles of a dtype, as torch has it do and the kernels do not.
+_TILES = {torch.float32: "", torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}
 
 _lock = threading.Lock()
 _libraries: dict[str, ctypes.CDLL | None] = {}  # by path; None: torch operators
@@ -58,6 +61,17 @@ def use(path: str | None = None) -> str:
             stacklevel=2,
         )
     return candidate
+
+
+@torch.compiler.assume_constant_result
+def outruns_torch(dtype: torch.dtype) -> bool:
+    """Whether the kernels attend to dense keys and values of `dtype` faster than torch does.
+
+    Measured with AVX-512 and AVX2 (docs/log.md), which torch uses as well where the processor does not multiply tiles.
+    """
+    if _library() is None or _path == "default" or dtype not in _TILES:
+        return False
+    return not getattr(torch.cpu, _TILES[dtype], bool)()
 
 
 def _load(path: str) -> None:

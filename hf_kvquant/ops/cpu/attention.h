@@ -18,7 +18,9 @@ namespace {
 
 constexpr int DIRECT_CHUNK = 512;                // tokens of one softmax where codes are read
 constexpr int DIRECT_ROWS = 20;                  // up to so many rows read codes, more of them a tile of numbers
-constexpr int ROW_BLOCK = 128;                   // rows of an item when there are many
+// Rows of an item when there are many. Large blocks read K and V less often; small ones lose less at the edge of what is
+// seen, and there are enough of them for many cores.
+constexpr int ROW_BLOCK = 128, LARGE_BLOCK = 512, FEWEST_LARGE_BLOCKS = 16;
 constexpr int64_t SMALL_ATTENTION = 1 << 18;     // multiply-adds that are worth one more thread
 
 struct Attention {
@@ -37,6 +39,11 @@ struct Attention {
 
     int64_t group() const { return num_q_heads / tables.num_heads; }
     int64_t num_rows() const { return group() * num_tokens; }
+    // Where the mask has row `row` of key/value head h for token `position`.
+    int64_t mask_index(int64_t b, int64_t h, int64_t row, int64_t position) const {
+        return b * mask_batch + (h * group() + row % group()) * mask_head + row / group() * mask_token + position -
+               mask_start;
+    }
 };
 
 struct Interval {
@@ -86,9 +93,7 @@ float softmax(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t sta
         most = larger(x, most);
     }
     if (a.mask) {
-        int64_t head = h * a.group() + row % a.group();
-        int64_t at = b * a.mask_batch + head * a.mask_head + row / a.group() * a.mask_token + start + low -
-                     a.mask_start;
+        const int64_t at = a.mask_index(b, h, row, start + low);
         float* x = logits + low;
         if (a.mask_format < 0) {
             const uint8_t* shown = reinterpret_cast<const uint8_t*>(a.mask) + at;
@@ -108,7 +113,7 @@ float softmax(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t sta
         most = splat(highest);
         for (int64_t i = from; i < to; i += W) most = larger(load<f32>(logits + i), most);
     }
-    for (int i = 0; i < W; i++) highest = most[i] > highest ? most[i] : highest;
+    highest = largest_of(most);
 
     f32 base = splat(highest == -INF ? 0.0f : highest), sums = {};
     for (int64_t i = 0; i < padded; i += W) {
@@ -118,6 +123,16 @@ float softmax(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t sta
         store(logits + i, weight);
     }
     return sum_of(sums);
+}
+
+// Whether a mask of bool shows any of tokens [start, start + count) to any row of the block.
+bool shows_any(const Attention& a, const Block& block, int64_t h, const Interval* seen, int64_t start, int64_t count) {
+    for (int64_t r = 0; r < block.count; r++) {
+        const int64_t from = std::max(seen[r].start, start), to = std::min(seen[r].stop, start + count);
+        const char* shown = a.mask + a.mask_index(block.b, h, block.first + r, from);
+        if (from < to && std::memchr(shown, 1, to - from)) return true;
+    }
+    return false;
 }
 
 // One item: sums[row], highest[row] and values[row] of a block's head h over one span.
@@ -137,6 +152,7 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
     const int64_t chunk = k_direct && v_direct ? DIRECT_CHUNK : CHUNK, padded = round_up(block.span, W) + PADDING;
 
     float *q, *units, *zeros, *logits, *offsets, *k_scales, *v_scales, *k_tile, *v_tile;
+    Interval* seen;
     const char **k_rows, **v_rows;
     const float **k_tile_rows, **v_tile_rows;
     int64_t* slots;
@@ -149,6 +165,7 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
         units = carver.take<float>(k_padded);
         zeros = carver.take<float>(k_padded);
         offsets = carver.take<float>(rows);
+        seen = carver.take<Interval>(rows);
         logits = carver.take<float>(rows * chunk);
         k_scales = carver.take<float>(a.k.token_scale ? padded : 0);
         v_scales = carver.take<float>(a.v.token_scale ? padded : 0);
@@ -191,6 +208,7 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
             for (int64_t d = 0; d < k_dim; d++) offset += to[d] * zeros[d];
         offsets[r] = offset * float(a.softmax_scale);
         for (int64_t d = 0; d < k_dim; d++) to[d] *= units[d];
+        seen[r] = seen_by(a, block.b, row / group);
         sums[r] = 0.0f;
         highest[r] = -INF;
     }
@@ -211,6 +229,7 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
 
     for (int64_t t0 = 0; t0 < total; t0 += chunk) {
         const int64_t count = std::min(chunk, total - t0), columns = round_up(count, W);
+        if (!few && a.mask && a.mask_format < 0 && !shows_any(a, block, h, seen, start + t0, count)) continue;
         with_format(a.k.format, [&](auto codec) {
             typedef decltype(codec) C;
             auto codes = reinterpret_cast<const typename C::T* const*>(k_rows + t0);
@@ -226,9 +245,8 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
         });
 
         for (int64_t r = 0; r < rows; r++) {
-            int64_t row = block.first + r;
             float before = highest[r];
-            float sum = softmax(a, block.b, h, row, start + t0, count, seen_by(a, block.b, row / group),
+            float sum = softmax(a, block.b, h, block.first + r, start + t0, count, seen[r],
                                 a.k.token_scale ? k_scales + t0 : nullptr, a.v.token_scale ? v_scales + t0 : nullptr,
                                 offsets[r], logits + r * chunk, highest[r]);
             if (highest[r] != before && before != -INF) {
@@ -323,7 +341,8 @@ extern "C" int64_t hf_kvquant_paged_attention(const Attention* arguments) {
     const Attention& a = *arguments;
     const int64_t rows = a.num_rows(), group = a.group(), v_padded = round_up(a.v.dim, W);
     const bool few = rows <= DIRECT_ROWS;
-    const int64_t rows_each = few ? rows : std::min<int64_t>(rows, ROW_BLOCK);
+    const int64_t many = rows >= FEWEST_LARGE_BLOCKS * LARGE_BLOCK ? LARGE_BLOCK : ROW_BLOCK;
+    const int64_t rows_each = few ? rows : std::min(rows, many);
     const int64_t row_blocks = (rows + rows_each - 1) / rows_each, num_heads = a.tables.num_heads;
     const int64_t num_blocks = a.tables.batch_size * row_blocks;
 

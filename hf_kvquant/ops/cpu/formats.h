@@ -116,7 +116,7 @@ struct Codec<BFLOAT> {
     static constexpr int STEP = 1;
     typedef uint16_t T;
     static constexpr float factor = 1.0f;
-    static INLINE f32 read(const T* p) { return (f32)(__builtin_convertvector(load<u16>(p), u32) << 16); }
+    static INLINE f32 read(const T* p) { return (f32)(widened(load<u16>(p)) << 16); }
 };
 template <>
 struct Codec<HALF> {

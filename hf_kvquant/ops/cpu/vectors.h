@@ -122,10 +122,21 @@ INLINE void store_sums(const f32 (&v)[N][4], float* out, int64_t stride) {
 #endif
     UNROLL for (int r = 0; r < N; r++) store(out + r * stride, sums_of(folded[r]));
 }
+// All lanes put together by `two`, in a fixed order.
+template <class Two>
+INLINE float reduced(f32 v, Two two) {
+    quad parts[W / 4];
+    std::memcpy(parts, &v, sizeof v);
+    for (int step = W / 8; step; step /= 2)
+        for (int i = 0; i < step; i++) parts[i] = two(parts[i], parts[i + step]);
+    const quad x = parts[0];
+    return two(two(x[0], x[2]), two(x[1], x[3]));
+}
 INLINE float sum_of(f32 v) {
-    float sum = 0;
-    for (int i = 0; i < W; i++) sum += v[i];
-    return sum;
+    return reduced(v, [](auto a, auto b) { return a + b; });
+}
+INLINE float largest_of(f32 v) {
+    return reduced(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 INLINE void transpose(f32 (&v)[W]) {
     f32 next[W];
@@ -176,7 +187,14 @@ INLINE f32 tanh_of(f32 x) {
     return size < 0.4f ? near_zero : (x < 0.0f ? -far : far);
 }
 
-// Bytes as integers. Compilers take `__builtin_convertvector` to four times the width apart, element by element.
+// Short integers as integers. Compilers take `__builtin_convertvector` of some widths apart.
+INLINE u32 widened(u16 x) {
+#if WIDTH == 16
+    return (u32)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+    return __builtin_convertvector(x, u32);
+#endif
+}
 INLINE i32 widened(u8 b) {
 #if WIDTH == 16
     return (i32)_mm512_cvtepu8_epi32((__m128i)b);

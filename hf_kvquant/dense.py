@@ -1,0 +1,113 @@
+"""Attention over keys and values as the model made them: fresh prompts, and whatever cannot go over pages."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
+
+from .ops import PagedTensor, cpu, paged_attention, reference
+
+
+class DenseOptions(NamedTuple):
+    """What attention over dense tensors is to do; names as of `kvquant_attention`."""
+
+    module: torch.nn.Module
+    scaling: float
+    is_causal: bool
+    softcap: float | None
+    sinks: torch.Tensor | None
+    dropout: float
+    others: dict[str, Any]
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+    options: DenseOptions,
+) -> torch.Tensor:
+    """What `sdpa` computes, `[B, T, Hq, D]`, and softcap and sinks, which it lacks.
+
+    On a CPU the kernels for pages do it where they are faster; what neither can do is done in plain torch.
+    """
+    module, scaling, is_causal, softcap, sinks, dropout, others = options
+    dropout = dropout if module.training else 0.0
+    if _suits_kernels(query, key, value, (mask, position_bias), sinks, dropout):
+        return _in_kernels(query, key, value, mask, position_bias, options)
+    if key.device.type == "cpu":  # where heads in one piece save torch's kernel more than it costs to copy them
+        key, value = key.contiguous(), value.contiguous()
+    if softcap is None and sinks is None:
+        return sdpa_attention_forward(
+            module, query, key, value, mask,
+            dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias, **others,
+        )[0]  # fmt: skip
+    if mask is None and is_causal and query.shape[2] > 1:
+        mask = causal_mask(query, key.shape[2])
+    output = reference.attend(
+        query, key, value, scaling, softcap, None, with_bias(mask, position_bias), sinks, dropout=dropout
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+def _suits_kernels(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    masks: tuple[torch.Tensor | None, ...],
+    sinks: torch.Tensor | None,
+    dropout: float,
+) -> bool:
+    """Whether the CPU's kernels can attend, and would be faster than torch."""
+    num_tokens = query.shape[2]
+    return (
+        query.device.type == "cpu"
+        and 1 < num_tokens == key.shape[2]
+        and query.dtype == key.dtype == value.dtype
+        and not dropout
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
+        and all(mask is None or mask.ndim == 4 and mask.shape[2] == num_tokens for mask in masks)
+        and (sinks is None or sinks.ndim == 1)
+        and cpu.outruns_torch(query.dtype)
+    )
+
+
+def _in_kernels(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+    options: DenseOptions,
+) -> torch.Tensor:
+    """The keys and values of a sequence are one page."""
+    batch_size, _, length, _ = key.shape
+    output = paged_attention(
+        query,
+        PagedTensor(key.contiguous(), "model"),
+        PagedTensor(value.contiguous(), "model"),
+        torch.arange(batch_size, dtype=torch.int32)[:, None],
+        torch.full((batch_size,), length, dtype=torch.int32),
+        softmax_scale=options.scaling,
+        attn_mask=with_bias(mask, position_bias),
+        sinks=options.sinks,
+        softcap=options.softcap,
+        causal=options.is_causal and mask is None,
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+def with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Mask and learned position bias as one additive mask."""
+    if bias is None:
+        return mask
+    return bias if mask is None else create_position_bias_mask(bias, mask, False, bias, bias)
+
+
+def causal_mask(query: torch.Tensor, length: int) -> torch.Tensor:
+    """`[1, 1, T, L]` for queries that are the last T of L tokens."""
+    num_tokens = query.shape[2]
+    return torch.ones(num_tokens, length, dtype=torch.bool, device=query.device).tril(length - num_tokens)[None, None]
