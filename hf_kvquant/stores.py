@@ -157,7 +157,7 @@ class PageStore:
         if self.rotary is not None:
             share_of_median = _SHARE_OF_MEDIAN["unknown" if self.rotary.kind == "unknown" else "key"]
         highest = largest.amax(dim=1, keepdim=True)
-        relative = torch.where(highest > 0, largest / highest, 1.0)
+        relative = (largest / highest).nan_to_num(nan=1.0)  # of a head without numbers
         lowest = (relative.median(dim=1, keepdim=True).values * share_of_median).clamp(_SHARE_OF_LARGEST, 1.0)
         return torch.maximum(relative, lowest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,15 @@ import torch
 import hf_kvquant.dense
 from hf_kvquant.attention import kvquant_attention
 from hf_kvquant.ops import cpu, reference
+from hf_kvquant.ops.cpu.build import BuildError
 
 LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.fixture(autouse=True)
+def _back_to_the_fastest() -> Iterator[None]:
+    yield
+    cpu.use()
 
 
 @pytest.fixture
@@ -97,10 +105,15 @@ def masks(tokens: int) -> dict[str, torch.Tensor]:
     return {"causal": causal, "padded": padded, "window": window, "blocks": (blocks[:, None] == blocks)[None, None]}
 
 
+@pytest.mark.parametrize("path", cpu.paths())
 @pytest.mark.parametrize("tokens", [17, 400])
 @pytest.mark.parametrize("form", ["bool", "float", "lowest"])
 @pytest.mark.parametrize("name", masks(1))
-def test_masks(name: str, form: str, tokens: int, calls: list[int]) -> None:
+def test_masks(name: str, form: str, tokens: int, path: str, calls: list[int]) -> None:
+    try:
+        cpu.use(path)
+    except BuildError as error:
+        pytest.skip(str(error))
     given = tensors(2, tokens, 2, 4, 64)
     visible = masks(tokens)[name]
     mask = visible
