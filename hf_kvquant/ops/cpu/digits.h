@@ -21,8 +21,8 @@ struct Digits {
     float* units;     // [rows]
     int64_t stride;
 
-    int32_t* high(int64_t row) const { return groups + row * stride / 2; }
-    int32_t* low(int64_t row) const { return high(row) + stride / 4; }
+    int32_t* high(int64_t row) const { return groups + uint64_t(row * stride) / 2; }
+    int32_t* low(int64_t row) const { return high(row) + uint64_t(stride) / 4; }
 };
 Digits digits_from(Carver& carver, int64_t rows, int64_t stride) {
     return {carver.take<int32_t>(rows * stride / 2), carver.take<int32_t>(rows * 2), carver.take<float>(rows), stride};
@@ -36,7 +36,8 @@ struct Ahead {
 
     // PLACES lines.
     INLINE void fetch() {
-        UNROLL for (int i = 0; i < PLACES; i++) __builtin_prefetch(row[i * (tokens / PLACES)] + offset);
+        const int64_t place = uint64_t(tokens) / PLACES;
+        UNROLL for (int i = 0; i < PLACES; i++) __builtin_prefetch(row[i * place] + offset);
         offset += 64;
         row += offset >= dim;
         offset = offset >= dim ? 0 : offset;
@@ -174,49 +175,51 @@ INLINE void plain_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim, 
 #else
 #define KEEP_LOOPS __attribute__((optimize("no-tree-pre")))
 #endif
+#define INLINE_LAMBDA __attribute__((always_inline))
 
-// out[r][c] = row r of the query . column c of the tile, or, with weights, that much more; N rows, M vectors wide. Depth
-// is a multiple of PLACES.
-template <int N, int M, bool QUERY>
-KEEP_LOOPS void multiply(const Digits& digits, int64_t row, const int32_t* tile, int64_t tile_stride, int64_t depth,
-                         Ahead* ahead, float* out, int64_t out_stride) {
-    __m512i sums[2][N][M];
-    const int64_t stride = digits.stride / 4;
+// out[r][c] = row r of the query . column c of the tile, or, with weights, that much more; N rows. Depth is a multiple of
+// PLACES.
+template <int N, bool QUERY>
+KEEP_LOOPS void multiply(const Digits& digits, int64_t row, const int32_t* tile, int64_t tile_stride, int64_t columns,
+                         int64_t depth, Ahead* ahead, float* out, int64_t out_stride) {
+    const int64_t stride = uint64_t(digits.stride) / 4;
     const int32_t* groups = digits.high(row);
-    UNROLL for (int p = 0; p < 2; p++) UNROLL for (int r = 0; r < N; r++) UNROLL for (int m = 0; m < M; m++)
-        sums[p][r][m] = _mm512_set1_epi32(QUERY ? digits.starts[2 * (row + r) + p] : 0);
-    for (int64_t first = 0; first < depth; first += PLACES) {
-        if (ahead) ahead->fetch();
-        for (int64_t k = first; k < first + PLACES; k++) {
-            __m512i codes[M];
-            UNROLL for (int m = 0; m < M; m++) codes[m] = _mm512_load_si512(tile + k * tile_stride + 16 * m);
-            UNROLL for (int p = 0; p < 2; p++) UNROLL for (int r = 0; r < N; r++) {
-                const __m512i digit = _mm512_set1_epi32(groups[(2 * r + p) * stride + k]);
-                UNROLL for (int m = 0; m < M; m++)  // bytes without a sign times bytes with one
-                    sums[p][r][m] = QUERY ? _mm512_dpbusd_epi32(sums[p][r][m], codes[m], digit)
-                                          : _mm512_dpbusd_epi32(sums[p][r][m], digit, codes[m]);
+    Ahead next = ahead ? *ahead : Ahead{};  // here it stays in registers
+    const auto some = [&](auto vectors, bool fetches) INLINE_LAMBDA {
+        constexpr int M = vectors();
+        __m512i sums[2][N][M];
+        UNROLL for (int p = 0; p < 2; p++) UNROLL for (int r = 0; r < N; r++) UNROLL for (int m = 0; m < M; m++)
+            sums[p][r][m] = _mm512_set1_epi32(QUERY ? digits.starts[2 * (row + r) + p] : 0);
+        for (int64_t first = 0; first < depth; first += PLACES) {
+            if (fetches) next.fetch();
+            for (int64_t k = first; k < first + PLACES; k++) {
+                __m512i codes[M];
+                UNROLL for (int m = 0; m < M; m++) codes[m] = _mm512_load_si512(tile + k * tile_stride + 16 * m);
+                UNROLL for (int p = 0; p < 2; p++) UNROLL for (int r = 0; r < N; r++) {
+                    const __m512i digit = _mm512_set1_epi32(groups[(2 * r + p) * stride + k]);
+                    UNROLL for (int m = 0; m < M; m++)  // bytes without a sign times bytes with one
+                        sums[p][r][m] = QUERY ? _mm512_dpbusd_epi32(sums[p][r][m], codes[m], digit)
+                                              : _mm512_dpbusd_epi32(sums[p][r][m], digit, codes[m]);
+                }
             }
         }
-    }
-    UNROLL for (int r = 0; r < N; r++) UNROLL for (int m = 0; m < M; m++) {
-        f32 x = (f32)_mm512_cvtepi32_ps(sums[0][r][m]) * 256.0f + (f32)_mm512_cvtepi32_ps(sums[1][r][m]);
-        float* to = out + r * out_stride + 16 * m;
-        x = x * digits.units[row + r];
-        store(to, QUERY ? x : load<f32>(to) + x);
-    }
+        UNROLL for (int r = 0; r < N; r++) UNROLL for (int m = 0; m < M; m++) {
+            f32 x = (f32)_mm512_cvtepi32_ps(sums[0][r][m]) * 256.0f + (f32)_mm512_cvtepi32_ps(sums[1][r][m]);
+            float* to = out + r * out_stride + 16 * m;
+            x = x * digits.units[row + r];
+            store(to, QUERY ? x : load<f32>(to) + x);
+        }
+    };
+    for (; columns >= 2 * W; columns -= 2 * W, tile += 2 * W, out += 2 * W) some(std::integral_constant<int, 2>(), ahead);
+    if (columns) some(std::integral_constant<int, 1>(), false);
 }
 template <bool QUERY>
 void multiply_rows(const Digits& digits, int64_t num_rows, const int32_t* tile, int64_t tile_stride, int64_t columns,
                    int64_t depth, Ahead ahead, float* out, int64_t out_stride) {
-    for (int64_t column = 0; column < columns; column += 2 * W)
-        in_groups(num_rows, [&](int64_t r, auto n) {
-            const int32_t* from = tile + column;
-            float* to = out + r * out_stride + column;
-            if (column + 2 * W <= columns)
-                multiply<n(), 2, QUERY>(digits, r, from, tile_stride, depth, r ? nullptr : &ahead, to, out_stride);
-            else
-                multiply<n(), 1, QUERY>(digits, r, from, tile_stride, depth, nullptr, to, out_stride);
-        });
+    in_groups(num_rows, [&](int64_t r, auto n) {
+        multiply<n(), QUERY>(digits, r, tile, tile_stride, columns, depth, r ? nullptr : &ahead, out + r * out_stride,
+                             out_stride);
+    });
 }
 
 void dots_of_digits(const Digits& q, int64_t num_rows, const uint8_t* const* rows, int64_t count, int64_t dim,
