@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
 
 from .ops import PagedTensor, cpu, paged_attention, reference
@@ -62,16 +63,36 @@ def _suits_kernels(
     dropout: float,
 ) -> bool:
     """Whether the CPU's kernels can attend, and would be faster than torch."""
-    num_tokens = query.shape[2]
+    if query.device.type != "cpu" or torch.compiler.is_exporting():  # a graph for others has torch's own operators
+        return False
+    batch_size, num_heads, num_tokens, _ = query.shape
+    shapes = {(1, 1), (1, num_heads), (batch_size, 1), (batch_size, num_heads)}  # of masks, but for tokens
     return (
-        query.device.type == "cpu"
-        and 1 < num_tokens == key.shape[2]
-        and query.dtype == key.dtype == value.dtype
-        and not dropout
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
-        and all(mask is None or mask.ndim == 4 and mask.shape[2] == num_tokens for mask in masks)
+        query.dtype == key.dtype == value.dtype
+        and (batch_size, num_tokens) == (key.shape[0], key.shape[2])
+        and key.shape[:3] == value.shape[:3]
+        and num_tokens > 1
+        and num_heads % key.shape[1] == 0
+        and all(
+            mask is None or mask.ndim == 4 and mask.shape[:2] in shapes and mask.shape[2:] == (num_tokens, num_tokens)
+            for mask in masks
+        )
         and (sinks is None or sinks.ndim == 1)
+        and not dropout
+        and not _is_watched(query, key, value, *masks, sinks)
         and cpu.outruns_torch(query.dtype)
+    )
+
+
+def _is_watched(*tensors: torch.Tensor | None) -> bool:
+    """Whether somebody wants more than numbers: gradients, another dtype, a trace, a transform."""
+    given = [x for x in tensors if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given) or torch.is_autocast_enabled("cpu"):
+        return True
+    return not torch.compiler.is_compiling() and (
+        torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or any(unpack_dual(x).tangent is not None for x in given)
     )
 
 
@@ -89,8 +110,8 @@ def _in_kernels(
         query,
         PagedTensor(key.contiguous(), "model"),
         PagedTensor(value.contiguous(), "model"),
-        torch.arange(batch_size, dtype=torch.int32)[:, None],
-        torch.full((batch_size,), length, dtype=torch.int32),
+        torch.arange(batch_size, dtype=torch.int32, device=key.device)[:, None],
+        torch.full((batch_size,), length, dtype=torch.int32, device=key.device),
         softmax_scale=options.scaling,
         attn_mask=with_bias(mask, position_bias),
         sinks=options.sinks,

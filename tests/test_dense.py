@@ -164,23 +164,100 @@ def test_what_the_kernels_cannot_do_is_left_to_torch(calls: list[int]) -> None:
     torch.testing.assert_close(attend(*doubles), expected(*doubles))
     by_token = torch.randn(1, 4, 20, 1)
     check(attend(query, key, value, sinks=by_token), expected(query, key, value, sinks=by_token.double()))
-    assert (
-        not attend(query, key, value, dropout=0.9, module=module(2, training=True)).eq(attend(query, key, value)).all()
-    )
-    assert calls == ([20] if cpu.outruns_torch(torch.float32) else [])  # the last one, without dropout
+    dropped = attend(query, key, value, dropout=0.9, module=module(2, training=True))
+    assert not calls
+    assert not dropped.eq(attend(query, key, value)).all()
 
-    calls.clear()
-    attend(query, key.requires_grad_(), value).sum().backward()
-    assert key.grad is not None
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "mask", "position_bias", "s_aux"])
+def test_gradients_reach_whatever_takes_part(name: str, calls: list[int]) -> None:
+    query, key, value = tensors(1, 20, 2, 2, 64)
+    given = {"query": query, "key": key, "value": value}
+    given |= {"mask": torch.zeros(1, 4, 20, 20), "position_bias": torch.zeros(1, 4, 20, 20), "s_aux": torch.zeros(4)}
+    given = {each: x for each, x in given.items() if each in ("query", "key", "value", name)}
+    given[name].requires_grad_()
+    attend(**given).square().sum().backward()
+    grad = given[name].grad
+    assert grad is not None
+    assert grad.abs().max() > 0
     assert not calls
     with torch.no_grad():
-        attend(query, key, value)
+        attend(**given)
     assert bool(calls) == cpu.outruns_torch(torch.float32)
 
 
-def test_a_padding_mask_for_all_queries_is_left_to_torch(calls: list[int]) -> None:
+def test_masks_for_all_queries_or_all_keys_are_left_to_torch(calls: list[int]) -> None:
     given = tensors(2, 20, 2, 2, 64)
     mask = torch.ones(2, 1, 1, 20, dtype=torch.bool)
     mask[0, :, :, :7] = False
     check(attend(*given, mask=mask, module=module(2, is_causal=False)), expected(*given, visible=mask))
+    bias = torch.randn(1, 4, 20, 1)  # the same for all keys: nothing changes
+    check(attend(*given, position_bias=bias), expected(*given))
     assert not calls
+
+
+def test_what_is_true_in_a_mask_may_be_any_byte() -> None:
+    given = tensors(1, 400, 2, 4, 64)
+    ones = torch.ones(1, 1, 400, 400, dtype=torch.bool).tril()
+    for byte in (2, 128, 255):
+        mask = (ones.to(torch.uint8) * byte).view(torch.bool)
+        check(attend(*given, mask=mask), expected(*given))
+
+
+@pytest.mark.parametrize("change", ["query", "keys", "values", "heads of values", "heads of query"])
+def test_what_torch_repeats_is_left_to_torch(change: str, calls: list[int]) -> None:
+    """Learned queries, and the like; sdpa takes them."""
+    query, key, value = tensors(2, 20, 4, 1, 64)
+    given = {
+        "query": (query[:1], key, value),
+        "keys": (query, key[:1], value[:1]),
+        "values": (query, key, value[:1]),
+        "heads of values": (query, key, value[:, :1]),
+        "heads of query": (query[:, :1], key, value),
+    }[change]
+    whole = [x.expand(2, 4, 20, 64) for x in given]
+    check(attend(*given, module=SimpleNamespace(training=False)), expected(*whole))
+    assert not calls
+
+
+def test_graphs_for_others_hold_torchs_own_operators(calls: list[int]) -> None:
+    query, key, value = tensors(2, 8, 4, 1, 16)
+
+    class Attention(torch.nn.Module):
+        num_key_value_groups = 1
+        is_causal = False
+
+        def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return attend(query, key, value, module=self)
+
+    layer = Attention().eval()
+    everything = torch.ones(8, 8, dtype=torch.bool)
+    traced = torch.jit.trace(layer, (query, key, value), check_trace=False)
+    for given in ((query, key, value), (key, value, query)):
+        check(traced(*given), expected(*given, visible=everything))
+    dynamic = {name: {2: torch.export.Dim(name)} for name in ("query", "key")} | {"value": {2: torch.export.Dim("key")}}
+    exported = torch.export.export(layer, (query, key, value), dynamic_shapes=dynamic)
+    assert "hf_kvquant" not in str(exported.graph)
+    check(
+        exported.module()(query, key[:, :, :5], value[:, :, :5]),
+        expected(query, key[:, :, :5], value[:, :, :5], visible=everything[:, :5]),
+    )
+    assert not calls
+
+
+def test_transforms_and_autocast_are_torchs(calls: list[int]) -> None:
+    query, key, value = tensors(2, 8, 4, 1, 16)
+    several = torch.stack([query, -query, key])
+    mapped = torch.vmap(lambda x: attend(x, key, value))(several)
+    for got, x in zip(mapped, several, strict=True):
+        check(got.contiguous(), expected(x, key, value))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attend(query, key, value).dtype == torch.bfloat16
+    assert not calls
+
+
+def test_another_default_device_changes_nothing() -> None:
+    given = tensors(2, 33, 2, 2, 64)
+    with torch.device("meta"):
+        got = attend(*given)
+    check(got, expected(*given))

@@ -588,6 +588,26 @@ def test_a_page_outside_the_pool_is_refused(path: str) -> None:
             write_kv(x, x, problem.k, problem.v, problem.page_table, problem.seq_lens)
 
 
+@pytest.mark.parametrize("formats", [("int8", "int8"), ("int8", "fp8_e4m3")], ids=str)
+@pytest.mark.parametrize("kind", ["dynamic", "head"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("path", [*KERNELS[:1], "torch"])
+def test_nothing_is_written_to_a_page_outside_the_pool(
+    path: str, batch_size: int, kind: str, formats: tuple[str, str]
+) -> None:
+    """A single token, to which page a ring has turned to, as well."""
+    cpu.use(path)
+    for page in (-1, 99):
+        problem = build(Case(lengths=(17,) * batch_size, kinds=(kind, kind), formats=formats), poisoned=False)
+        lens = torch.full((batch_size,), 17 + 16 * problem.page_table.shape[1], dtype=torch.int32)
+        token = torch.ones(batch_size, problem.k.pages.shape[1], 1, problem.k.pages.shape[3])
+        before = problem.k.pages.clone()
+        problem.page_table[-1, 1] = page
+        with pytest.raises(ValueError, match="page_table names a page outside 0 ... "):
+            write_kv(token, token, problem.k, problem.v, problem.page_table[:, :2], lens)
+        assert batch_size > 1 or torch.equal(problem.k.pages, before)
+
+
 # -- building ----------------------------------------------------------------------------------------------------------
 
 

@@ -129,8 +129,11 @@ float softmax(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t sta
 bool shows_any(const Attention& a, const Block& block, int64_t h, const Interval* seen, int64_t start, int64_t count) {
     for (int64_t r = 0; r < block.count; r++) {
         const int64_t from = std::max(seen[r].start, start), to = std::min(seen[r].stop, start + count);
+        if (from >= to) continue;
         const char* shown = a.mask + a.mask_index(block.b, h, block.first + r, from);
-        if (from < to && std::memchr(shown, 1, to - from)) return true;
+        char any = 0;
+        for (int64_t i = 0; i < to - from; i++) any |= shown[i];
+        if (any) return true;
     }
     return false;
 }

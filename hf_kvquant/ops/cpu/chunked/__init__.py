@@ -4,6 +4,6 @@ Starting an operator takes longer than most of a step's arithmetic, so what ever
 """
 
 from .attention import paged_attention
-from .writing import write_kv
+from .writing import newest_slots, write_kv
 
-__all__ = ["paged_attention", "write_kv"]
+__all__ = ["newest_slots", "paged_attention", "write_kv"]

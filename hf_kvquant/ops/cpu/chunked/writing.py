@@ -20,16 +20,19 @@ def write_kv(
     else:
         y = torch.cat((reference.in_code_units(key, *k[2:4]), reference.in_code_units(value, *v[2:4])))
     codes, token_scales = reference.quantize_tokens(y, get_format(k[1]))
-    pages, slots = _newest_slots(page_table, seq_lens, key.shape[2], k[0])
+    pages, slots = newest_slots(page_table, seq_lens, key.shape[2], k[0])
     for store, x in zip((k[0], v[0], k[4], v[4]), (*codes.chunk(2), *token_scales.chunk(2)), strict=True):
         store[pages, :, slots] = x.transpose(1, 2)
     return True
 
 
-def _newest_slots(
+def newest_slots(
     page_table: torch.Tensor, seq_lens: torch.Tensor, num_tokens: int, store: torch.Tensor
 ) -> tuple[torch.Tensor | int, torch.Tensor | int]:
-    """Pages and slots `[B, T]`; of a single token as numbers, which take no operators."""
+    """Pages and slots `[B, T]`; of a single token as numbers, which take no operators.
+
+    Raises ValueError for pages that `store` does not have.
+    """
     num_pages, page_size = store.shape[0], store.shape[2]
     if len(page_table) == num_tokens == 1:
         position = int(seq_lens[0]) - 1
