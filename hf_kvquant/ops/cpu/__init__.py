@@ -96,7 +96,7 @@ def write_kv(
     else:
         written = kernels.write_kv(library, key, value, page_table, seq_lens, args[:5], args[5:10], *args[10:])
     if not written:
-        chunked.newest_slots(page_table, seq_lens, key.shape[2], args[0])  # the reference takes page -1 for the last one
+        chunked.newest_slots(page_table, seq_lens, key.shape[2], args[0])  # to the reference page -1 is the last one
         reference.write_kv(key, value, page_table, seq_lens, *args)
 
 
