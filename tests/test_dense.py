@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import hf_kvquant.dense
 from hf_kvquant.attention import kvquant_attention
@@ -83,6 +85,7 @@ def check(got: torch.Tensor, wanted: torch.Tensor) -> None:
         (3, 63, 1, 4, 128),
         (1, 1000, 1, 4, 64),
         (1, 300, 2, 1, 256),
+        (1, 1250, 1, 7, 64),
     ],
 )
 def test_a_prompt(
@@ -253,7 +256,16 @@ def test_transforms_and_autocast_are_torchs(calls: list[int]) -> None:
         check(got.contiguous(), expected(x, key, value))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert attend(query, key, value).dtype == torch.bfloat16
+    with forward_ad.dual_level(), contextlib.suppress(NotImplementedError):  # of torch's fast attention
+        got = attend(forward_ad.make_dual(query, key), key, value)
+        assert forward_ad.unpack_dual(got).tangent is not None
     assert not calls
+
+
+def test_mixed_dtypes_are_refused_as_torch_does() -> None:
+    query, key, value = tensors(1, 20, 2, 2, 64)
+    with pytest.raises(RuntimeError, match="dtype"):
+        attend(query, key.bfloat16(), value.bfloat16())
 
 
 def test_another_default_device_changes_nothing() -> None:
