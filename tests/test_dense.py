@@ -262,6 +262,27 @@ def test_transforms_and_autocast_are_torchs(calls: list[int]) -> None:
     assert not calls
 
 
+def test_fewer_queries_than_keys_see_what_torch_shows_them(calls: list[int]) -> None:
+    """Without a mask its triangle begins with the first key, and not with the last queries."""
+    query, key, value = tensors(1, 20, 2, 2, 64)
+    query = query[:, :, :5].contiguous()
+    causal = torch.ones(5, 20, dtype=torch.bool).tril()
+    check(attend(query, key, value), expected(query, key, value, visible=causal))
+    assert not calls
+
+
+def test_only_kernels_for_wide_vectors_are_taken_to_be_faster() -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for path in cpu.paths():
+        try:
+            cpu.use(path)
+        except BuildError:
+            continue
+        assert cpu.outruns_torch(torch.float32) == path.startswith("avx")
+        assert not any(cpu.outruns_torch(dtype) for dtype in dtypes) or path.startswith("avx")
+        assert not cpu.outruns_torch(torch.float64)
+
+
 def test_mixed_dtypes_are_refused_as_torch_does() -> None:
     query, key, value = tensors(1, 20, 2, 2, 64)
     with pytest.raises(RuntimeError, match="dtype"):

@@ -288,10 +288,11 @@ def test_what_is_no_number_stays_none_in_torch_operators() -> None:
         assert torch.equal(got[sequence, heads], clean[sequence, heads])
 
 
+@pytest.mark.parametrize("lengths", [(1000, 950), (1003,)], ids=str)
 @pytest.mark.parametrize("name", [*QUANTIZED, "model"])
-def test_pages_in_one_piece_are_read_as_others(name: str) -> None:
+def test_pages_in_one_piece_are_read_as_others(name: str, lengths: tuple[int, ...]) -> None:
     kind = "unit" if name == "model" else "equalized"
-    case = Case(lengths=(1000, 950), groups=4, head_dim=80, formats=(name, name), kinds=(kind, kind), window=990)
+    case = Case(lengths=lengths, groups=4, head_dim=80, formats=(name, name), kinds=(kind, kind), window=990)
     problem = build(case, poisoned=True)
     cpu.use("torch")
     expected = problem.run()
@@ -323,13 +324,14 @@ def test_pages_out_of_range_are_refused_in_torch_operators() -> None:
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("zero", [False, True], ids=["", "zero"])
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_bytes_of_k_and_v_at_once_equal_the_reference(name: str, zero: bool) -> None:
+@pytest.mark.parametrize("scaled", [(True, True), (False, True), (True, False), (False, False)], ids=str)
+def test_bytes_of_k_and_v_at_once_equal_the_reference(name: str, zero: bool, scaled: tuple[bool, bool]) -> None:
     rng = np.random.default_rng(0)
     kind = "zero_channel" if zero else "equalized"
     page_table = torch.randperm(2 * 9).to(torch.int32).view(2, 9)
     seq_lens = torch.tensor([63, 70], dtype=torch.int32)
     x = [difficult_numbers(rng, (2, 2, 17, 80), torch.bfloat16, 1.0) for _ in range(2)]
-    fields = [random_scales(rng, kind, 2, 80, 2 / QMAX[name]) for _ in range(2)]
+    fields = [random_scales(rng, kind, 2, 80, 2 / QMAX[name]) if with_scale else {} for with_scale in scaled]
     written = []
     for path in ("torch", "reference"):
         sides = [empty_side(name, 18, 2, 8, 80, dynamic=True, **field) for field in fields]
