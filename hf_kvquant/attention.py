@@ -102,6 +102,8 @@ def kvquant_attention(
             return _attend_with_drafts(key, query, key.raw, value.raw, attention_mask, position_bias, options), None
         if key.raw is not None:
             key, value = key.raw, value.raw
+            if key.device.type == "cpu":  # kernels for pages need heads in one piece, torch's like them
+                key, value = key.contiguous(), value.contiguous()
         elif attention_mask is None and is_causal and query.shape[2] > 1:
             attention_mask = causal_mask(query, key.shape[2])
     if isinstance(key, PagedKV):

@@ -39,8 +39,6 @@ def dense_attention(
     dropout = dropout if module.training else 0.0
     if _suits_kernels(query, key, value, (mask, position_bias), sinks, dropout):
         return _in_kernels(query, key, value, mask, position_bias, options)
-    if key.device.type == "cpu":  # where heads in one piece save torch's kernel more than it costs to copy them
-        key, value = key.contiguous(), value.contiguous()
     if softcap is None and sinks is None:
         return sdpa_attention_forward(
             module, query, key, value, mask,

@@ -272,14 +272,13 @@ def test_fewer_queries_than_keys_see_what_torch_shows_them(calls: list[int]) -> 
 
 
 def test_only_kernels_for_wide_vectors_are_taken_to_be_faster() -> None:
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     for path in cpu.paths():
         try:
             cpu.use(path)
         except BuildError:
             continue
         assert cpu.outruns_torch(torch.float32) == path.startswith("avx")
-        assert not any(cpu.outruns_torch(dtype) for dtype in dtypes) or path.startswith("avx")
+        assert path.startswith("avx") or not (cpu.outruns_torch(torch.bfloat16) or cpu.outruns_torch(torch.float16))
         assert not cpu.outruns_torch(torch.float64)
 
 
