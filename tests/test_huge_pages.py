@@ -31,12 +31,14 @@ def is_advised(tensor: torch.Tensor) -> bool:
 @pytest.mark.skipif(not SMAPS.exists(), reason="no /proc/self/smaps")
 @pytest.mark.parametrize("max_cache_len", [None, 200_001])
 def test_a_large_pool_asks_for_them(max_cache_len: int | None) -> None:
-    with mmap.mmap(-1, 4 << 20) as memory:
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pytest.skip("this system knows no huge pages")
-    assert not is_advised(torch.empty(1 << 26, dtype=torch.uint8))
+    memory = mmap.mmap(-1, 4 << 20)  # not torch's, which may be a part of one that was advised and freed
+    fresh = torch.frombuffer(memory, dtype=torch.uint8)
+    assert not is_advised(fresh)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        pytest.skip("this system knows no huge pages")
+    assert is_advised(fresh)
     model = tiny_llama(num_key_value_heads=4, head_dim=64, num_hidden_layers=1)
     cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="fp8", max_cache_len=max_cache_len)
     tokens = torch.randn(1, 4, 200_000, 64)
