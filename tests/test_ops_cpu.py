@@ -68,6 +68,28 @@ def test_parts_merge_on_every_path(path: str) -> None:
         check_merging(shift, window)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("name", [*QUANTIZED, "model"])
+@pytest.mark.parametrize("path", [*KERNELS[:1], "torch"])
+def test_the_default_device_does_not_matter(path: str, name: str, tokens: int, window: int | None) -> None:
+    cpu.use(path)
+    kind = "unit" if name == "model" else "dynamic"
+    case = Case(
+        lengths=(100, 63), num_tokens=tokens, formats=(name, name), kinds=(kind, kind), window=window,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    key = torch.randn(2, 2, tokens, 64)
+    results = []
+    for default in ("cpu", "meta"):
+        problem = build(case, poisoned=True)
+        digits._places.cache_clear()
+        with torch.device(default):
+            write_kv(key, key, problem.k, problem.v, problem.page_table, problem.seq_lens)
+            results.append(problem.run())
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("path", [*KERNELS, "torch"])

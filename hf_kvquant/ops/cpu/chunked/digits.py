@@ -28,7 +28,7 @@ def _are_exact() -> bool:
     has_instructions = getattr(torch.cpu, "_is_vnni_supported", bool)() and torch.backends.mkldnn.is_available()
     if not has_instructions or not hasattr(torch, "_int_mm"):
         return False
-    codes = torch.arange(64 * 40, dtype=torch.int32).remainder(256).sub(128).view(40, 64)
+    codes = torch.arange(64 * 40, dtype=torch.int32, device="cpu").remainder(256).sub(128).view(40, 64)
     codes[:4] = -128
     digits = codes[:9]
     return torch.equal(torch._int_mm(digits.to(torch.int8), codes.to(torch.int8).T), digits @ codes.T)
@@ -83,5 +83,5 @@ def _multiply(digits: torch.Tensor, codes: torch.Tensor, products: torch.Tensor)
 def _places(num_rows: int, num_places: int) -> torch.Tensor:
     """`[R, P * R]`: what adds up the digits of each row by their places."""
     with torch.inference_mode(False):
-        weights = torch.tensor([float(1 << _BITS * place) for place in range(num_places)])
-        return torch.eye(num_rows).repeat(1, num_places) * weights.repeat_interleave(num_rows)
+        weights = torch.tensor([float(1 << _BITS * place) for place in range(num_places)], device="cpu")
+        return torch.eye(num_rows, device="cpu").repeat(1, num_places) * weights.repeat_interleave(num_rows)

@@ -30,14 +30,14 @@ class Gathering:
         self.whole: Block = (slice(0, self.shape[0]), slice(0, num_heads), slice(0, self.shape[2]))
         # The first page of each sequence, if the others follow it in the store: pages of who grows alone do.
         self.first_pages: list[int] | None = None
-        if torch.equal(pages, pages[:, :1] + torch.arange(self.shape[2])):
+        if torch.equal(pages, pages[:, :1] + torch.arange(self.shape[2], device=pages.device)):
             self.first_pages = pages[:, 0].tolist()
 
     @functools.cached_property
     def rows(self) -> torch.Tensor:
         """Of a store whose pages and heads are one dimension: which hold the pages, `[B, H, N]`."""
         num_heads = self.shape[1]
-        return (self.pages.long() * num_heads)[:, None] + torch.arange(num_heads)[:, None]
+        return (self.pages.long() * num_heads)[:, None] + torch.arange(num_heads, device=self.pages.device)[:, None]
 
     def blocks(
         self, store: torch.Tensor, size: int, start_slot: int, length: int

@@ -42,9 +42,10 @@ class Visible:
         sees_all = num_tokens == 1 and window != 0 or not (causal or window is not None)
         self.is_full = sees_all and min(held) == stop and not is_masked
         if not self.is_full:
-            self.positions = torch.tensor(oldest)[:, None] + torch.arange(start, stop)
+            cpu = seq_lens.device  # whatever the program's default device is
+            self.positions = torch.tensor(oldest, device=cpu)[:, None] + torch.arange(start, stop, device=cpu)
             self.written = self.positions < seq_lens[:, None]
-            self.queries = seq_lens[:, None].long() - num_tokens + torch.arange(num_tokens)
+            self.queries = seq_lens[:, None].long() - num_tokens + torch.arange(num_tokens, device=cpu)
 
     def hidden(self, tokens: slice) -> torch.Tensor:
         """What some of the queries do not see, bool `[B, T', length]`."""

@@ -23,9 +23,9 @@ def workspace(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Te
     """Uninitialized memory of this thread, until it is asked for by that name again."""
     size = math.prod(shape)
     if size < _FEW:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     kept = _memory.kept
     if (name, dtype) not in kept or kept[name, dtype].numel() < size:
         with torch.inference_mode(False):
-            kept[name, dtype] = torch.empty(size, dtype=dtype)
+            kept[name, dtype] = torch.empty(size, dtype=dtype, device="cpu")
     return kept[name, dtype][:size].view(shape)
