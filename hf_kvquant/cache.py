@@ -282,7 +282,7 @@ class QuantizedPagedCache(DynamicCache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these sequences."""
         # Without paged layers that hold something nobody asks which they are.
-        kept = torch.arange(self.batch_size)[indices.cpu()].tolist() if self.batch_size > 0 else []
+        kept = torch.arange(self.batch_size, device="cpu")[indices.cpu()].tolist() if self.batch_size > 0 else []
         self._select(kept, lambda layer: layer.batch_select_indices(indices))
 
     def _select(self, indices: Sequence[int], change_host_layer: Any) -> None:
@@ -360,7 +360,7 @@ class QuantizedPagedCache(DynamicCache):
             keys, values = (None, None) if layer.is_empty else (layer.read(side, 0) for side in ("key", "value"))
             if layer.index in self._offloaded:
                 layer.offload()
-            yield keys, values, None if layer.window is None else torch.tensor(layer.window)
+            yield keys, values, None if layer.window is None else torch.tensor(layer.window, device="cpu")
 
     # -- what it holds ---------------------------------------------------------------------------------------------
 

@@ -146,8 +146,8 @@ def _tokens_by(mask: torch.Tensor, num_sequences: int) -> torch.Tensor:
 def _padded(sequences: Sequence[torch.Tensor]) -> Batch:
     """Sequences of tokens as one batch, padded at the end."""
     length = max(len(sequence) for sequence in sequences)
-    ids = torch.zeros(len(sequences), length, dtype=torch.int64)
-    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
+    ids = torch.zeros(len(sequences), length, dtype=torch.int64, device="cpu")
+    mask = torch.zeros(len(sequences), length, dtype=torch.bool, device="cpu")
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = sequence
         mask[row, : len(sequence)] = True
@@ -193,9 +193,9 @@ class _Tokens:
                 raise ValueError(f"conversations need a tokenizer with a chat template: {error}") from error
             return self._encode(text, special=False)
         try:
-            ids = torch.as_tensor(sample)
+            ids = sample if isinstance(sample, torch.Tensor) else torch.as_tensor(sample, device="cpu")
         except (TypeError, ValueError, RuntimeError):
-            ids = torch.empty(0, 0)
+            ids = torch.empty(0, 0, device="cpu")
         if ids.ndim != 1 or (len(ids) and ids.is_floating_point()):  # of an empty list torch makes floats
             raise TypeError(
                 f"a sample of type {type(sample).__name__} is neither text, nor a conversation "
@@ -204,10 +204,8 @@ class _Tokens:
         return ids.long()
 
     def _encode(self, text: str, special: bool) -> torch.Tensor:
-        ids: torch.Tensor = self._tokenizer(
-            text, return_tensors="pt", add_special_tokens=special, verbose=False
-        ).input_ids
-        return ids[0].long()
+        ids = self._tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+        return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def _content(row: Mapping[str, Any]) -> Any:

@@ -167,7 +167,9 @@ class ExactTokens:
     def select(self, indices: Sequence[int]) -> None:
         """Sequence i becomes a copy of sequence `indices[i]`."""
         if self.held is not None:
-            order = torch.tensor(list(indices), dtype=torch.int64).to(self.held[0].device, non_blocking=True)
+            order = torch.tensor(list(indices), dtype=torch.int64, device="cpu").to(
+                self.held[0].device, non_blocking=True
+            )
             self._replace(self.held[0].index_select(0, order), self.held[1].index_select(0, order))
 
     def _replace(self, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -84,9 +84,9 @@ def check_export(
     Warns and raises ValueError as `write_scales` would.
     """
     layers = model_layers(model_skeleton(checkpoint))
-    ones = torch.ones({"tensor": (1,), "head": (2,), "channel": (2, 2)}[granularity])
+    ones = torch.ones({"tensor": (1,), "head": (2,), "channel": (2, 2)}[granularity], device="cpu")
     zeros = None if symmetric else torch.zeros_like(ones)
-    one = LayerScales(ones, ones, torch.ones(1) if q_scale else None, zeros, zeros)
+    one = LayerScales(ones, ones, ones.flatten()[:1] if q_scale else None, zeros, zeros)
     _prepared(
         _Ones(kv_cache_dtype, [one if paths else None for paths in layers.paths]), layers, checkpoint, output, layout
     )

@@ -186,7 +186,7 @@ class FixedLayer(PagedLayer):
     def follow_select(self, indices: Sequence[int]) -> None:
         self.check_select(indices)
         super().follow_select(indices)
-        order = torch.tensor(list(indices), dtype=torch.int64).to(self.device, non_blocking=True)
+        order = torch.tensor(list(indices), dtype=torch.int64, device="cpu").to(self.device, non_blocking=True)
         if self.table.wraps:  # a window, which is short
             for store in (self.k, self.v):
                 store.select_rows(order, len(indices))

@@ -56,7 +56,7 @@ class _Hybrid(PagedLayer):
         super().follow_crop(num_tokens)
 
     def follow_select(self, indices: Sequence[int]) -> None:
-        LinearAttentionLayer.reorder_cache(self, torch.tensor(list(indices), dtype=torch.int64))
+        LinearAttentionLayer.reorder_cache(self, torch.tensor(list(indices), dtype=torch.int64, device="cpu"))
         super().follow_select(indices)
 
     @property

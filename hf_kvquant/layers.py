@@ -306,7 +306,7 @@ class PagedLayer(LayerState):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these sequences."""
-        self.select(torch.arange(max(self.batch_size, 0))[indices.cpu()].tolist())
+        self.select(torch.arange(max(self.batch_size, 0), device="cpu")[indices.cpu()].tolist())
 
     def offload(self) -> None:
         """Let the pages rest in host memory until attention needs them."""

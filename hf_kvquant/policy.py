@@ -225,7 +225,8 @@ def _given_scales(
     if checkpoint is not None:
         return _checkpoint_scales(config, checkpoint, formats, num_layers, notes)
     if isinstance(scales, str) and scales == "unit":
-        ones = LayerScales(torch.ones(1), torch.ones(1), torch.ones(1))
+        one = torch.ones(1, device="cpu")
+        ones = LayerScales(one, one, one)
         return [(ones, "unit (1.0)", "unit (1.0)", "unit (1.0)")] * num_layers
     if isinstance(scales, str) or hasattr(scales, "__fspath__"):
         return [_NOT_GIVEN] * num_layers

@@ -71,7 +71,7 @@ class PrefixCache:
         self.hits = 0
         self.misses = 0
         self._entries: list[_Entry] = []  # least recently used first
-        self._media_tokens = torch.tensor(_media_tokens(model.config), dtype=torch.int64)
+        self._media_tokens = torch.tensor(_media_tokens(model.config), dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
         """How many beginnings are kept."""

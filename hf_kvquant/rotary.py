@@ -53,8 +53,8 @@ class RotaryLayout:
         """`[D]`, True for the channels that turn, or may."""
         partners = self.partners(head_dim)
         if partners is None:
-            return torch.full((head_dim,), self.kind == "unknown")
-        return torch.tensor(partners) != torch.arange(head_dim)
+            return torch.full((head_dim,), self.kind == "unknown", device="cpu")
+        return torch.tensor(partners, device="cpu") != torch.arange(head_dim, device="cpu")
 
 
 def rotary_layouts(model: Any, layer_types: Sequence[str]) -> list[RotaryLayout]:

@@ -316,7 +316,7 @@ def _query_plan(entry: dict[str, Any] | None) -> QueryPlan | None:
     if entry is None:
         return None
     scale = entry["scale"]
-    return QueryPlan(entry["format"], entry["source"], None if scale is None else torch.tensor(scale))
+    return QueryPlan(entry["format"], entry["source"], None if scale is None else torch.tensor(scale, device="cpu"))
 
 
 def _table_for(layer: GrowingLayer, number: int, tables: dict[int, PageTable]) -> PageTable:

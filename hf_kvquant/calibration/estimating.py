@@ -101,7 +101,7 @@ class Estimate:
             difference = reference.dequantize(codes, self.row.name, scale, middle, None) - x
             of_groups = self._grouped(difference[0].transpose(0, 1)).square().sum(dim=-1)
             errors.append(of_groups + of_groups[:, partners] if partners else of_groups)
-        return torch.tensor(_SHRINKS)[torch.stack(errors).argmin(dim=0)]
+        return torch.tensor(_SHRINKS, device="cpu")[torch.stack(errors).argmin(dim=0)]
 
     def _shaped(self, per_group: torch.Tensor) -> torch.Tensor:
         """As `LayerScales` has it: `[1]`, `[H]` or `[H, D]`."""

@@ -9,13 +9,13 @@ class Statistics:
     """What is kept of one side of one layer: the range of every channel, and a uniform sample of tokens."""
 
     def __init__(self, sample_tokens: int) -> None:
-        self.low = torch.tensor(torch.inf)  # [H, D] with the first tokens
-        self.high = torch.tensor(-torch.inf)
+        self.low = torch.tensor(torch.inf, device="cpu")  # [H, D] with the first tokens
+        self.high = torch.tensor(-torch.inf, device="cpu")
         self.num_unusable: torch.Tensor | int = 0
         self.sample: torch.Tensor | None = None  # [S, H, D], on the CPU
         self._sample_tokens = sample_tokens
         # The tokens with the largest of random numbers drawn one per token are a uniform sample of all that came by.
-        self._draws = torch.empty(0)
+        self._draws = torch.empty(0, device="cpu")
         self._generator = torch.Generator().manual_seed(0)
 
     @property
@@ -39,7 +39,7 @@ class Statistics:
             self._add_to_sample(x)
 
     def _add_to_sample(self, x: torch.Tensor) -> None:
-        draws = torch.cat([self._draws, torch.rand(x.shape[0], generator=self._generator)])
+        draws = torch.cat([self._draws, torch.rand(x.shape[0], generator=self._generator, device="cpu")])
         num_old = len(self._draws)
         kept = draws.topk(min(self._sample_tokens, len(draws))).indices.sort().values
         new = x[(kept[kept >= num_old] - num_old).to(x.device)].cpu()

@@ -165,7 +165,7 @@ def _fill_with_ones(
     one = ScaleSource(declared.file or "", "1.0 (declared without a scale)")
     for index in range(len(layers)):
         if model is None or model.paths[index]:
-            layers[index] = LayerScales(torch.ones(1), torch.ones(1))
+            layers[index] = LayerScales(torch.ones(1, device="cpu"), torch.ones(1, device="cpu"))
             sources[index] = {"k_scale": one, "v_scale": one}
     notes.append(f"{files.path} holds no KV scales; {declared.producer} means 1.0 by that")
 

@@ -65,7 +65,7 @@ def numbers(value: Any, where: str) -> list[float]:
 
 def numbers_at(file: str, key: str, values: Sequence[float]) -> Value:
     """`values`, read from the entry `key` of `file`."""
-    return ScaleSource(file, key), torch.tensor(values, dtype=torch.float32)
+    return ScaleSource(file, key), torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def check_model_type(model_type: Any, model: ModelLayers | None, files: CheckpointFiles, where: str) -> None:

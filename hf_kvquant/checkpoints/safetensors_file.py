@@ -75,7 +75,7 @@ class SafetensorsFile:
         if entry.end - entry.begin != numel * dtype.itemsize:
             raise ValueError(f"{where} has {entry.end - entry.begin} bytes for shape {entry.shape} of {entry.dtype}")
         if numel == 0:
-            return torch.empty(entry.shape, dtype=dtype)
+            return torch.empty(entry.shape, dtype=dtype, device="cpu")
         try:
             with self.path.open("rb") as file:
                 file.seek(self._start + entry.begin)

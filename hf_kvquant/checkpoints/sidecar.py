@@ -67,4 +67,4 @@ def _tensor(values: Any, where: str) -> torch.Tensor:
     columns = [numbers(row, where) for row in rows]
     if len({len(row) for row in columns}) != 1:
         raise ValueError(f"{where} has rows of different length")
-    return torch.tensor(columns, dtype=torch.float32)
+    return torch.tensor(columns, dtype=torch.float32, device="cpu")

@@ -136,8 +136,8 @@ def random_ids(model: PreTrainedModel, batch: int, context: int) -> torch.Tensor
         if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
     }
     vocabulary = config.get_text_config(decoder=True).vocab_size
-    usual = torch.tensor([token for token in range(vocabulary) if token not in named])
-    places = torch.randint(len(usual), (batch, context), generator=torch.Generator().manual_seed(0))
+    usual = torch.tensor([token for token in range(vocabulary) if token not in named], device="cpu")
+    places = torch.randint(len(usual), (batch, context), generator=torch.Generator().manual_seed(0), device="cpu")
     return usual[places].to(model.device)
 
 

@@ -147,7 +147,7 @@ class _Facts:
         return self._ids(f"{word} ="), self._ids(f" {self._random.randrange(10_000, 100_000)}"), self._ids("\n")
 
     def _ids(self, text: str) -> torch.Tensor:
-        return torch.tensor(self._tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
+        return torch.tensor(self._tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64, device="cpu")
 
 
 def _probe(task: str, length: int, depth: float, facts: _Facts, text: torch.Tensor, tokenizer: Any) -> Probe:
@@ -172,7 +172,7 @@ def _probe(task: str, length: int, depth: float, facts: _Facts, text: torch.Tens
         # A fact is not cut: its place is between two of the others.
         before = round(depth * len(others))
         document = [*others[:before], fact, *others[before:]]
-    document = [torch.tensor(start, dtype=torch.int64), *document, end]
+    document = [torch.tensor(start, dtype=torch.int64, device="cpu"), *document, end]
     return Probe(task, length, depth, torch.cat(document), question, answer)
 
 
