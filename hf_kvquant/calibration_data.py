@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from .attention import seen_tokens
+from .hosts import checkpoint_of
 
 # Tokens of a batch by the model's names; those that are cached first.
 _TOKEN_FIELDS = ("decoder_input_ids", "input_ids", "inputs_embeds")
@@ -95,9 +96,11 @@ def batches_of(
 
 def tokenizer_beside(model: Any) -> Any:
     """The tokenizer that lies where `model` was loaded from. Raises ValueError if there is none."""
-    path = getattr(model, "name_or_path", None) or model.config._name_or_path
+    path, revision = checkpoint_of(model)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        if path is None:
+            raise ValueError("the model was not loaded")
+        return AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"text needs a tokenizer, and none is found beside the model ({path!r}); give one as tokenizer=..."

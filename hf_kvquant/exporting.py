@@ -42,6 +42,7 @@ def write_scales(
     *,
     layout: str = "auto",
     model: PreTrainedModel | ModelLayers | None = None,
+    revision: str | None = None,
 ) -> WrittenScales:
     """Write KV scales into a checkpoint, a copy of it, or a file beside it.
 
@@ -56,16 +57,17 @@ def write_scales(
             holds everything and leaves config.json alone); `vllm-json` (`kv_cache_scales.json`); or `auto`: one of the
             first three, as the checkpoint's own quantization asks for.
         model: the model whose layers these are, if it is not what the checkpoint's configuration describes.
+        revision: of a hub id.
 
     Warns, before anything is written, if readers of this layout cannot read these scales. Raises ValueError, also
     before, if the layout cannot hold them or the checkpoint cannot be added to. Every file appears at once, the
     declaration last: a crash leaves a checkpoint with all its weights.
     """
     if model is None:
-        model = getattr(scales, "model_layers", None) or model_skeleton(checkpoint)
+        model = getattr(scales, "model_layers", None) or model_skeleton(checkpoint, revision)
     layers = model_layers(model) if isinstance(model, PreTrainedModel) else model
     settings = getattr(scales, "settings", None)
-    prepared = _prepared(scales, layers, checkpoint, output, layout, settings)
+    prepared = _prepared(scales, layers, checkpoint, output, layout, settings, revision)
     return WrittenScales(prepared.path, prepared.layout, prepared.write(), prepared.notes)
 
 
@@ -78,18 +80,18 @@ def check_export(
     granularity: str = "tensor",
     symmetric: bool = True,
     q_scale: bool = False,
+    revision: str | None = None,
 ) -> None:
     """Whether scales of this kind could be written, before they are measured.
 
     Warns and raises ValueError as `write_scales` would.
     """
-    layers = model_layers(model_skeleton(checkpoint))
+    layers = model_layers(model_skeleton(checkpoint, revision))
     ones = torch.ones({"tensor": (1,), "head": (2,), "channel": (2, 2)}[granularity], device="cpu")
     zeros = None if symmetric else torch.zeros_like(ones)
     one = LayerScales(ones, ones, ones.flatten()[:1] if q_scale else None, zeros, zeros)
-    _prepared(
-        _Ones(kv_cache_dtype, [one if paths else None for paths in layers.paths]), layers, checkpoint, output, layout
-    )
+    ones_of_layers = _Ones(kv_cache_dtype, [one if paths else None for paths in layers.paths])
+    _prepared(ones_of_layers, layers, checkpoint, output, layout, None, revision)
 
 
 @dataclass(frozen=True)

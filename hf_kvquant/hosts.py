@@ -18,6 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedC
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .checkpoints import ModelLayers
+from .checkpoints.snapshots import loaded_commits
 
 # What models and `generate` have called their cache, the newest name first; from 5.24 on there is only that.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -157,12 +158,16 @@ def _num_kv_heads(config: PreTrainedConfig, modules: Sequence[torch.nn.Module]) 
 
 
 def checkpoint_of(model: PreTrainedModel) -> tuple[str | None, str | None]:
-    """Where the model was loaded from (directory or hub id) and which revision; (None, None) if from nowhere."""
+    """Where the model was loaded from (directory or hub id) and which revision; (None, None) if from nowhere.
+
+    Where transformers does not say which revision, it is one whose weights are on this machine.
+    """
     path = getattr(model.config, "_name_or_path", None) or getattr(model, "name_or_path", None)
     if not path:
         return None, None
-    revision = getattr(model.config, "_commit_hash", None)
-    return path, (None if os.path.isdir(path) else revision)
+    if os.path.isdir(path):
+        return path, None
+    return path, getattr(model.config, "_commit_hash", None) or next(iter(loaded_commits(path)), None)
 
 
 def disable_fake_quantization(model: PreTrainedModel) -> list[str]:

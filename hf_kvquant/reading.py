@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .checkpoints import CheckpointScales, ModelLayers, Wanted, read_checkpoint
+from .checkpoints.snapshots import loaded_commits
 from .hosts import checkpoint_of, model_layers
+
+logger = logging.get_logger(__name__)
 
 # What was read for a model's own checkpoint, and from which state of it: every `generate` asks, and the names of a
 # hundred thousand tensors take seconds.
@@ -64,8 +69,29 @@ def _read_own(
         has_config = not os.path.isdir(path) or os.path.exists(os.path.join(path, "config.json"))
         if found is None and not fetch and not has_config:
             raise FileNotFoundError(f"{path} has no config.json, so the model may come from a folder in it")
+        if found is not None and revision is not None and getattr(model.config, "_commit_hash", None) is None:
+            _warn_of_others(found, path, revision, wanted)
         _own[model] = known = (asked, found)
     return known[1]
+
+
+def _warn_of_others(found: CheckpointScales, path: str, revision: str, wanted: Wanted) -> None:
+    """Say so if the model may as well be of another revision, with other scales."""
+    for other in loaded_commits(path):
+        try:
+            scales = read_checkpoint(path, wanted, revision=other, fetch=False)
+        except (ValueError, FileNotFoundError):
+            scales = None
+        if scales is None or (scales.kv_cache_dtype, _numbers(scales)) != (found.kv_cache_dtype, _numbers(found)):
+            found.notes.append(
+                f"scales are those of {path} at {revision}; {other} is on this machine as well and has others, and "
+                "which one was loaded is not known: if it is that, name its directory with scales=..."
+            )
+            logger.warning_once(f"{found.notes[-1]}.")
+
+
+def _numbers(scales: CheckpointScales) -> list[dict[str, Any] | None]:
+    return [None if layer is None else layer.to_dict() for layer in scales.layers]
 
 
 def _state(path: str) -> Hashable:

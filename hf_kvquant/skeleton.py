@@ -58,6 +58,7 @@ def model_skeleton(source: str | os.PathLike[str], revision: str | None = None) 
         # The plainest attention and the usual dtype: what every model can be traced with.
         model: PreTrainedModel = make(config, dtype=torch.bfloat16, attn_implementation="eager")
     model.config._name_or_path = str(source)
+    model.config._commit_hash = getattr(config, "_commit_hash", None) or revision
     model.config.get_text_config(decoder=True).dtype = dtype  # what its weights are in
     return model.eval()
 

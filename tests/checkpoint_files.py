@@ -125,3 +125,24 @@ class Hub:
                 (self.local / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, self.local / name)
         return str(self.local)
+
+
+def with_hub(monkeypatch: pytest.MonkeyPatch, cache: Path, **branches: Path | None) -> dict[str, str]:
+    """Make `some-org/tiny` what a hub id is that was fetched: branches with the files of a directory, or with nothing.
+
+    Returns the commit of each branch.
+    """
+    repo, commits = cache / "models--some-org--tiny", {}
+    (repo / "refs").mkdir(parents=True)
+    for index, (branch, directory) in enumerate(branches.items()):
+        commits[branch] = f"{index}" * 40
+        (repo / "refs" / branch).write_text(commits[branch])
+        snapshot = repo / "snapshots" / commits[branch]
+        snapshot.mkdir(parents=True)
+        if directory is None:
+            (snapshot / "config.json").write_text("{}")
+        else:
+            shutil.copytree(directory, snapshot, dirs_exist_ok=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return commits

@@ -21,13 +21,14 @@ from checkpoint_files import (
     layers_at,
     layers_of,
     scales_of_layers,
+    with_hub,
     write,
     write_sharded,
 )
 from families import build
 from helpers import llama_config, need_fake_quantization, prompt, tiny_llama
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache, read_scales, write_scales
 from hf_kvquant.checkpoints import ModelLayers, ScaleSource
@@ -710,22 +711,62 @@ def test_scales_of_an_encoder_are_not_of_the_cache(tmp_path: Path) -> None:
     assert found.ignored == sorted(others)
 
 
+def _snapshot(path: Path, first_scale: float) -> Path:
+    """A model whose first layer has this scale."""
+    _save_model(path, FP8)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_scale"].fill_(first_scale)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def _loaded(revision: str | None) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained("some-org/tiny", revision=revision)
+    del config.quantization_config
+    return AutoModelForCausalLM.from_pretrained("some-org/tiny", revision=revision, config=config)
+
+
 def test_scales_of_a_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model loaded by hub id finds its scales in the snapshot that from_pretrained has fetched."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = tmp_path / "models--some-org--tiny"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
-    _save_model(repo / "snapshots" / commit, FP8)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for revision in (None, commit):
+    commits = with_hub(monkeypatch, tmp_path / "hub", main=_snapshot(tmp_path / "main", 0.25))
+    for revision in (None, commits["main"]):
         found = read_scales("some-org/tiny", revision=revision)
         assert found is not None
         assert found.kv_cache_dtype == "fp8_e4m3"
-    model = tiny_llama()
-    model.config._name_or_path = "some-org/tiny"
-    cache = QuantizedPagedCache.from_model(model)
+    cache = QuantizedPagedCache.from_model(_loaded(None))
     assert cache.report().layers[0].scales[0] == "checkpoint: model.layers.0.self_attn.k_scale"
+
+
+def test_scales_of_the_revision_that_was_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of main only the configuration was fetched, so it is not what the model is."""
+    with_hub(monkeypatch, tmp_path / "hub", main=None, v2=_snapshot(tmp_path / "v2", 0.75))
+    found = read_scales(_loaded("v2"))
+    assert found is not None
+    assert layers_of(found)[0].k_scale.item() == 0.75
+    assert not found.notes
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("other_scale", [0.25, 0.75])
+def test_a_revision_that_nobody_knows_is_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    other_scale: float,
+    recorded: bool,
+) -> None:
+    """Both were fetched; some versions of transformers keep which one was loaded."""
+    both = {"main": _snapshot(tmp_path / "main", 0.25), "a": _snapshot(tmp_path / "a", other_scale)}
+    commits = with_hub(monkeypatch, tmp_path / "hub", **both)
+    model = _loaded("a")
+    model.config._commit_hash = commits["a"] if recorded else None
+    found = read_scales(model)
+    assert found is not None
+    assert layers_of(found)[0].k_scale.item() == (other_scale if recorded else 0.25)
+    said = [] if recorded or other_scale == 0.25 else [f"at {commits['main']}; {commits['a']} is on this machine"]
+    assert len(found.notes) == len(said)
+    assert all(part in note and part in caplog.text for part, note in zip(said, found.notes, strict=True))
+    assert QuantizedPagedCache.from_model(model, kv_cache_dtype="fp8").report().notes[: len(said)] == found.notes
 
 
 def test_of_a_hub_checkpoint_only_what_has_scales_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

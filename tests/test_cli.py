@@ -11,20 +11,20 @@ from typing import Any
 import families
 import pytest
 import torch
+from checkpoint_files import with_hub
 from helpers import prompt, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     EncoderDecoderCache,
     PreTrainedModel,
 )
 
 import hf_kvquant
-from hf_kvquant import LayerScales, QuantizedPagedCache, cli, read_scales, write_scales
-from hf_kvquant.cli import main
+from hf_kvquant import LayerScales, QuantizedPagedCache, read_scales, write_scales
+from hf_kvquant.cli import commands, main
 from hf_kvquant.doctor import diagnose
 from hf_kvquant.inspection import inspect_scales
 from hf_kvquant.layers import PagedLayer
@@ -127,34 +127,46 @@ def test_a_device_that_is_not_here(arguments: list[str], capsys: pytest.CaptureF
 def test_arguments_are_refused_before_a_model_is_loaded(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr(commands, "_load", None)
     monkeypatch.chdir(Path(__file__).parents[1])
     command, *others = arguments.format(tmp_path).split()
     assert message in fails(capsys, command, TINY, *others)
 
 
-def test_the_revision_that_is_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def watched(kind: Any, last: bool) -> Any:
-        get = kind.from_pretrained
-
-        def from_pretrained(*args: Any, **kwargs: Any) -> Any:
-            asked.append((kind.__name__, kwargs["revision"]))
-            if last:
-                raise ValueError("that is enough")
-            return get(*args, **kwargs)
-
-        return from_pretrained
-
-    for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
-        monkeypatch.setattr(kind, "from_pretrained", watched(kind, kind is AutoModelForCausalLM))
-    fails(capsys, "bench", TINY, "--revision", "v2")
-    assert set(asked) == {("AutoConfig", "v2"), ("AutoModelForCausalLM", "v2")}
-    asked.clear()
-    monkeypatch.setattr(cli, "_check_data", lambda *_: None)
-    fails(capsys, "eval", TINY, "--data", "x.txt", "--revision", "v2")
-    assert set(asked) == {("AutoConfig", "v2"), ("AutoTokenizer", "v2"), ("AutoModelForCausalLM", "v2")}
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "inspect {model}",
+        "doctor {model}",
+        "plan {model}",
+        "eval {model} --data {data} --context 32 --num-windows 1 --new-tokens 4 --formats int8",
+        "bench {model} --context 16 --new-tokens 8 --rounds 1 --formats int8",
+        "calibrate {model} --data {data} --num-samples 1 --max-length 32 --output {new}",
+        "convert {model} {model} --source-revision v2 --output {new}",
+    ],
+    ids=lambda arguments: arguments.split()[0],
+)
+def test_another_revision(
+    arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On the main branch there is nothing: whoever asks for it, be it for scales or a tokenizer, fails."""
+    with_hub(monkeypatch, tmp_path, main=None, v2=TINY)
+    given = {"model": "some-org/tiny", "data": TINY / "README.md", "new": tmp_path / "new"}
+    command = arguments.format(**given).split()
+    said = run(capsys, *command, "--revision", "v2")
+    if command[0] == "inspect":
+        assert "self_attn.k_scale" in said
+        assert "no KV scales" in run(capsys, *command, "--revision", "main")
+    else:
+        fails(capsys, *command, "--revision", "main")
+    if (tmp_path / "new").exists():
+        weights = load_file(tmp_path / "new" / "model-00001-of-00001.safetensors")
+        theirs = load_file(TINY / "model.safetensors")
+        assert all(torch.equal(theirs[name], value) for name, value in weights.items())
+        found = read_scales(tmp_path / "new")
+        assert found is not None
+        same = [layer.to_dict() for layer in found.layers] == [layer.to_dict() for layer in read_scales(TINY).layers]
+        assert same == (command[0] == "convert")
 
 
 @pytest.mark.parametrize("command", ["inspect", "doctor", "plan"])

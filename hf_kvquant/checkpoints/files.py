@@ -26,7 +26,7 @@ _MAX_BYTES = 2**28
 # Hub ids and revisions whose small files this process has asked for.
 _ASKED: set[tuple[str, str | None]] = set()
 # Weights in any format.
-_WEIGHTS = (
+WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.npz", "*.onnx*", "*.ot",
     "*.tflite",
 )  # fmt: skip
@@ -209,7 +209,7 @@ def whole_directory(source: str | os.PathLike[str], files: CheckpointFiles) -> P
     if Path(source).exists():
         return Path(files.path)
     try:
-        return _snapshot(str(source), Path(files.path).name, None, ignore_patterns=list(_WEIGHTS))
+        return _snapshot(str(source), Path(files.path).name, None, ignore_patterns=list(WEIGHTS))
     except OfflineModeIsEnabled:
         return Path(files.path)
     except Exception as error:  # of what a network can raise there is no end

@@ -70,6 +70,7 @@ def prepare_checkpoint(
     output: str | os.PathLike[str] | None = None,
     layout: str = "auto",
     settings: Mapping[str, Any] | None = None,
+    revision: str | None = None,
 ) -> PreparedScales:
     """Get ready to write scales of the layers of `model`; see `hf_kvquant.write_scales`.
 
@@ -80,7 +81,7 @@ def prepare_checkpoint(
         raise ValueError("these scales do not say which format they are for; they cannot be written")
     if len(model) != len(scales.layers):
         raise ValueError(f"there are scales of {len(scales.layers)} layers, but this model has {len(model)}")
-    files = CheckpointFiles.find(checkpoint)
+    files = CheckpointFiles.find(checkpoint, revision)
     by_prefix = _by_prefix(scales, model, files)
     if not by_prefix:
         raise ValueError("there are no scales to write")

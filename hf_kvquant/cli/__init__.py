@@ -1,0 +1,39 @@
+"""`hf-kvquant`: inspect, doctor, plan, eval, bench, report, calibrate and convert from a terminal."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.utils import logging
+
+from .arguments import parser
+from .commands import COMMANDS
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 130 if interrupted, 1 with a line on standard error otherwise."""
+    options = parser().parse_args(arguments)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            COMMANDS[options.command](options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"hf-kvquant: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hf-kvquant: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        logging.set_verbosity(verbosity)
+    return 0
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
