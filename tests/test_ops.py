@@ -881,6 +881,7 @@ def test_errors_name_the_field_of_the_side(field: str, bad: torch.Tensor, side: 
 def test_errors_name_pages_of_another_shape(side: str, shape: tuple[int, ...], calls: Sequence[Any]) -> None:
     for call in calls:
         given = _valid()
+        call(given)
         given[side] = empty_side(given[side].format, shape[0], *shape[1:])
         with pytest.raises(ValueError, match=rf"{side}\.pages is ") as error:
             call(given)
@@ -891,6 +892,7 @@ def test_errors_name_pages_of_another_shape(side: str, shape: tuple[int, ...], c
 def test_errors_name_the_argument(name: str, bad: torch.Tensor, calls: Sequence[Any]) -> None:
     for call in calls:
         given = _valid()
+        call(given)  # what is like the last call is not looked at again
         given[name] = bad
         with pytest.raises(ValueError, match=f"{name} is ") as error:
             call(given)
@@ -899,6 +901,7 @@ def test_errors_name_the_argument(name: str, bad: torch.Tensor, calls: Sequence[
 
 def test_errors_say_what_does_not_go_together() -> None:
     given = _valid()
+    _write(given)
     given["clipped"] = torch.zeros(4, dtype=torch.int64)[::2]
     with pytest.raises(ValueError, match=r"clipped has strides \(2,\)"):
         _write(given)
@@ -910,9 +913,23 @@ def test_errors_say_what_does_not_go_together() -> None:
     with pytest.raises(ValueError, match=r"k\.scale is given, but unquantized pages have none"):
         _write(given)
     given = _valid()
-    arguments = (given[name] for name in ("query", "k", "v", "page_table", "seq_lens"))
+    arguments = [given[name] for name in ("query", "k", "v", "page_table", "seq_lens")]
+    paged_attention(*arguments, softmax_scale=1.0)
     with pytest.raises(ValueError, match="window is -1"):
         paged_attention(*arguments, softmax_scale=1.0, window=-1)
+
+
+@pytest.mark.parametrize("call", [_write, _attend], ids=["write_kv", "paged_attention"])
+def test_sides_that_have_passed_apart_are_not_taken_for_a_pair(call: Any) -> None:
+    one, other = _valid(), _valid()
+    for side, head_dim in (("k", 8), ("v", 6)):
+        other[side] = empty_side("int8", 5, 2, 4, head_dim)
+    call(one)
+    call(other)
+    for mixed in (one | {"v": other["v"]}, one | {"k": other["k"]}):
+        with pytest.raises(ValueError, match=r"both must be \[P, H, S, D\]"):
+            call(mixed)
+    call(one)
 
 
 def test_scales_are_stored_as_kernels_read_them() -> None:
@@ -954,6 +971,8 @@ def test_tensors_of_another_device_are_named() -> None:
         paged_attention(query.to("meta"), scaled, k, table, lengths, softmax_scale=1.0)
     here = {"query": torch.zeros(1, 1, 1, 8), "attn_mask": torch.zeros(1, 1, 1, 1), "sinks": torch.zeros(1)}
     for name, tensor in here.items():
+        given = dict(here)
+        paged_attention(given.pop("query"), k, k, table, lengths, softmax_scale=1.0, **given)
         given = {**here, name: tensor.to("meta")}
         query = given.pop("query")
         with pytest.raises(ValueError, match=f"{name} is on meta; the pages"):

@@ -37,7 +37,7 @@ class PagedTensor:
         format: name of the storage format.
         scale, zero: fp32 `[1 | H, 1 | D]` or None.
         token_scale: bf16 `[P, H, S]` for dynamic quantization, else None.
-        passed: the heads and head_dim for which it has passed the operators' checks; forgotten with every change.
+        passed: what the last calls that have passed the operators' checks were like; forgotten with every change.
     """
 
     pages: torch.Tensor
@@ -45,14 +45,14 @@ class PagedTensor:
     scale: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     token_scale: torch.Tensor | None = None
-    passed: tuple[int, int] | None = field(default=None, init=False, repr=False)
+    passed: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("scale", "zero") and isinstance(value, torch.Tensor):
             value = value.contiguous()  # as kernels read them
         object.__setattr__(self, name, value)
         if name != "passed":
-            object.__setattr__(self, "passed", None)
+            object.__setattr__(self, "passed", {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedTensor:
         # A tensor's own copy has all the memory that its huge pages were cut from, and does not begin where one does.
@@ -179,7 +179,7 @@ def write_kv(
     Raises ValueError naming the argument for shapes and dtypes that do not go together.
     """
     implementation = _eager(key)
-    check_write(key, value, k, v, page_table, seq_lens, clipped, remembers=implementation is not None)
+    check_write(key, value, k, v, page_table, seq_lens, clipped, is_eager=implementation is not None)
     write = torch.ops.hf_kvquant.write_kv if implementation is None else implementation.write_kv
     write(
         key, value, page_table, seq_lens,
@@ -227,7 +227,7 @@ def paged_attention(
     """
     implementation = _eager(query)
     check_attention(
-        query, k, v, page_table, seq_lens, attn_mask, sinks, window, lse, remembers=implementation is not None
+        query, k, v, page_table, seq_lens, attn_mask, sinks, window, lse, is_eager=implementation is not None
     )
     arguments = (
         query, page_table, seq_lens,

@@ -1,12 +1,12 @@
 """What is checked at the operators' boundary, before anything runs.
 
-These run in every layer of every step: messages are only put together when they are needed, and a side of the cache
-that has passed is not looked at again until it changes.
+Every layer of every step comes by. Messages are only put together when they are needed, and an eager call that is like
+the last one which has passed, over sides of the cache that have not changed since, passes at once.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -23,7 +23,7 @@ class Paged(Protocol):
     scale: torch.Tensor | None
     zero: torch.Tensor | None
     token_scale: torch.Tensor | None
-    passed: tuple[int, int] | None
+    passed: dict[str, Any]
 
 
 def _check_tensor(
@@ -41,15 +41,7 @@ def _check_tensor(
         raise ValueError(f"{name} is on {tensor.device}; the pages it belongs to are on {device}")
 
 
-def _check_paged(name: str, side: Paged, num_heads: int, head_dim: int, remembers: bool) -> None:
-    if remembers and side.passed == (num_heads, head_dim):
-        return
-    _check_parts(name, side, num_heads, head_dim)
-    if remembers:
-        side.passed = num_heads, head_dim
-
-
-def _check_parts(name: str, side: Paged, num_heads: int, head_dim: int) -> None:
+def _check_paged(name: str, side: Paged, num_heads: int, head_dim: int) -> None:
     row, pages = get_format(side.format), side.pages
     if pages.ndim != 4 or pages.shape[1] != num_heads or pages.shape[3] != head_dim:
         raise ValueError(f"{name}.pages is {list(pages.shape)}; expected [P, {num_heads}, S, {head_dim}]")
@@ -95,14 +87,51 @@ def check_write(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     clipped: torch.Tensor | None,
-    remembers: bool,
+    is_eager: bool,
+) -> None:
+    if not is_eager:  # a graph would be guarded on what is remembered
+        return _check_write(key, value, k, v, page_table, seq_lens, clipped)
+    asked = (
+        key.shape, key.dtype, key.device, value.shape, value.dtype, value.device,
+        page_table.shape, page_table.dtype, page_table.device, seq_lens.shape, seq_lens.dtype, seq_lens.device,
+        _looked_at(clipped),
+    )  # fmt: skip
+    if _is_known("write", k, v, asked):
+        return
+    _check_write(key, value, k, v, page_table, seq_lens, clipped)
+    if key.shape[2] > page_table.shape[1] * k.pages.shape[2]:  # a graph would be guarded on it
+        raise ValueError(
+            f"key has {key.shape[2]} tokens, but {page_table.shape[1]} pages of {k.pages.shape[2]} tokens have no room "
+            "for as many; write the newest of them"
+        )
+    k.passed["write"] = v.passed["write"] = asked
+
+
+def _looked_at(tensor: torch.Tensor | None) -> tuple[object, ...] | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous())
+
+
+def _is_known(operator: str, k: Paged, v: Paged, asked: tuple[object, ...]) -> bool:
+    """Whether the last call that has passed with this pair, since either changed, was like this one."""
+    passed = k.passed.get(operator)
+    return passed is not None and passed is v.passed.get(operator) and passed == asked
+
+
+def _check_write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k: Paged,
+    v: Paged,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    clipped: torch.Tensor | None,
 ) -> None:
     if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3]:
         raise ValueError(f"key is {list(key.shape)} and value is {list(value.shape)}; both must be [B, H, T, D]")
     if key.dtype not in _NUMBERS or value.dtype not in _NUMBERS:
         raise ValueError(f"key is {key.dtype}, value is {value.dtype}; expected among {_NUMBERS}")
-    _check_paged("k", k, key.shape[1], key.shape[3], remembers)
-    _check_paged("v", v, value.shape[1], value.shape[3], remembers)
+    _check_paged("k", k, key.shape[1], key.shape[3])
+    _check_paged("v", v, value.shape[1], value.shape[3])
     _check_pair(k, v)
     device = k.pages.device
     _check_table(key.shape[0], page_table, seq_lens, device)
@@ -112,11 +141,6 @@ def check_write(
         _check_tensor("clipped", clipped, device, torch.int64, (2,))
         if not clipped.is_contiguous():
             raise ValueError(f"clipped has strides {clipped.stride()}; expected a contiguous tensor")
-    if remembers and key.shape[2] > page_table.shape[1] * k.pages.shape[2]:  # a graph would be guarded on it
-        raise ValueError(
-            f"key has {key.shape[2]} tokens, but {page_table.shape[1]} pages of {k.pages.shape[2]} tokens have no room "
-            "for as many; write the newest of them"
-        )
 
 
 def check_attention(
@@ -129,7 +153,30 @@ def check_attention(
     sinks: torch.Tensor | None,
     window: int | None,
     lse: torch.Tensor | None,
-    remembers: bool,
+    is_eager: bool,
+) -> None:
+    if not is_eager:
+        return _check_attention(query, k, v, page_table, seq_lens, attn_mask, sinks, window, lse)
+    asked = (
+        query.shape, query.dtype, query.device, page_table.shape, page_table.dtype, page_table.device,
+        seq_lens.shape, seq_lens.dtype, seq_lens.device, _looked_at(attn_mask), _looked_at(sinks), window,
+        _looked_at(lse),
+    )  # fmt: skip
+    if not _is_known("attention", k, v, asked):
+        _check_attention(query, k, v, page_table, seq_lens, attn_mask, sinks, window, lse)
+        k.passed["attention"] = v.passed["attention"] = asked
+
+
+def _check_attention(
+    query: torch.Tensor,
+    k: Paged,
+    v: Paged,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    window: int | None,
+    lse: torch.Tensor | None,
 ) -> None:
     for name, tensor in (("query", query), ("k.pages", k.pages), ("v.pages", v.pages)):
         if tensor.ndim != 4:
@@ -141,8 +188,8 @@ def check_attention(
     if num_kv_heads and num_q_heads % num_kv_heads:
         heads = f"its heads do not divide over {num_kv_heads} of keys and values"
         raise ValueError(f"query is {list(query.shape)}; {heads}")
-    _check_paged("k", k, num_kv_heads, head_dim, remembers)
-    _check_paged("v", v, num_kv_heads, v.pages.shape[3], remembers)
+    _check_paged("k", k, num_kv_heads, head_dim)
+    _check_paged("v", v, num_kv_heads, v.pages.shape[3])
     _check_pair(k, v)
     device = k.pages.device
     _check_table(batch_size, page_table, seq_lens, device)
