@@ -11,7 +11,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from .dense import DenseOptions, causal_mask, dense_attention, with_bias
 from .handle import PagedKV
-from .hosts import uses_attention_interface
+from .interface import adds_masks
 from .layers import PagedLayer
 
 # New tokens from which on a GPU the past is dequantized for them: attention then takes much longer than that.
@@ -30,12 +30,10 @@ def register() -> None:
 def kvquant_mask(*args: Any, config: PreTrainedConfig | None = None, **kwargs: Any) -> torch.Tensor | None:
     """transformers' mask for this attention: boolean, or None where causality says it all.
 
-    A model that computes its attention itself, whatever the configuration says, adds its mask to the logits and
+    A model part of which computes attention itself, whatever the configuration says, adds its mask to the logits and
     needs it always: it gets the mask of `eager`.
     """
-    if config is None or uses_attention_interface(config):
-        return sdpa_mask(*args, config=config, **kwargs)
-    return eager_mask(*args, config=config, **kwargs)
+    return (eager_mask if config is not None and adds_masks(config) else sdpa_mask)(*args, config=config, **kwargs)
 
 
 def kvquant_attention(

@@ -27,12 +27,7 @@ from .checkpoints import CheckpointScales
 from .config import KVQuantConfig
 from .fixed import FixedLayer
 from .growing import GrowingLayer, move_to_own_pool
-from .hosts import (
-    disable_fake_quantization,
-    layer_type_names,
-    tokens_to_take_back,
-    without_wrapper,
-)
+from .hosts import disable_fake_quantization, layer_type_names, tokens_to_take_back, without_wrapper
 from .hybrid import HybridFixedLayer, HybridGrowingLayer
 from .layers import PagedLayer
 from .options import find_checkpoint, options_for

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .cache import QuantizedPagedCache
-from .hosts import uses_attention_interface
+from .interface import uses_attention_interface
 from .layers import PagedLayer
 from .ops import cpu
 from .skeleton import LayerShape, layer_shapes, model_skeleton
@@ -120,7 +120,8 @@ def diagnose(
         if isinstance(layer, PagedLayer):
             layers.append(_diagnose(layer, shape, dtype))
     notes = [*cache.notes, *guesses]
-    if others := len(cache.layers) - len(layers):
+    # Some versions of transformers have layers that hold nothing, for those that use the keys of another.
+    if others := len(cache.layers) - len(layers) - sum(getattr(cache, "is_dummy", ())):
         notes.append(f"{others} layers keep a state of another kind, which stays as transformers has it")
     return Diagnosis(
         str(source),
@@ -152,7 +153,7 @@ def _diagnose(layer: PagedLayer, shape: LayerShape, dtype: torch.dtype) -> Layer
 
 
 def _attention(model: Any) -> str:
-    if uses_attention_interface(model.config):
+    if uses_attention_interface(model.config.get_text_config(decoder=True)):
         return "attn_implementation='kvquant' reads the pages; any other gets dense keys and values"
     return "the model computes it itself, from dense keys and values (storage only)"
 

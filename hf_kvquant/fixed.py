@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .exact import ExactStep
-from .hosts import uses_attention_interface
+from .interface import uses_attention_interface
 from .layers import PagedLayer
 from .ops import reference
 from .pools import OutOfPagesError

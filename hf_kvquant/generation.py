@@ -22,7 +22,8 @@ from transformers.utils import logging
 from .cache import QuantizedPagedCache
 from .config import KVQuantConfig
 from .encoder_decoder import QuantizedEncoderDecoderCache
-from .hosts import CACHE_NAME, CACHE_NAMES, is_fused
+from .hosts import CACHE_NAME, CACHE_NAMES
+from .interface import is_fused
 from .options import options_for
 from .policy import asks_for_files
 
@@ -74,6 +75,7 @@ def _extended(prepare_cache: Any) -> Any:
         given = [model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None]
         for cache in given:
             if isinstance(cache, QuantizedPagedCache):
+                _warn_of_other_options(cache, generation_config)
                 cache.shared.speculates = generation_mode == GenerationMode.ASSISTED_GENERATION
                 _describe_prompt(self, model_kwargs, cache)
                 _take_adapters_prefix(self, cache)
@@ -109,6 +111,16 @@ def _extended(prepare_cache: Any) -> Any:
 
     prepare._is_kvquant = True  # type: ignore[attr-defined]
     return prepare
+
+
+def _warn_of_other_options(cache: QuantizedPagedCache, generation_config: Any) -> None:
+    """Say so if a cache that is passed was made with other options than those that come with it."""
+    asked, has = (config.to_dict() for config in (KVQuantConfig.parse(generation_config.cache_config), cache.kvquant))
+    if ignored := [f"{name}={value!r}" for name, value in asked.items() if has.get(name) != value]:
+        logger.warning_once(
+            f"`cache_config` is ignored: the cache that was passed was made without {', '.join(ignored)}; make it with "
+            "them, or pass none."
+        )
 
 
 @contextmanager

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .checkpoints import ModelLayers
@@ -39,8 +36,20 @@ def layer_type_names(config: PreTrainedConfig, layers: Sequence[Any]) -> list[st
 
 
 def without_wrapper(model: Any) -> PreTrainedModel:
-    """The transformers model, also where adapters (peft) have put one of their own around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model, also where adapters (peft), `torch.compile` or data parallelism have wrapped it.
+
+    Raises TypeError for anything else.
+    """
+    inner: Any = model
+    while isinstance(inner, torch.nn.Module) and not isinstance(inner, PreTrainedModel):
+        get_base_model = getattr(inner, "get_base_model", None)
+        if callable(get_base_model):
+            inner = get_base_model()
+        else:
+            inner = getattr(inner, "_orig_mod", getattr(inner, "module", None))
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"{type(model).__name__} is no transformers model; give what from_pretrained has returned")
+    return inner
 
 
 @contextmanager
@@ -187,57 +196,6 @@ def disable_fake_quantization(model: PreTrainedModel) -> list[str]:
         f"compressed-tensors rounded K and V of {len(modules)} layers to 8 bits but stored them in the model's dtype; "
         "that rounding is off now, and storage is really 8-bit"
     ]
-
-
-def attention_name(config: PreTrainedConfig) -> str:
-    """The attention implementation that runs in the end, also where compressed-tensors has put its own before it."""
-    name = config._attn_implementation or ""
-    wrapper = sys.modules.get("compressed_tensors.modeling.attention")
-    if wrapper is not None and name == wrapper.HOOKED_ATTENTION_NAME:
-        name = wrapper.QuantizedAttentionImpl._original_impl
-    return str(name)
-
-
-def attention_by_part(model: PreTrainedModel) -> dict[str, str | None]:
-    """The attention implementations of the model and its parts, as `set_attn_implementation` takes them."""
-    config = model.config
-    parts = {"": config, **{part: getattr(config, part, None) for part in config.sub_configs}}
-    return {part: own._attn_implementation for part, own in parts.items() if own is not None}
-
-
-def is_fused(config: PreTrainedConfig) -> bool:
-    """Whether the model's attention is this package's, so that it reads pages itself."""
-    return attention_name(config).startswith("kvquant")
-
-
-_uses_interface: dict[type, bool] = {}
-_UPDATE = re.compile(r"(past_key_values|cache)\.update\(")
-
-
-@torch.compiler.assume_constant_result
-def uses_attention_interface(config: PreTrainedConfig) -> bool:
-    """Whether models of this configuration call the attention function they are configured with.
-
-    Some older ones compute their attention themselves and take no notice. It is transformers' own test, which looks at
-    the source of the model, and one for modules in which only another part, such as a vision tower, does call it; a
-    model that transformers cannot find (remote code) is taken to follow the configuration.
-    """
-    kind = type(config)
-    if kind not in _uses_interface:
-        classes = [mapping[kind] for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING) if kind in mapping]
-        classes = [c for entry in classes for c in (entry if isinstance(entry, (tuple, list)) else (entry,))]
-        _uses_interface[kind] = all(cls._can_set_attn_implementation() and not _attends_itself(cls) for cls in classes)
-    return _uses_interface[kind]
-
-
-def _attends_itself(model_class: type) -> bool:
-    """Whether some class next to the model's puts keys into a cache but does not ask for the configured attention."""
-    try:
-        source = inspect.getsource(sys.modules[model_class.__module__])
-    except (KeyError, OSError, TypeError):
-        return False
-    classes = re.split(r"^(?=class )", source, flags=re.MULTILINE)
-    return any(_UPDATE.search(text) and ".get_interface(" not in text for text in classes)
 
 
 def tokens_to_take_back(tokens_to_remove: int, get_seq_length: Callable[[], Any]) -> int:

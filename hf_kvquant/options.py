@@ -9,7 +9,8 @@ from transformers.utils import logging
 
 from .checkpoints import CheckpointScales, NoUsableScalesError
 from .config import KVQuantConfig
-from .hosts import attention_name, checkpoint_of
+from .hosts import checkpoint_of
+from .interface import attention_name
 from .reading import read_scales
 
 logger = logging.get_logger(__name__)

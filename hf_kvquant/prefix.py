@@ -59,7 +59,8 @@ class PrefixCache:
     """
 
     def __init__(self, model: PreTrainedModel, max_bytes: int, **options: Any) -> None:
-        if model.config.is_encoder_decoder:
+        config = without_wrapper(model).config
+        if config.is_encoder_decoder:
             raise ValueError("PrefixCache is for decoder-only models: the cache of a decoder depends on its encoder")
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
             raise ValueError(f"max_bytes={max_bytes!r}; it must be a positive integer")
@@ -71,7 +72,7 @@ class PrefixCache:
         self.hits = 0
         self.misses = 0
         self._entries: list[_Entry] = []  # least recently used first
-        self._media_tokens = torch.tensor(_media_tokens(model.config), dtype=torch.int64, device="cpu")
+        self._media_tokens = torch.tensor(_media_tokens(config), dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
         """How many beginnings are kept."""

@@ -7,12 +7,13 @@ from collections.abc import Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .checkpoints import CheckpointScales, ModelLayers, Wanted, read_checkpoint
 from .checkpoints.snapshots import loaded_commits
-from .hosts import checkpoint_of, model_layers
+from .hosts import checkpoint_of, model_layers, without_wrapper
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +46,10 @@ def read_scales(
     Raises ValueError naming file and key for scales that are NaN or infinite, for a declared format without a usable
     scale, for layers that cannot be matched and for formats that are not 8-bit.
     """
-    if isinstance(source, PreTrainedModel):
+    if isinstance(model, torch.nn.Module):
+        model = without_wrapper(model)
+    if isinstance(source, torch.nn.Module):
+        source = without_wrapper(source)
         path, revision = checkpoint_of(source)
         if path is None:
             return None

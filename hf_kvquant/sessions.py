@@ -307,7 +307,7 @@ class SavedCache:
                 if layer.is_compileable:
                     torch._dynamo.mark_static_address(value)
             if key:
-                getattr(layer, name)[int(key)] = value
+                getattr(layer, name)[int(key) if key.isdecimal() else key] = value
             else:
                 setattr(layer, name, value)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedConfig
 
-from .hosts import is_fused
+from .interface import is_fused
 from .pages import PageTable
 from .rotary import RotaryLayout
 

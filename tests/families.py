@@ -332,11 +332,12 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
 # `set_attn_implementation` leaves them as they are, or, where a vision tower follows it, changes the name only.
 ATTENTION_BY_NAME = {"falcon", "git", "gpt_neo", "gptj"}
 
-_OWN_CODE = "computes its attention itself"
+TAKES_NO_OTHER = "does not take another attention"
+OWN_CODE = "computes its attention itself"
 _LATENT = "expands K and V from what is stored"
 # Model type -> why its layers are read as dense tensors although the attention could read pages.
 EXPECTED_DENSE: dict[str, str] = {
-    **dict.fromkeys(ATTENTION_BY_NAME, "does not take another attention"),
+    **dict.fromkeys(ATTENTION_BY_NAME, TAKES_NO_OTHER),
     **dict.fromkeys(
         [
             "big_bird",
@@ -355,7 +356,7 @@ EXPECTED_DENSE: dict[str, str] = {
             "trocr",
             "xglm",
         ],
-        _OWN_CODE,
+        OWN_CODE,
     ),
     **dict.fromkeys(
         [

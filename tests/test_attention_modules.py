@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, KEPT_BY_HOST, MORE_FAMILIES, available, build
-from transformers import DynamicCache, PreTrainedModel, WhisperForConditionalGeneration
+from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel, WhisperForConditionalGeneration
 from transformers.cache_utils import EncoderDecoderCache
 
 from hf_kvquant.hosts import model_layers, with_cache
+from hf_kvquant.interface import adds_masks, uses_attention_interface
 
 # Models that run one module for several layers; it carries the number of one of them, or of none.
 SHARED_MODULES = {"dory", "hrm_text", "inkling2_loop_text", "zamba", "zamba2"}
@@ -72,3 +73,22 @@ def test_each_layer_has_the_module_that_feeds_it(model_type: str) -> None:
         assert layers.num_kv_heads[index] in (num_heads, None)
         is_latent = num_heads == 1 and model.config.get_text_config(decoder=True).num_key_value_heads != 1
         assert (layers.num_kv_heads[index] is None) == is_latent
+
+
+@pytest.mark.parametrize(
+    ("model_type", "takes_ours", "adds"),
+    [
+        ("llama", True, False),
+        ("gemma4_text", True, False),  # speaks of another cache in a comment
+        ("mimi", True, False),  # has a cache that pads convolutions
+        ("t5", True, False),
+        ("bigbird_pegasus", True, True),  # its encoder computes attention itself
+        ("bloom", False, True),
+        ("trocr", False, True),
+    ],
+)
+def test_whose_attention_runs_is_in_the_source(model_type: str, takes_ours: bool, adds: bool) -> None:
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers has no {model_type}")
+    config = CONFIG_MAPPING[model_type]()
+    assert (uses_attention_interface(config), adds_masks(config)) == (takes_ours, adds)

@@ -85,6 +85,21 @@ def test_compiled_equals_eager(name: str, attention: str, dtype: str) -> None:
     assert out.past_key_values.is_compileable
 
 
+@pytest.mark.parametrize("exact", [{"recent_tokens": 4}, {"sink_tokens": 3}, {"recent_tokens": 4, "sink_tokens": 3}])
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_that_are_kept_exactly_are_in_the_graph(name: str, dtype: str, exact: dict[str, int]) -> None:
+    model = MODELS[name]("kvquant")
+    options = {"cache_config": {"kv_cache_dtype": dtype, "page_size": 4, **exact}}
+    expected = run(model, prompt(), **options).sequences
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got = run(model, prompt(), compile_config=compile_config("eager"), **options).sequences
+    assert torch.equal(got, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 # Before 5.18 Bloom prepares its mask for one class of fixed caches, the host's.
 BLOOM_TAKES_FIXED = Version(transformers.__version__) >= Version("5.18")
 

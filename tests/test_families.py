@@ -9,7 +9,13 @@ import families
 import pytest
 import torch
 from families import EXPECTED_DENSE, FAMILIES, KEPT_BY_HOST, MORE_FAMILIES, NOT_TRIED, available, build
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, WhisperForConditionalGeneration
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+    WhisperForConditionalGeneration,
+)
 from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -17,6 +23,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hf_kvquant import QuantizedPagedCache
+from hf_kvquant.attention import kvquant_attention
+from hf_kvquant.handle import PagedKV
+from hf_kvquant.hosts import with_cache
+from hf_kvquant.interface import uses_attention_interface
 from hf_kvquant.layers import PagedLayer
 from hf_kvquant.ops import reference
 
@@ -96,13 +106,20 @@ def _scale(output: Any) -> float:
 
 @pytest.mark.parametrize("attention", ["kvquant", "own-attention"])
 @pytest.mark.parametrize("model_type", TYPES)
-def test_unquantized_pages_give_the_same_text(model_type: str, attention: str) -> None:
+def test_unquantized_pages_give_the_same_text(model_type: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = _expected(model_type)
     tokens = expected["padded"].sequences[:, -20:]
     assert len(set(tokens.flatten().tolist())) > 10, "this model says too little to see a difference"
 
     model = _fused(model_type) if attention == "kvquant" else build(model_type)
     options = {"kv_cache_dtype": "model", "page_size": PAGE_SIZE}
+    over_pages = []
+
+    def watched(module: Any, query: torch.Tensor, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        over_pages.append(isinstance(key, PagedKV) or isinstance(value, PagedKV))
+        return kvquant_attention(module, query, key, value, *args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "kvquant", watched)
     outputs = _runs(model, cache_implementation="kvquant", cache_config=options)
 
     for way, output in outputs.items():
@@ -117,6 +134,9 @@ def test_unquantized_pages_give_the_same_text(model_type: str, attention: str) -
         dense = {reason for cache in caches for layer in cache.report().layers for reason in layer.dense}
         if attention == "kvquant" and model_type not in EXPECTED_DENSE:
             assert not dense, way
+    could_be_seen = EXPECTED_DENSE.get(model_type) in (None, families.OWN_CODE, families.TAKES_NO_OTHER)
+    if attention == "kvquant" and could_be_seen and model_type not in KEPT_BY_HOST:
+        assert any(over_pages) == uses_attention_interface(model.config.get_text_config(decoder=True))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +151,19 @@ def test_tokens_that_are_all_kept_exactly_give_the_same_text(model_type: str) ->
         assert outputs[way].sequences.tolist() == expected.sequences.tolist(), way
         for ours, theirs in zip(outputs[way].logits, expected.logits, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=_ROUNDING * _scale(expected), msg=way)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_prompt_attends_to_itself_unrounded(model_type: str) -> None:
+    """Where attention is ours, whatever the format, over pages that grow and over fixed ones."""
+    model = _fused(model_type)
+    if model.config.is_encoder_decoder or model_type in EXPECTED_DENSE or model_type in KEPT_BY_HOST:
+        pytest.skip("its prompts are not ours to attend over, or have their own test")
+    expected = build(model_type)(_prompt(2), **with_cache(DynamicCache(config=model.config))).logits
+    for max_cache_len in (None, 32) if model._can_compile_fullgraph else (None,):
+        cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="fp8", max_cache_len=max_cache_len)
+        got = model(_prompt(2), **with_cache(cache)).logits
+        torch.testing.assert_close(got, expected, rtol=0, atol=_ROUNDING * float(expected.std()))
 
 
 # Prompts that put no number on the edge between two codes, where the last bit of attention decides.

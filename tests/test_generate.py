@@ -122,6 +122,23 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         generate(model, prompt(), past_key_values=QuantizedPagedCache.from_model(model, **options))
 
 
+def test_options_that_a_given_cache_was_not_made_with(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama("kvquant")
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="fp8", recent_tokens=4)
+    with caplog.at_level("WARNING", logger="transformers"):
+        generate(model, prompt(), past_key_values=cache, cache_config={"kv_cache_dtype": "fp8"})
+        assert "ignored" not in caplog.text
+        cache.reset()
+        generate(model, prompt(), past_key_values=cache, cache_config={"kv_cache_dtype": "int8", "recent_tokens": 4})
+        assert (
+            "`cache_config` is ignored: the cache that was passed was made without kv_cache_dtype='int8';"
+            in caplog.text
+        )
+    cache.reset()
+    with pytest.raises(ValueError, match="unknown cache_config key"):
+        generate(model, prompt(), past_key_values=cache, cache_config={"nonsense": 1})
+
+
 def test_both_cache_and_implementation_are_refused() -> None:
     model = tiny_llama("kvquant")
     with pytest.raises(ValueError, match="cache_implementation"):

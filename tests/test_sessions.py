@@ -195,9 +195,12 @@ def test_a_copy_of_a_loaded_cache_is_one(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize(
-    "model_type", ["bloom", "deepseek_v3", "deepseek_v32", "falcon_h1", "gemma3n_text", "gpt_oss", "lfm2", "zamba2"]
-)
+OTHER_KINDS = [
+    "bloom", "deepseek_v3", "deepseek_v32", "deepseek_v4", "falcon_h1", "gemma3n_text", "gpt_oss", "lfm2", "zamba2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", families.available(OTHER_KINDS))
 def test_other_kinds_of_layers(model_type: str, tmp_path: Path) -> None:
     """Latents, indexers, states of the host's own, shared layers, sinks."""
     model = families.build(model_type, attn_implementation="kvquant")

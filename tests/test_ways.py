@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from hf_kvquant import LayerScales, QuantizedPagedCache
+from hf_kvquant import LayerScales, PrefixCache, QuantizedPagedCache, read_scales
 from hf_kvquant.hosts import CACHE_NAME, with_cache
 
 NUM_NEW = 16
@@ -362,6 +362,36 @@ def test_a_cache_made_for_prefix_tuning(attention: str) -> None:
         made = model.generate(cache_implementation="kvquant", cache_config={"kv_cache_dtype": "model"}, **options)
         assert isinstance(made.past_key_values, QuantizedPagedCache)
         assert torch.equal(made.sequences, expected.sequences)
+
+
+WRAPPERS: dict[str, Callable[[], Any]] = {
+    "compile": lambda: torch.compile(tiny_llama(), backend="eager"),
+    "data parallel": lambda: torch.nn.DataParallel(tiny_llama()),
+    "compiled adapters": lambda: torch.compile(adapted("lora"), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_models_in_wrappers(wrapped: Callable[[], Any], tmp_path: Path) -> None:
+    model = wrapped()
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="fp8")
+    inner = cache.shared.model()
+    assert isinstance(inner, PreTrainedModel)
+    assert read_scales(model) is read_scales(inner) is None
+    tokens = inner.generate(prompt(1), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    cache.save_pretrained(tmp_path)
+    again = QuantizedPagedCache.from_pretrained(tmp_path, model)
+    assert again.get_seq_length() == tokens.shape[1] - 1
+    assert len(PrefixCache(model, max_bytes=2**20).cache_for(prompt(1)).layers) == 2
+
+
+@pytest.mark.parametrize("what", ["a hub id", None, torch.nn.Linear(2, 2), tiny_llama().config])
+def test_what_is_no_model(what: Any) -> None:
+    for make in (QuantizedPagedCache.from_model, lambda model: PrefixCache(model, max_bytes=2**20)):
+        with pytest.raises(
+            TypeError, match=f"{type(what).__name__} is no transformers model; give what from_pretrained"
+        ):
+            make(what)
 
 
 # -- small weights -------------------------------------------------------------------------------------------------

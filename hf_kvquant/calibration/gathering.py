@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from ..attention import kvquant_attention, kvquant_mask
 from ..calibration_data import Batch
-from ..hosts import attention_by_part, evaluating, layer_type_names, uses_attention_interface, with_cache
+from ..hosts import evaluating, layer_type_names, with_cache
+from ..interface import attention_by_part, uses_attention_interface
 from ..rotary import rotary_layouts
 from ..scales import LayerScales
 from .estimating import Estimate
@@ -107,7 +108,7 @@ class Gatherer:
     @contextmanager
     def _watched_queries(self) -> Iterator[None]:
         """Attention that passes each layer's queries by; the model's own comes back afterwards."""
-        if not uses_attention_interface(self._model.config):
+        if not uses_attention_interface(self._model.config.get_text_config(decoder=True)):
             raise ValueError("q_scale=True: this model computes its attention itself, its queries cannot be seen")
         name = "kvquant_calibration"
 

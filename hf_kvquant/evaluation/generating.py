@@ -11,15 +11,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from ..hosts import (
-    attention_by_part,
-    attention_name,
-    evaluating,
-    is_fused,
-    longest_sequence,
-    uses_attention_interface,
-    without_wrapper,
-)
+from ..hosts import evaluating, longest_sequence, without_wrapper
+from ..interface import attention_by_part, attention_name, is_fused, uses_attention_interface
 from .caches import Candidate, Formats, candidates
 from .machine import git_commit
 from .memory import peak_kind

@@ -11,8 +11,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from .._version import __version__
-from ..hosts import attention_name
 from ..identity import config_facts, weights_digest
+from ..interface import attention_name
 from .machine import device_name
 
 

@@ -1,0 +1,93 @@
+"""Which attention implementation runs, and whether a model takes notice of the one it is configured with."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+
+
+def attention_name(config: PreTrainedConfig) -> str:
+    """The attention implementation that runs in the end, also where compressed-tensors has put its own before it."""
+    name = config._attn_implementation or ""
+    wrapper = sys.modules.get("compressed_tensors.modeling.attention")
+    if wrapper is not None and name == wrapper.HOOKED_ATTENTION_NAME:
+        name = wrapper.QuantizedAttentionImpl._original_impl
+    return str(name)
+
+
+def attention_by_part(model: PreTrainedModel) -> dict[str, str | None]:
+    """The attention implementations of the model and its parts, as `set_attn_implementation` takes them."""
+    config = model.config
+    parts = {"": config, **{part: getattr(config, part, None) for part in config.sub_configs}}
+    return {part: own._attn_implementation for part, own in parts.items() if own is not None}
+
+
+def is_fused(config: PreTrainedConfig) -> bool:
+    """Whether the model's attention is this package's, so that it reads pages itself."""
+    return attention_name(config).startswith("kvquant")
+
+
+# What models call their cache and its parts, with whatever before it (`curr_cache`, `self_attention_cache`); what pads
+# convolutions is another kind.
+_CACHE = re.compile(r"(past_key_values?|layer_past|(?<!padding_)cache)$")
+
+
+@torch.compiler.assume_constant_result
+def uses_attention_interface(config: PreTrainedConfig) -> bool:
+    """Whether models of this configuration call the attention function they are configured with.
+
+    Some older ones compute their attention themselves and take no notice. It is transformers' own test, which looks at
+    the source of the model, and one for modules in which only another part, such as a vision tower, does call it; a
+    model that transformers cannot find (remote code) is taken to follow the configuration.
+    """
+    return any(_asks_for_attention(type(config)))
+
+
+@torch.compiler.assume_constant_result
+def adds_masks(config: PreTrainedConfig) -> bool:
+    """Whether some part of such models, be it an encoder, computes attention itself and adds its mask to the logits."""
+    return not all(_asks_for_attention(type(config)))
+
+
+_asking: dict[type, list[bool]] = {}
+
+
+def _asks_for_attention(kind: type[PreTrainedConfig]) -> list[bool]:
+    """Of the classes next to the model's that put keys into a cache, which ask for the configured attention."""
+    if kind not in _asking:
+        _asking[kind] = _look_up(kind)
+    return _asking[kind]
+
+
+def _look_up(kind: type[PreTrainedConfig]) -> list[bool]:
+    classes = [mapping[kind] for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING) if kind in mapping]
+    classes = [c for entry in classes for c in (entry if isinstance(entry, (tuple, list)) else (entry,))]
+    if not all(cls._can_set_attn_implementation() for cls in classes):
+        return [False]
+    return [asks for module in {cls.__module__ for cls in classes} for asks in _asks_in(module)] or [True]
+
+
+def _asks_in(module: str) -> list[bool]:
+    try:
+        source = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return []
+    classes = [list(ast.walk(node)) for node in source.body if isinstance(node, ast.ClassDef)]
+    return [
+        any(getattr(node, "attr", None) == "get_interface" for node in nodes)
+        for nodes in classes
+        if any(_feeds_cache(node) for node in nodes)
+    ]
+
+
+def _feeds_cache(node: ast.AST) -> bool:
+    """Whether this is `cache.update(...)`, whatever the cache is called."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "update"):
+        return False
+    owner = node.func.value
+    return _CACHE.search(getattr(owner, "id", getattr(owner, "attr", ""))) is not None
