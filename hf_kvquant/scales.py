@@ -35,11 +35,8 @@ class LayerScales:
 
     def __post_init__(self) -> None:
         for name, value in self._given():
-            tensor = (
-                (value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu"))
-                .detach()
-                .to(torch.float32)
-            )
+            tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
+            tensor = tensor.detach().to(torch.float32)
             tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
             _check_values(name, tensor, positive=name.endswith("scale"))
             object.__setattr__(self, name, tensor)

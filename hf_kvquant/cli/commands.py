@@ -75,10 +75,10 @@ def _load(options: argparse.Namespace, assistant: str | None = None, **further: 
     device = _place(options)
     spread = options.device == "auto" and device.type != "cpu" and is_accelerate_available()
     placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
-    which = (options.model, options.revision) if assistant is None else (assistant, None)
-    model = AutoModelForCausalLM.from_pretrained(which[0], revision=which[1], dtype=options.dtype, **placed, **further)
-    if which[1] is not None:
-        model.config._commit_hash = which[1]  # its scales and tokenizer are of this one, too
+    source, revision = (options.model, options.revision) if assistant is None else (assistant, None)
+    model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=options.dtype, **placed, **further)
+    if revision is not None:
+        model.config._commit_hash = revision  # its scales and tokenizer are of this one, too
     return model if spread else model.to(device)
 
 
@@ -93,7 +93,7 @@ def _skeleton(options: argparse.Namespace) -> PreTrainedModel:
     """
     _place(options)
     model = _random_model(options, torch.device("meta"))
-    model.config._name_or_path = options.model
+    model.config._name_or_path, model.config._commit_hash = options.model, options.revision
     return model
 
 

@@ -89,7 +89,7 @@ def check_write(
     clipped: torch.Tensor | None,
     is_eager: bool,
 ) -> None:
-    if not is_eager:  # a graph would be guarded on what is remembered
+    if not is_eager:  # a graph would be guarded on what is remembered, and on how much room there is
         return _check_write(key, value, k, v, page_table, seq_lens, clipped)
     asked = (
         key.shape, key.dtype, key.device, value.shape, value.dtype, value.device,
@@ -99,7 +99,7 @@ def check_write(
     if _is_known("write", k, v, asked):
         return
     _check_write(key, value, k, v, page_table, seq_lens, clipped)
-    if key.shape[2] > page_table.shape[1] * k.pages.shape[2]:  # a graph would be guarded on it
+    if key.shape[2] > page_table.shape[1] * k.pages.shape[2]:
         raise ValueError(
             f"key has {key.shape[2]} tokens, but {page_table.shape[1]} pages of {k.pages.shape[2]} tokens have no room "
             "for as many; write the newest of them"
