@@ -61,6 +61,7 @@ class FixedLayer(PagedLayer):
         other.mark_addresses()
         return other
 
+    @torch.compiler.disable
     def mark_addresses(self) -> None:
         """Tell the compiler that these tensors stay where they are."""
         if not hasattr(self, "k"):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import transformers
 from transformers import GenerationMixin
@@ -245,19 +246,30 @@ def _share_prompts(model: Any, generation_config: Any, cache: QuantizedPagedCach
         cache.shared.copies, cache.shared.num_prompts = copies, batch_size
 
 
+# Of each model the class of the last cross-attention cache, and the options of its instances.
+_cross_attention_classes: WeakKeyDictionary[Any, tuple[dict[str, Any], Any]] = WeakKeyDictionary()
+
+
 def _cross_attention_cache(model: Any, options: Any, encoder_length: int) -> QuantizedPagedCache:
     """The cache of what the encoder says: written once, never grown, with scales of its own."""
     kvquant = replace(options_for(model, options), max_cache_len=None)  # its length is the encoder's
     if asks_for_files(kvquant):  # a checkpoint's scales are for self-attention
         kvquant = replace(kvquant, scales="dynamic")
 
-    class CrossAttentionCache(QuantizedPagedCache):
-        """A model may make the cache anew from its class, with a configuration of its own; the options must stay."""
+    known = _cross_attention_classes.get(model)
+    if known is None or known[0] != kvquant.to_dict():  # compiled graphs are guarded on the class
 
-        def __init__(self, config: Any, offloading: bool = False) -> None:
-            super().__init__(config, kvquant, expected_length=encoder_length)
+        class CrossAttentionCache(QuantizedPagedCache):
+            """A model may make the cache anew from its class, with a configuration of its own; options must stay."""
 
-    return CrossAttentionCache(model.config)
+            expected_length = encoder_length
+
+            def __init__(self, config: Any, offloading: bool = False) -> None:
+                super().__init__(config, kvquant, expected_length=self.expected_length)
+
+        _cross_attention_classes[model] = known = (kvquant.to_dict(), CrossAttentionCache)
+    known[1].expected_length = encoder_length
+    return known[1](model.config)
 
 
 def _will_compile(model: Any, generation_config: Any, generation_mode: Any) -> bool:

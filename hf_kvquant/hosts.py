@@ -152,9 +152,18 @@ def _paths_in_files(model: PreTrainedModel, paths: Sequence[str]) -> dict[str, s
     return found
 
 
+def config_number(config: PreTrainedConfig, name: str) -> int | None:
+    """A number of the configuration, None if it has none or if layers differ in it."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers' where layers differ
+        return None
+    return value if isinstance(value, int) else None
+
+
 def _num_kv_heads(config: PreTrainedConfig, modules: Sequence[torch.nn.Module]) -> int | None:
-    num_heads = getattr(config, "num_attention_heads", None)
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    num_heads = config_number(config, "num_attention_heads")
+    num_kv_heads = config_number(config, "num_key_value_heads") or num_heads
     for module in modules:  # layers may differ
         if getattr(module, "kv_lora_rank", None) is not None:
             return None  # whether latents or what they are expanded to is stored is the model's code's choice
@@ -163,7 +172,7 @@ def _num_kv_heads(config: PreTrainedConfig, modules: Sequence[torch.nn.Module]) 
             num_kv_heads = own
         elif isinstance(groups, int) and groups > 0 and isinstance(num_heads, int):
             num_kv_heads = num_heads // groups
-    return num_kv_heads if isinstance(num_kv_heads, int) else None
+    return num_kv_heads
 
 
 def checkpoint_of(model: PreTrainedModel) -> tuple[str | None, str | None]:

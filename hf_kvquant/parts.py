@@ -94,10 +94,8 @@ def _equal_lengths(batch_size: int, length: int, device: torch.device) -> torch.
 
 def _made_once(make: Any, *arguments: Any) -> torch.Tensor:
     """`make(*arguments)`, whose results are kept; a graph makes its own."""
-    if torch.compiler.is_compiling():
-        return make.__wrapped__(*arguments)
     with mutable_everywhere():
-        return make(*arguments)
+        return make.__wrapped__(*arguments) if torch.compiler.is_compiling() else make(*arguments)
 
 
 def _hide(mask: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

@@ -207,7 +207,10 @@ def _as_rows(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _media_tokens(config: PreTrainedConfig) -> list[int]:
-    return [value for name, value in vars(config).items() if _MEDIA_TOKEN.fullmatch(name) and isinstance(value, int)]
+    """Of the model and its parts."""
+    own = [value for name, value in vars(config).items() if _MEDIA_TOKEN.fullmatch(name) and isinstance(value, int)]
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    return own + [token for part in parts if isinstance(part, PreTrainedConfig) for token in _media_tokens(part)]
 
 
 def _nbytes_of(caches: Iterable[QuantizedPagedCache]) -> int:

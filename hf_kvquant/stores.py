@@ -202,5 +202,10 @@ def _zeros(store: torch.Tensor, num_pages: int) -> torch.Tensor:
 
 
 def mutable_everywhere() -> AbstractContextManager[Any]:
-    """Tensors made here can be written to later, even if this is inference mode and that is not."""
+    """Tensors made here can be written to later, even if this is inference mode and that is not.
+
+    A graph has one mode.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, KEPT_BY_HOST, MORE_FAMILIES, available, build
-from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel, WhisperForConditionalGeneration
+from helpers import prompt
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    WhisperForConditionalGeneration,
+)
 from transformers.cache_utils import EncoderDecoderCache
 
+from hf_kvquant import calibrate, read_scales
+from hf_kvquant.doctor import diagnose
 from hf_kvquant.hosts import model_layers, with_cache
 from hf_kvquant.interface import adds_masks, uses_attention_interface
 
@@ -73,6 +83,22 @@ def test_each_layer_has_the_module_that_feeds_it(model_type: str) -> None:
         assert layers.num_kv_heads[index] in (num_heads, None)
         is_latent = num_heads == 1 and model.config.get_text_config(decoder=True).num_key_value_heads != 1
         assert (layers.num_kv_heads[index] is None) == is_latent
+
+
+@pytest.mark.parametrize("model_type", available(["gemma4_text"]))
+def test_numbers_that_differ_between_layers(model_type: str, tmp_path: Path) -> None:
+    """Configurations of such models refuse to be asked for one number."""
+    overrides = FAMILIES[model_type] | {"num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    build(model_type, overrides).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="kvquant")
+    options = {"max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(prompt(), cache_implementation="dynamic", **options)
+    assert torch.equal(model.generate(prompt(), cache_config={"kv_cache_dtype": "model"}, **options), expected)
+    assert list(model_layers(model).num_kv_heads[:2]) == [2, 1]
+    scales = calibrate(model, prompt(), granularity="head", progress=False)
+    assert [len(layer.k_scale) for layer in scales if layer is not None] == [2, 1]
+    assert read_scales(model) is None
+    assert len(diagnose(tmp_path).layers) == 2
 
 
 @pytest.mark.parametrize(

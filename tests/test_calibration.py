@@ -15,11 +15,12 @@ import families
 import pytest
 import torch
 from helpers import QMAX, code_value, nearest_code, prompt, tiny_llama
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks.twins import TWINS
 from hf_kvquant import QuantizedPagedCache, calibrate
+from hf_kvquant.attention import kvquant_attention
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "tiny-python-lm"
 FP8, INT8 = "fp8_e4m3", "int8"
@@ -285,6 +286,45 @@ def test_queries(granularity: str, attention: str) -> None:
     assert all(scales.q_scale is not None for scales in found)
     assert model.config._attn_implementation == attention
     assert torch.equal(model(tokens).logits, before)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3n_text", "gemma4_text", "bart"])
+def test_watching_queries_changes_nothing_else(model_type: str) -> None:
+    """Windows and padding hide what they hide."""
+    model = families.build(model_type)
+    tokens = prompt(2, 40, vocab_size=90)
+    mask = torch.ones_like(tokens)
+    mask[0, :15] = 0
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = prompt(2, 20, vocab_size=90)
+    plain, watched = (calibrate(model, [batch], q_scale=q_scale, progress=False) for q_scale in (False, True))
+    for one, other in zip(plain, watched, strict=True):
+        if one is not None:
+            torch.testing.assert_close((one.k_scale, one.v_scale), (other.k_scale, other.v_scale), **CLOSE)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_queries_of_layers_that_use_the_keys_of_others(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They meet the scale of the layer whose keys they meet, and there are more of them than have logits."""
+    model = families.build(model_type, attn_implementation="kvquant")
+    tokens = prompt(2, 40, vocab_size=90)
+    largest: dict[int, float] = {}
+
+    def watched(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer = (0, 1, 0, 1)[module.layer_idx]  # of a sliding and a full one, whose keys the other two use
+        largest[layer] = max(largest.get(layer, 0.0), query.abs().max().item())
+        return kvquant_attention(module, query, key, *args, **kwargs)
+
+    for name, parameter in model.named_parameters():
+        if "layers.2.self_attn.q_norm" in name or "layers.3.self_attn.q_norm" in name:
+            parameter.data.fill_(4.0)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "kvquant", watched)
+    model(tokens)
+    scales = calibrate(model, tokens, q_scale=True, progress=False)
+    assert largest[0] > 8
+    for layer in (0, 1):
+        torch.testing.assert_close(scales[layer].q_scale.item() * 448, largest[layer], **CLOSE)
 
 
 def test_queries_of_a_model_that_computes_attention_itself() -> None:

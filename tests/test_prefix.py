@@ -214,6 +214,17 @@ def test_images_stand_for_more_than_their_tokens() -> None:
     assert prefixes.cache_for(torch.cat([text, text], dim=1)).get_seq_length() == 16
 
 
+def test_tokens_of_media_may_be_named_by_a_part_of_the_configuration() -> None:
+    model = families.build("gemma3")
+    model.config.vision_config.image_token_id = 77
+    text = prompt(1, 20, vocab_size=70)
+    prefixes = make(model)
+    assert prefixes.prefill(text)
+    text[0, 5] = 77
+    with pytest.raises(ValueError, match="keep what is before them"):
+        prefixes.prefill(text)
+
+
 def test_refusals() -> None:
     model = tiny_llama()
     with pytest.raises(ValueError, match="encoder"):

@@ -9,21 +9,23 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from ..attention import kvquant_attention, kvquant_mask
 from ..calibration_data import Batch
-from ..hosts import evaluating, layer_type_names, with_cache
+from ..hosts import config_number, evaluating, layer_type_names, with_cache
 from ..interface import attention_by_part, uses_attention_interface
 from ..rotary import rotary_layouts
 from ..scales import LayerScales
 from .estimating import Estimate
 from .statistics import Statistics
 
+# The name of attention that is watched. Masks are only made for names that transformers knows.
+_WATCHED = "kvquant_calibration"
+AttentionMaskInterface.register(_WATCHED, kvquant_mask)
 # How many times as large as others channels or heads may be where they share an int8 scale: beyond that those others
 # have fewer than four bits.
 CROWDED = 16
@@ -44,6 +46,8 @@ class Gatherer:
         self._statistics: dict[tuple[int, str], Statistics] = {}
         self._valid: torch.Tensor | None = None  # [B, T] of the batch, None where all are tokens
         self._attending: int | None = None  # the layer whose keys have just come, until its attention has run
+        self._logits_to_keep = 1
+        self._cached: dict[int, torch.Tensor] = {}  # keys of every layer of the batch
         self.num_tokens = 0
         self.num_sequences = 0
 
@@ -54,6 +58,9 @@ class Gatherer:
     def run(self, batches: Iterator[Batch], queries: bool, progress: bool) -> bool:
         """Gather from all batches; returns whether that was interrupted."""
         parameters = inspect.signature(self._model.forward).parameters
+        # Layers that use the keys of others compute only the tokens whose logits are asked for.
+        if queries and config_number(self._text_config, "num_kv_shared_layers"):
+            self._logits_to_keep = 0  # all
         try:
             with (
                 evaluating(self._model),
@@ -77,11 +84,12 @@ class Gatherer:
             positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
             inputs.setdefault("position_ids", positions.to(self._model.device))
         if "logits_to_keep" in parameters:
-            inputs["logits_to_keep"] = 1
+            inputs["logits_to_keep"] = self._logits_to_keep
         cache: Any = _WatchedCache(self._text_config, self)
         if self._model.config.is_encoder_decoder:
             cache = EncoderDecoderCache(cache, DynamicCache(config=self._text_config))
         self._model(**inputs, **with_cache(cache))
+        self._cached.clear()
         self.num_tokens += batch.num_tokens
         self.num_sequences += batch.num_sequences
 
@@ -100,8 +108,9 @@ class Gatherer:
         if len(x):
             self._statistics.setdefault((layer, side), Statistics(self._sample_tokens)).add(x)
 
-    def see_cached(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        self._attending = layer
+    def see_cached(self, layer: int, key: torch.Tensor, value: torch.Tensor, cached: torch.Tensor) -> None:
+        """`cached` are the keys that attention gets for `key`."""
+        self._attending, self._cached[layer] = layer, cached
         self.see(layer, "k", key)
         self.see(layer, "v", value)
 
@@ -110,24 +119,26 @@ class Gatherer:
         """Attention that passes each layer's queries by; the model's own comes back afterwards."""
         if not uses_attention_interface(self._model.config.get_text_config(decoder=True)):
             raise ValueError("q_scale=True: this model computes its attention itself, its queries cannot be seen")
-        name = "kvquant_calibration"
 
-        def attention(module: torch.nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def attention(
+            module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            layer, self._attending = self._attending, None
+            if layer is None:  # it may use the keys of an earlier layer
+                layer = next((i for i, cached in self._cached.items() if cached.data_ptr() == key.data_ptr()), None)
             # What attends to nothing in this cache (a vision tower, cross-attention) has put no keys into it.
-            if self._attending is not None:
-                self.see(self._attending, "q", query)
-                self._attending = None
-            return kvquant_attention(module, query, *args, **kwargs)
+            if layer is not None:
+                self.see(layer, "q", query)
+            return kvquant_attention(module, query, key, *args, **kwargs)
 
         before = attention_by_part(self._model)
-        ALL_ATTENTION_FUNCTIONS[name] = attention
-        ALL_MASK_ATTENTION_FUNCTIONS[name] = kvquant_mask
+        ALL_ATTENTION_FUNCTIONS[_WATCHED] = attention
         try:
-            self._model.set_attn_implementation(name)
+            self._model.set_attn_implementation(_WATCHED)
             yield
         finally:
             self._model.set_attn_implementation(before)
-            del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
+            del ALL_ATTENTION_FUNCTIONS[_WATCHED]
 
     def is_crowded(self, layer: int, granularity: str) -> bool:
         """Whether numbers of very different size share a scale: outlier channels, or loud and quiet heads."""
@@ -166,5 +177,6 @@ class _WatchedCache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        self._gatherer.see_cached(layer_idx, key_states, value_states)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        stored = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._gatherer.see_cached(layer_idx, key_states, value_states, stored[0])
+        return stored
