@@ -59,7 +59,9 @@ def model_skeleton(source: str | os.PathLike[str], revision: str | None = None) 
         model: PreTrainedModel = make(config, dtype=torch.bfloat16, attn_implementation="eager")
     model.config._name_or_path = str(source)
     model.config._commit_hash = getattr(config, "_commit_hash", None) or revision
-    model.config.get_text_config(decoder=True).dtype = dtype  # what its weights are in
+    # What its weights are in. The text part may be a copy that is made whenever it is asked for.
+    for part in (model.config, model.config.get_text_config(decoder=True)):
+        part.dtype = dtype
     return model.eval()
 
 
