@@ -88,7 +88,7 @@ def layer_shapes(model: PreTrainedModel) -> tuple[list[LayerShape], list[str]]:
     cross: list[LayerShape | None] = [None] * len(cache.layers)
     notes: list[str] = []
     try:
-        encoded = _run(model, cache)
+        encoded = run_skeleton(model, cache)
     except Exception as error:  # code of any model, some of which looks at numbers, and there are none here
         sizes = [_configured(config) if isinstance(layer, DynamicLayer) else (0, 0, 0) for layer in cache.layers]
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -109,10 +109,10 @@ def layer_shapes(model: PreTrainedModel) -> tuple[list[LayerShape], list[str]]:
     return shapes, notes
 
 
-def _run(model: PreTrainedModel, cache: DynamicCache) -> DynamicCache:
-    """One step; returns what cross-attention keeps."""
+def run_skeleton(model: PreTrainedModel, cache: DynamicCache, num_tokens: int = 2) -> DynamicCache:
+    """One step over `cache`; returns what cross-attention keeps. May raise whatever the model's code raises."""
     encoded = DynamicCache()
-    tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    tokens = torch.zeros(2, num_tokens, dtype=torch.int64, device="meta")  # what is done for one text may be special
     with torch.device("meta"), torch.no_grad():
         if model.config.is_encoder_decoder:
             both = EncoderDecoderCache(cache, encoded)

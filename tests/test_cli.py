@@ -385,7 +385,28 @@ def test_the_doctor_knows_whose_attention_runs(model_type: str, is_fused: bool, 
     families.build(model_type).save_pretrained(tmp_path)
     said = diagnose(tmp_path)
     assert ("reads the pages" in said.attention) == is_fused
+    assert ("storage only" in said.attention) != is_fused
     assert not any("state of another kind" in note for note in said.notes)  # layers without keys of their own have none
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        (model_type, expected)
+        for model_type, expected in {
+            "llama": "attn_implementation='kvquant' reads the pages; any other",
+            "deepseek_v3": "over dense keys and values, which are read from the pages: the model calls linear",
+            "doge": "the model reads .transpose (storage only)",
+            "inkling2_text": "sinks differ between tokens (storage only)",
+            "longcat_flash": "the model reads .expand (storage only)",  # stops after its attention
+            "gpt2": "reads the pages, unless the model itself",  # does not run without weights
+        }.items()
+        if model_type in families.available([model_type])
+    ],
+)
+def test_the_doctor_knows_whose_keys_become_dense(model_type: str, expected: str, tmp_path: Path) -> None:
+    families.build(model_type).save_pretrained(tmp_path)
+    assert expected in diagnose(tmp_path).attention
 
 
 def test_large_scales(base: Path) -> None:
