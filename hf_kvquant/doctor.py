@@ -131,7 +131,7 @@ def diagnose(
         str(dtype).removeprefix("torch."),
         str(where),
         _kernels(where, dtype, shapes),
-        _attention(model),
+        _attention(source, revision, model),
         layers,
         sum(layer.bytes_per_token for layer in layers),
         sum(layer.model_dtype_bytes_per_token for layer in layers),
@@ -154,10 +154,10 @@ def _diagnose(layer: PagedLayer, shape: LayerShape, dtype: torch.dtype) -> Layer
     )
 
 
-def _attention(model: PreTrainedModel) -> str:
+def _attention(source: str | os.PathLike[str], revision: str | None, model: PreTrainedModel) -> str:
     if not uses_attention_interface(model.config.get_text_config(decoder=True)):
         return "the model computes it itself, from dense keys and values (storage only)"
-    reasons, is_sure = _dense_reasons(model)
+    reasons, is_sure = _dense_reasons(source, revision)
     if reasons:
         return f"over dense keys and values, which are read from the pages: {'; '.join(reasons)} (storage only)"
     others = "any other gets dense keys and values"
@@ -169,20 +169,18 @@ def _attention(model: PreTrainedModel) -> str:
     )
 
 
-def _dense_reasons(model: PreTrainedModel) -> tuple[list[str], bool]:
-    """Why layers are read as dense tensors under our attention, and whether that is all: some models do not run here.
-
-    Afterwards the model has our attention.
-    """
+def _dense_reasons(source: str | os.PathLike[str], revision: str | None) -> tuple[list[str], bool]:
+    """Why layers are read as dense tensors under our attention, and whether that is all: some models do not run."""
+    layers: list[PagedLayer] = []
     is_sure = True
-    model.set_attn_implementation("kvquant")
-    cache = QuantizedPagedCache(model.config, KVQuantConfig(kv_cache_dtype="model"))
     try:
+        model = model_skeleton(source, revision, "kvquant")  # where it is changed later, some models take no notice
+        cache = QuantizedPagedCache(model.config, KVQuantConfig(kv_cache_dtype="model"))
+        layers = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
         for num_tokens in (2, 1):  # a prompt's attention does not ask for pages
             run_skeleton(model, cache, num_tokens)
     except Exception:
         is_sure = False
-    layers = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
     return list(dict.fromkeys(reason for layer in layers for reason in layer.dense_reasons)), is_sure
 
 

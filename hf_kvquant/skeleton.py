@@ -51,7 +51,9 @@ class LayerShape:
         return context if self.window is None else min(context, self.window)
 
 
-def model_skeleton(source: str | os.PathLike[str], revision: str | None = None) -> PreTrainedModel:
+def model_skeleton(
+    source: str | os.PathLike[str], revision: str | None = None, attention: str = "eager"
+) -> PreTrainedModel:
     """The model of a directory or hub id on the meta device: modules and shapes, no weights.
 
     Raises ValueError if there is no configuration, or none that transformers knows.
@@ -67,8 +69,8 @@ def model_skeleton(source: str | os.PathLike[str], revision: str | None = None) 
     model_class = getattr(transformers, names[0]) if names else AutoModelForCausalLM
     make = model_class.from_config if model_class is AutoModelForCausalLM else model_class._from_config
     with torch.device("meta"):
-        # The plainest attention and the usual dtype: what every model can be traced with.
-        model: PreTrainedModel = make(config, dtype=torch.bfloat16, attn_implementation="eager")
+        # With the plainest attention and the usual dtype every model can be traced.
+        model: PreTrainedModel = make(config, dtype=torch.bfloat16, attn_implementation=attention)
     model.config._name_or_path = str(source)
     model.config._commit_hash = getattr(config, "_commit_hash", None) or revision
     # What its weights are in. The text part may be a copy that is made whenever it is asked for.

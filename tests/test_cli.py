@@ -396,6 +396,7 @@ def test_the_doctor_knows_whose_attention_runs(model_type: str, is_fused: bool, 
         for model_type, expected in {
             "llama": "attn_implementation='kvquant' reads the pages; any other",
             "deepseek_v3": "over dense keys and values, which are read from the pages: the model calls linear",
+            "t5": "attn_implementation='kvquant' reads the pages; any other",
             "doge": "the model reads .transpose (storage only)",
             "inkling2_text": "sinks differ between tokens (storage only)",
             "longcat_flash": "the model reads .expand (storage only)",  # stops after its attention
