@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from .cache import QuantizedPagedCache
+from .config import KVQuantConfig
 from .interface import uses_attention_interface
 from .layers import PagedLayer
 from .ops import cpu
-from .skeleton import LayerShape, layer_shapes, model_skeleton
+from .skeleton import LayerShape, layer_shapes, model_skeleton, run_skeleton
 from .tables import pair, size, table
 
 
@@ -129,7 +131,7 @@ def diagnose(
         str(dtype).removeprefix("torch."),
         str(where),
         _kernels(where, dtype, shapes),
-        _attention(model),
+        _attention(source, revision, model),
         layers,
         sum(layer.bytes_per_token for layer in layers),
         sum(layer.model_dtype_bytes_per_token for layer in layers),
@@ -152,10 +154,34 @@ def _diagnose(layer: PagedLayer, shape: LayerShape, dtype: torch.dtype) -> Layer
     )
 
 
-def _attention(model: Any) -> str:
-    if uses_attention_interface(model.config.get_text_config(decoder=True)):
-        return "attn_implementation='kvquant' reads the pages; any other gets dense keys and values"
-    return "the model computes it itself, from dense keys and values (storage only)"
+def _attention(source: str | os.PathLike[str], revision: str | None, model: PreTrainedModel) -> str:
+    if not uses_attention_interface(model.config.get_text_config(decoder=True)):
+        return "the model computes it itself, from dense keys and values (storage only)"
+    reasons, is_sure = _dense_reasons(source, revision)
+    if reasons:
+        return f"over dense keys and values, which are read from the pages: {'; '.join(reasons)} (storage only)"
+    others = "any other gets dense keys and values"
+    if is_sure:
+        return f"attn_implementation='kvquant' reads the pages; {others}"
+    return (
+        "attn_implementation='kvquant' reads the pages, unless the model itself computes with keys or values on the "
+        f"way, which does not show without weights (`cache.report()` says it); {others}"
+    )
+
+
+def _dense_reasons(source: str | os.PathLike[str], revision: str | None) -> tuple[list[str], bool]:
+    """Why layers are read as dense tensors under our attention, and whether that is all: some models do not run."""
+    layers: list[PagedLayer] = []
+    is_sure = True
+    try:
+        model = model_skeleton(source, revision, "kvquant")  # where it is changed later, some models take no notice
+        cache = QuantizedPagedCache(model.config, KVQuantConfig(kv_cache_dtype="model"))
+        layers = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
+        for num_tokens in (2, 1):  # a prompt's attention does not ask for pages
+            run_skeleton(model, cache, num_tokens)
+    except Exception:
+        is_sure = False
+    return list(dict.fromkeys(reason for layer in layers for reason in layer.dense_reasons)), is_sure
 
 
 def _kernels(device: torch.device, dtype: torch.dtype, shapes: list[LayerShape]) -> str:

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from .cache import QuantizedPagedCache
 from .checkpoints.files import CheckpointFiles
 from .config import KVQuantConfig
 from .hosts import longest_sequence
+from .layers import PagedLayer
 from .policy import SidePlan
 from .skeleton import LayerShape, layer_shapes, model_skeleton
 from .tables import size, table
@@ -123,13 +125,17 @@ def plan_memory(
             raise ValueError(f"{name} is {value}; it must be positive")
     if memory is not None and memory < 1:
         raise ValueError(f"memory is {memory}; it must be positive, in bytes")
-    all_shapes, guesses = layer_shapes(model)
-    shapes = [shape for shape in all_shapes if shape.numbers_per_token]
+    shapes, guesses = layer_shapes(model)
+    are_paged = [isinstance(layer, PagedLayer) for layer in QuantizedPagedCache(config).layers]
     dtype = config.dtype
     weight_bytes, notes = _weight_bytes(source, revision, model)
     notes = [*guesses, *notes]
-    if others := len(all_shapes) - len(shapes):
-        notes.append(f"the states of {others} layers without keys and values are not counted")
+    if states := sum(shape.keeps_more for shape in shapes):
+        notes.append(f"{states} layers keep a state beside keys and values, or instead of them, which is not counted")
+    if model.config.is_encoder_decoder:
+        notes.append(_of_cross_attention(shapes, dtype))
+    if kept := sum(not paged and shape.numbers_per_token > 0 for shape, paged in zip(shapes, are_paged, strict=True)):
+        notes.append(f"{kept} layers stay as transformers has them, in the model's dtype whatever the format")
     notes.append("activations are not counted")
     if memory is not None and weight_bytes >= memory:
         notes.append("the weights alone do not fit; give the memory of all devices that share them")
@@ -137,7 +143,10 @@ def plan_memory(
     for name, plan in _FORMATS.items():
 
         def needed(batch: int, tokens: int, plan: SidePlan = plan) -> int:
-            return batch * sum(_layer_bytes(shape, plan, tokens, page_size, dtype) for shape in shapes)
+            return batch * sum(
+                _layer_bytes(shape, plan if is_paged else _FORMATS["model"], tokens, page_size, dtype)
+                for shape, is_paged in zip(shapes, are_paged, strict=True)
+            )
 
         free = None if memory is None else memory - weight_bytes
         formats.append(
@@ -154,11 +163,28 @@ def plan_memory(
 
 def _layer_bytes(shape: LayerShape, plan: SidePlan, tokens: int, page_size: int, dtype: torch.dtype) -> int:
     """Bytes of one sequence in a layer."""
-    kept = shape.num_tokens(tokens)
+    kept, index = shape.num_tokens(tokens), shape.index_dim * tokens * dtype.itemsize
     if plan.format != "model":  # whole pages; the newest page of a window may be all but empty
         kept = -(-kept // page_size) * page_size + (page_size if kept < tokens else 0)
+    return kept * _token_bytes(shape, plan, dtype) + index
+
+
+def _token_bytes(shape: LayerShape, plan: SidePlan, dtype: torch.dtype) -> int:
     dims = (shape.k_head_dim, shape.v_head_dim)
-    return kept * sum(plan.bytes_per_token(shape.num_kv_heads, dim, dtype) for dim in dims)
+    return sum(plan.bytes_per_token(shape.num_kv_heads, dim, dtype) for dim in dims)
+
+
+def _of_cross_attention(shapes: Sequence[LayerShape], dtype: torch.dtype) -> str:
+    """A note: how long an encoder's text will be is not known."""
+    layers = [shape.cross_attention for shape in shapes if shape.cross_attention is not None]
+    note = "keys and values of cross-attention are not counted"
+    if not layers:
+        return note
+    stored, quantized = (
+        size(sum(_token_bytes(layer, _FORMATS[name], dtype) for layer in layers))
+        for name in ("model", "8-bit, dynamic scales")  # no checkpoint has scales for them
+    )
+    return f"{note}: a token of the encoder takes {stored}, or {quantized} in 8 bits"
 
 
 def _largest_context(needed: Callable[[int, int], int], batch: int, free: int | None, bound: int | None) -> int | None:

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
 from .hosts import layer_type_names, with_cache
 
@@ -21,6 +27,9 @@ class LayerShape:
         layer_type: transformers' name for it.
         num_kv_heads, k_head_dim, v_head_dim: sizes; 0 where a layer stores no keys and values.
         window: tokens that a sliding layer looks back, itself included; None for all.
+        index_dim: numbers that an index over the keys adds to a token; 0 without one.
+        keeps_more: whether it keeps a state beside all these, or instead of them.
+        cross_attention: what the layer stores of each token of an encoder; None without one, or if that is not known.
     """
 
     layer_type: str
@@ -28,6 +37,9 @@ class LayerShape:
     k_head_dim: int
     v_head_dim: int
     window: int | None = None
+    index_dim: int = 0
+    keeps_more: bool = False
+    cross_attention: LayerShape | None = None
 
     @property
     def numbers_per_token(self) -> int:
@@ -39,7 +51,9 @@ class LayerShape:
         return context if self.window is None else min(context, self.window)
 
 
-def model_skeleton(source: str | os.PathLike[str], revision: str | None = None) -> PreTrainedModel:
+def model_skeleton(
+    source: str | os.PathLike[str], revision: str | None = None, attention: str = "eager"
+) -> PreTrainedModel:
     """The model of a directory or hub id on the meta device: modules and shapes, no weights.
 
     Raises ValueError if there is no configuration, or none that transformers knows.
@@ -55,11 +69,13 @@ def model_skeleton(source: str | os.PathLike[str], revision: str | None = None) 
     model_class = getattr(transformers, names[0]) if names else AutoModelForCausalLM
     make = model_class.from_config if model_class is AutoModelForCausalLM else model_class._from_config
     with torch.device("meta"):
-        # The plainest attention and the usual dtype: what every model can be traced with.
-        model: PreTrainedModel = make(config, dtype=torch.bfloat16, attn_implementation="eager")
+        # With the plainest attention and the usual dtype every model can be traced.
+        model: PreTrainedModel = make(config, dtype=torch.bfloat16, attn_implementation=attention)
     model.config._name_or_path = str(source)
     model.config._commit_hash = getattr(config, "_commit_hash", None) or revision
-    model.config.get_text_config(decoder=True).dtype = dtype  # what its weights are in
+    # What its weights are in. The text part may be a copy that is made whenever it is asked for.
+    for part in (model.config, model.config.get_text_config(decoder=True)):
+        part.dtype = dtype
     return model.eval()
 
 
@@ -71,29 +87,41 @@ def layer_shapes(model: PreTrainedModel) -> tuple[list[LayerShape], list[str]]:
     config = model.config.get_text_config(decoder=True)
     cache = DynamicCache(config=config)
     types = layer_type_names(config, cache.layers)
+    cross: list[LayerShape | None] = [None] * len(cache.layers)
     notes: list[str] = []
     try:
-        _run(model, cache)
+        encoded = run_skeleton(model, cache)
     except Exception as error:  # code of any model, some of which looks at numbers, and there are none here
-        sizes = [_configured(config)] * len(cache.layers)
+        sizes = [_configured(config) if isinstance(layer, DynamicLayer) else (0, 0, 0) for layer in cache.layers]
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         notes.append(
             f"sizes of keys and values are the configuration's: the model does not run without weights ({reason})"
         )
     else:
         sizes = [_cached(layer) for layer in cache.layers]
-    windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
-    return [LayerShape(name, *size, window) for name, size, window in zip(types, sizes, windows, strict=True)], notes
+        for index, layer in enumerate(encoded.layers[: len(cross)]):
+            cross[index] = LayerShape("cross_attention", *_cached(layer))
+    # Some versions of transformers have layers that hold nothing, for those that use the keys of another.
+    dummies = getattr(cache, "is_dummy", [False] * len(cache.layers))
+    shapes = []
+    for layer, name, size, of_encoder, is_dummy in zip(cache.layers, types, sizes, cross, dummies, strict=True):
+        window = getattr(layer, "sliding_window", None)
+        keeps_more = not is_dummy and _keeps_more(layer)
+        shapes.append(LayerShape(name, *size, window, _index_dim(layer), keeps_more, of_encoder))
+    return shapes, notes
 
 
-def _run(model: PreTrainedModel, cache: DynamicCache) -> None:
-    tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+def run_skeleton(model: PreTrainedModel, cache: DynamicCache, num_tokens: int = 2) -> DynamicCache:
+    """One step over `cache`; returns what cross-attention keeps. May raise whatever the model's code raises."""
+    encoded = DynamicCache()
+    tokens = torch.zeros(2, num_tokens, dtype=torch.int64, device="meta")  # what is done for one text may be special
     with torch.device("meta"), torch.no_grad():
         if model.config.is_encoder_decoder:
-            both = EncoderDecoderCache(cache, DynamicCache())
+            both = EncoderDecoderCache(cache, encoded)
             model(input_ids=tokens, decoder_input_ids=tokens, **with_cache(both))
         else:
             model(input_ids=tokens, **with_cache(cache))
+    return encoded
 
 
 def _cached(layer: object) -> tuple[int, int, int]:
@@ -101,6 +129,17 @@ def _cached(layer: object) -> tuple[int, int, int]:
     if not isinstance(keys, torch.Tensor) or keys.ndim != 4:
         return 0, 0, 0
     return keys.shape[1], keys.shape[3], values.shape[3] if isinstance(values, torch.Tensor) else 0
+
+
+def _index_dim(layer: object) -> int:
+    index = getattr(layer, "indexer_keys", None)
+    return index.shape[-1] if isinstance(index, torch.Tensor) else 0
+
+
+def _keeps_more(layer: object) -> bool:
+    if type(layer) is DynamicIndexedLayer:
+        return not _index_dim(layer) or getattr(layer, "indexer_position_ids", None) is not None
+    return type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def _configured(config: PreTrainedConfig) -> tuple[int, int, int]:

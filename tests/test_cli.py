@@ -31,6 +31,7 @@ from hf_kvquant.layers import PagedLayer
 from hf_kvquant.ops import cpu
 from hf_kvquant.planning import plan_memory
 from hf_kvquant.skeleton import layer_shapes, model_skeleton
+from hf_kvquant.tables import size
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-python-lm"
 
@@ -384,7 +385,29 @@ def test_the_doctor_knows_whose_attention_runs(model_type: str, is_fused: bool, 
     families.build(model_type).save_pretrained(tmp_path)
     said = diagnose(tmp_path)
     assert ("reads the pages" in said.attention) == is_fused
+    assert ("storage only" in said.attention) != is_fused
     assert not any("state of another kind" in note for note in said.notes)  # layers without keys of their own have none
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        (model_type, expected)
+        for model_type, expected in {
+            "llama": "attn_implementation='kvquant' reads the pages; any other",
+            "deepseek_v3": "over dense keys and values, which are read from the pages: the model calls linear",
+            "t5": "attn_implementation='kvquant' reads the pages; any other",
+            "doge": "the model reads .transpose (storage only)",
+            "inkling2_text": "sinks differ between tokens (storage only)",
+            "longcat_flash": "the model reads .expand (storage only)",  # stops after its attention
+            "gpt2": "reads the pages, unless the model itself",  # does not run without weights
+        }.items()
+        if model_type in families.available([model_type])
+    ],
+)
+def test_the_doctor_knows_whose_keys_become_dense(model_type: str, expected: str, tmp_path: Path) -> None:
+    families.build(model_type).save_pretrained(tmp_path)
+    assert expected in diagnose(tmp_path).attention
 
 
 def test_large_scales(base: Path) -> None:
@@ -518,6 +541,55 @@ def test_the_plan_is_what_the_caches_hold(tmp_path: Path, model_type: str) -> No
         assert pages <= planned[name] <= pages * 1.5
         if model_type != "gemma3_text":
             assert pages == planned[name]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "is_all"),
+    [
+        (model_type, model_type != "deepseek_v4")
+        for model_type in families.available(["axk2", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "hy_v4"])
+    ],
+)
+def test_the_plan_of_layers_that_stay_as_they_are(tmp_path: Path, model_type: str, is_all: bool) -> None:
+    """No format changes them, and what an index over the keys keeps is counted; whatever is not has a note."""
+    model = families.build(model_type)
+    model.save_pretrained(tmp_path)
+    plan = plan_memory(tmp_path, context=43, batches=[2])
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8")
+    with torch.no_grad():
+        model(prompt(2, 43), past_key_values=cache)
+    planned = {row.cache_bytes[0] for row in plan.formats}
+    assert len(planned) == 1
+    assert ({cache.nbytes} == planned) == is_all
+    assert any("2 layers stay as transformers has them" in note for note in plan.notes)
+    assert any("2 layers keep a state" in note for note in plan.notes) != is_all
+
+
+def test_the_plan_names_states_beside_keys_and_values(tmp_path: Path) -> None:
+    model_type = families.available(["falcon_h1"])[0]
+    families.build(model_type).save_pretrained(tmp_path)
+    assert any("2 layers keep a state beside" in note for note in plan_memory(tmp_path).notes)
+
+
+@pytest.mark.parametrize("model_type", ["bart", "t5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_encoder_decoders(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
+    """Their dtype is that of their weights, and what cross-attention keeps is said."""
+    model = families.build(model_type).to(dtype)
+    model.save_pretrained(tmp_path)
+    said, plan = diagnose(tmp_path), plan_memory(tmp_path, context=5, batches=[1])
+    assert said.dtype == plan.dtype == str(dtype).removeprefix("torch.")
+    both = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    with torch.no_grad():
+        model(prompt(1, 1), decoder_input_ids=prompt(1, 5), past_key_values=both, use_cache=True)
+    own, cross = (
+        sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+        for cache in (both.self_attention_cache, both.cross_attention_cache)
+    )
+    assert plan.formats[0].cache_bytes == [own]
+    assert said.model_dtype_bytes_per_token == own // 5
+    (note,) = [note for note in plan.notes if "cross-attention" in note]
+    assert f"a token of the encoder takes {size(cross)}, or 288 B in 8 bits" in note
 
 
 @pytest.mark.parametrize(
