@@ -239,6 +239,23 @@ def test_crop_beyond_a_window_is_refused_unless_the_past_is_recorded() -> None:
             torch.testing.assert_close(model(prompt(1, 4, seed=9), past_key_values=cache).logits, expected)
 
 
+@pytest.mark.parametrize("recent_tokens", [0, 3])
+def test_a_refused_crop_of_a_window_of_one_token_leaves_the_cache_as_it_was(recent_tokens: int) -> None:
+    model = sliding_model(window=1)
+    options = {"kv_cache_dtype": "int8", "page_size": 2, "recent_tokens": recent_tokens}
+    straight, refused = (QuantizedPagedCache.from_model(model, **options) for _ in range(2))
+    with torch.no_grad():
+        for cache in (straight, refused):
+            model(prompt(1, 20), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="sliding window of 1 keeps only the tokens from 18 on"):
+            refused.crop(-2)
+        assert [(layer.length, layer.table.length) for layer in refused.layers] == [(20, 20)] * 2
+        refused.crop(-1)
+        straight.crop(-1)
+        expected, got = (model(prompt(1, 4, seed=9), past_key_values=cache).logits for cache in (straight, refused))
+    assert torch.equal(got, expected)
+
+
 def test_beams_share_pages() -> None:
     cache = make_cache(kv_cache_dtype="int8", page_size=4)
     add(cache, 40)
