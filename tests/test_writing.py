@@ -284,7 +284,7 @@ def test_a_query_scale_per_head_of_a_model_with_one_kv_head(tmp_path: Path) -> N
     model = tiny_llama("kvquant", num_key_value_heads=1)
     model.save_pretrained(tmp_path / "base")
     scales = calibrate(model, prompt(2, 40), kv_cache_dtype="fp8", granularity="head", q_scale=True, progress=False)
-    assert scales[0].q_scale is not None and scales[0].q_scale.shape == (4,)
+    assert [layer.q_scale.shape for layer in scales.layers] == [(4,), (4,)]
     write(scales, ["per head", "transformers reports q_scale"], tmp_path / "base", tmp_path / "new")
     same(read_scales(tmp_path / "new", model).layers, scales.layers)
     scheme = config_of(tmp_path / "new")["quantization_config"]["kv_cache_scheme"]

@@ -190,7 +190,8 @@ def declared_in(layout: str, kv_cache_dtype: str, by_prefix: ByPrefix, config: M
     elif layout == "compressed-tensors":
         num_kv_heads = (config.get("text_config") or config).get("num_key_value_heads", 1)
         if by_head(by_prefix) and granularities_of(by_prefix) == {"tensor"} and num_kv_heads != 1:
-            raise ValueError(f"layout {layout!r} cannot hold q_scale per head beside scales per tensor; {_ELSE_SIDECAR}")
+            problem = "q_scale per head beside scales per tensor"
+            raise ValueError(f"layout {layout!r} cannot hold {problem}; {_ELSE_SIDECAR}")
         scheme["strategy"] = "attn_head" if by_head(by_prefix) else "tensor"
         scheme["symmetric"] = not has(by_prefix, "k_zero", "v_zero")
         if not quantization:
