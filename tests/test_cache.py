@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, PreTrainedConfig
 
 from hf_kvquant import KVQuantConfig, LayerScales, OutOfPagesError, QuantizedPagedCache
+from hf_kvquant.hosts import with_cache
+from hf_kvquant.risks import large_key_biases
 
 
 def make_cache(config: PreTrainedConfig | None = None, **options: Any) -> QuantizedPagedCache:
@@ -634,3 +636,40 @@ def test_report_is_a_table() -> None:
     assert report.model_dtype_bytes == 2 * 2 * 2 * 2 * 16 * 2 * 32  # layers, K and V, heads, channels, sequences...
     assert report.nbytes == out.past_key_values.nbytes
     assert f"({report.nbytes / report.model_dtype_bytes:.3f} of it)" in lines[3]
+
+
+FUSED = {
+    "bloom": ("bloom", {}),
+    "ctrl": ("ctrl", {"dff": 64}),
+    "falcon": ("falcon", {"new_decoder_architecture": False, "multi_query": False, "bias": True}),
+    "falcon_one_kv_head": ("falcon", {"new_decoder_architecture": False, "multi_query": True, "bias": True}),
+    "falcon_two_kv_heads": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "gpt2": ("gpt2", {}),
+    "gpt2_cross": ("gpt2", {"add_cross_attention": True}),
+    "gpt_bigcode": ("gpt_bigcode", {"multi_query": False}),
+    "gpt_bigcode_one_kv_head": ("gpt_bigcode", {"multi_query": True}),
+    "gpt_neox": ("gpt_neox", {}),
+    "persimmon": ("persimmon", {"qk_layernorm": False}),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_large_key_biases_beside_those_of_queries_and_values(name: str) -> None:
+    """A large bias is found where keys become large by it, and only there."""
+    model_type, overrides = FUSED[name]
+    if model_type not in families.available([model_type]):
+        pytest.skip(f"transformers has no {model_type}")
+    model = families.build(model_type, overrides)
+    names = ("query_key_value.bias", "self_attention.Wk.bias", "multi_head_attention.Wk.bias", ".attn.c_attn.bias")
+    bias = next(parameter for path, parameter in model.named_parameters() if path.endswith(names))
+    found = set()
+    with torch.no_grad():
+        for at in range(0, len(bias), 5):
+            bias[at] += 500.0
+            cache = DynamicCache(config=model.config)
+            model(prompt(1, 3), **with_cache(cache))
+            is_large = bool(cache.layers[0].keys.abs().max() > 200)
+            assert list(large_key_biases(model)) == [0] * is_large, at
+            found.add(is_large)
+            bias[at] -= 500.0
+    assert found == ({True} if model_type == "ctrl" else {True, False})
