@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoints.files import CheckpointFiles
 from .checkpoints.matching import bare
@@ -14,14 +14,27 @@ from .hosts import checkpoint_of, model_layers
 # A bias of this size in a key's channel leaves fp8, with its three bits of mantissa, little of what differs between
 # tokens there: models trained with such biases lose 4 % of perplexity to fp8 in any granularity, 0.1 % to int8.
 LARGE_KEY_BIAS = 32.0
+# Model type -> the projection that makes its keys, where the name does not begin with a k.
+_KEY_PROJECTIONS = {
+    "bloom": "query_key_value",
+    "ctrl": "Wk",
+    "falcon": "query_key_value",
+    "gpt2": "c_attn",
+    "gpt_bigcode": "c_attn",
+    "gpt_neox": "query_key_value",
+    "persimmon": "query_key_value",
+}
 
 
 def large_key_biases(model: PreTrainedModel) -> dict[int, float]:
     """The largest bias of the key projection of each cache layer that has one above `LARGE_KEY_BIAS`.
 
-    Layers that normalize their keys afterwards are left out. Of a model on the meta device the biases, and nothing
+    Layers that normalize their keys afterwards are left out, and so are projections of keys and others together but
+    those of `_KEY_PROJECTIONS`. Of a model on the meta device the biases, and nothing
     else, are read from its checkpoint, if that is on this machine.
     """
+    config = model.config.get_text_config(decoder=True)
+    other_name = _KEY_PROJECTIONS.get(config.model_type)
     modules = dict(model.named_modules())
     names: dict[int, str] = {}
     for index, paths in enumerate(model_layers(model).paths):
@@ -30,7 +43,8 @@ def large_key_biases(model: PreTrainedModel) -> dict[int, float]:
             if any("norm" in name and name.startswith(("k", "qk")) for name in children):
                 continue
             for name, child in children.items():
-                if name.startswith("k") and isinstance(getattr(child, "bias", None), torch.nn.Parameter):
+                is_key = name.startswith("k") or name == other_name
+                if is_key and isinstance(getattr(child, "bias", None), torch.nn.Parameter):
                     names[index] = f"{path}.{name}.bias"
     if not names:
         return {}
@@ -41,9 +55,24 @@ def large_key_biases(model: PreTrainedModel) -> dict[int, float]:
     if not biases:
         return {}
     device = next(iter(biases.values())).device
-    largest = [bias.abs().amax().to(device, torch.float32) for bias in biases.values()]
+    keys = [_of_keys(bias, names[index].split(".")[-2], config) for index, bias in biases.items()]
+    largest = [bias.abs().amax().to(device, torch.float32) for bias in keys]
     numbers = torch.stack(largest).tolist()  # from the device at once
     return {index: number for index, number in zip(biases, numbers, strict=True) if number > LARGE_KEY_BIAS}
+
+
+def _of_keys(bias: torch.Tensor, projection: str, config: PreTrainedConfig) -> torch.Tensor:
+    """What of the bias of `projection` is for keys."""
+    if projection not in ("query_key_value", "c_attn"):
+        return bias
+    if config.model_type == "gpt2":  # all queries, all keys, all values
+        return bias.chunk(3)[1]
+    num_heads = config.num_attention_heads
+    queries_per_key = num_heads if getattr(config, "multi_query", False) else 1
+    if getattr(config, "new_decoder_architecture", False):
+        queries_per_key = num_heads // config.num_kv_heads
+    # For each key head its queries, its key, its value.
+    return bias.view(-1, queries_per_key + 2, config.hidden_size // num_heads)[:, -2]
 
 
 def _from_files(model: PreTrainedModel, names: dict[int, str]) -> dict[int, torch.Tensor]:

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, PreTrainedConfig
 
 from hf_kvquant import KVQuantConfig, LayerScales, OutOfPagesError, QuantizedPagedCache
+from hf_kvquant.hosts import with_cache
+from hf_kvquant.risks import large_key_biases
 
 
 def make_cache(config: PreTrainedConfig | None = None, **options: Any) -> QuantizedPagedCache:
@@ -237,6 +239,23 @@ def test_crop_beyond_a_window_is_refused_unless_the_past_is_recorded() -> None:
                 continue
             cache.crop(-20)
             torch.testing.assert_close(model(prompt(1, 4, seed=9), past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("recent_tokens", [0, 3])
+def test_a_refused_crop_of_a_window_of_one_token_leaves_the_cache_as_it_was(recent_tokens: int) -> None:
+    model = sliding_model(window=1)
+    options = {"kv_cache_dtype": "int8", "page_size": 2, "recent_tokens": recent_tokens}
+    straight, refused = (QuantizedPagedCache.from_model(model, **options) for _ in range(2))
+    with torch.no_grad():
+        for cache in (straight, refused):
+            model(prompt(1, 20), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="sliding window of 1 keeps only the tokens from 18 on"):
+            refused.crop(-2)
+        assert [(layer.length, layer.table.length) for layer in refused.layers] == [(20, 20)] * 2
+        refused.crop(-1)
+        straight.crop(-1)
+        expected, got = (model(prompt(1, 4, seed=9), past_key_values=cache).logits for cache in (straight, refused))
+    assert torch.equal(got, expected)
 
 
 def test_beams_share_pages() -> None:
@@ -617,3 +636,40 @@ def test_report_is_a_table() -> None:
     assert report.model_dtype_bytes == 2 * 2 * 2 * 2 * 16 * 2 * 32  # layers, K and V, heads, channels, sequences...
     assert report.nbytes == out.past_key_values.nbytes
     assert f"({report.nbytes / report.model_dtype_bytes:.3f} of it)" in lines[3]
+
+
+FUSED = {
+    "bloom": ("bloom", {}),
+    "ctrl": ("ctrl", {"dff": 64}),
+    "falcon": ("falcon", {"new_decoder_architecture": False, "multi_query": False, "bias": True}),
+    "falcon_one_kv_head": ("falcon", {"new_decoder_architecture": False, "multi_query": True, "bias": True}),
+    "falcon_two_kv_heads": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "gpt2": ("gpt2", {}),
+    "gpt2_cross": ("gpt2", {"add_cross_attention": True}),
+    "gpt_bigcode": ("gpt_bigcode", {"multi_query": False}),
+    "gpt_bigcode_one_kv_head": ("gpt_bigcode", {"multi_query": True}),
+    "gpt_neox": ("gpt_neox", {}),
+    "persimmon": ("persimmon", {"qk_layernorm": False}),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_large_key_biases_beside_those_of_queries_and_values(name: str) -> None:
+    """A large bias is found where keys become large by it, and only there."""
+    model_type, overrides = FUSED[name]
+    if model_type not in families.available([model_type]):
+        pytest.skip(f"transformers has no {model_type}")
+    model = families.build(model_type, overrides)
+    names = ("query_key_value.bias", "self_attention.Wk.bias", "multi_head_attention.Wk.bias", ".attn.c_attn.bias")
+    bias = next(parameter for path, parameter in model.named_parameters() if path.endswith(names))
+    found = set()
+    with torch.no_grad():
+        for at in range(0, len(bias), 5):
+            bias[at] += 500.0
+            cache = DynamicCache(config=model.config)
+            model(prompt(1, 3), **with_cache(cache))
+            is_large = bool(cache.layers[0].keys.abs().max() > 200)
+            assert list(large_key_biases(model)) == [0] * is_large, at
+            found.add(is_large)
+            bias[at] -= 500.0
+    assert found == ({True} if model_type == "ctrl" else {True, False})

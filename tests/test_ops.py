@@ -14,7 +14,7 @@ import torch
 from helpers import FP8_LAYOUT, NAN_BYTE, QMAX, QUANTIZED, code_value, nearest_code
 
 from hf_kvquant.formats import get_format
-from hf_kvquant.ops import PagedTensor, check_page_table, paged_attention, reference, write_kv
+from hf_kvquant.ops import PagedTensor, check_page_table, paged_attention, read_pages, reference, write_kv
 
 CLIP_LIMIT = {"fp8_e4m3": 464.0, "fp8_e5m2": 61440.0, "int8": 127.5}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -691,6 +691,20 @@ def test_what_is_written_is_read_back(name: str, kind: str) -> None:
         half_step = torch.maximum(coded.abs() * 2.0 ** -(mantissa_bits + 1), unit * 2.0 ** -(bias + mantissa_bits))
     assert ((got - x).abs() <= half_step * (1 + 1e-5) + 1e-6 * x.abs()).all()
     assert not torch.equal(got, x)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_largest_halves_are_read_back_as_numbers(name: str) -> None:
+    """Token scales are rounded up, but nothing finite becomes infinite by it; a NaN stays one."""
+    numbers = torch.tensor([65504.0, -65504.0, 65376.0, 64896.0, 32752.0], dtype=torch.float16)
+    x = numbers[:, None].expand(1, 2, 5, 4)
+    x = torch.cat([x, torch.full_like(x[:, :, :2], torch.nan), torch.full_like(x[:, :, :1], torch.inf)], dim=2)
+    k, v = (empty_side(name, 2, 2, 4, 4, dynamic=True) for _ in range(2))
+    page_table = torch.tensor([[1, 0]], dtype=torch.int32)
+    write_kv(x, x, k, v, page_table, torch.full((1,), 8, dtype=torch.int32))
+    got = read_pages(v, page_table, torch.float16)
+    assert got[:, :, 5:].isnan().all()  # nothing of a token is left beside an infinity
+    torch.testing.assert_close(got[:, :, :5], x[:, :, :5], rtol=2**-7 if name == "int8" else 2**-3, atol=0)
 
 
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])

@@ -403,6 +403,20 @@ def test_a_window_cannot_be_cropped_into_what_is_gone() -> None:
     assert layer.table.length == 17
 
 
+def test_a_window_of_one_token_is_not_cropped_before_its_last_page() -> None:
+    """It needs no old token, but the page that new ones go into."""
+    layer = _layer(10, window=1, page_size=4)
+    before = state_of(layer.table)
+    assert layer.table.first_position == 8
+    with pytest.raises(RuntimeError, match="cannot take back 2 tokens.*keeps only the tokens from 8 on"):
+        layer.table.crop(2)
+    assert state_of(layer.table) == before
+    layer.table.crop(1)
+    layer.follow_crop(1)
+    layer.update([[1, 2, 3]])
+    layer.check()
+
+
 def test_recording_the_past_allows_it() -> None:
     layer = _layer(5, window=6)
     layer.table.keeps_past = True

@@ -280,6 +280,19 @@ def test_a_query_scale(tmp_path: Path, base: Path) -> None:
     assert load_file(tmp_path / "heads" / "model-kv-scales.safetensors")[f"{MODULES[0]}.q_scale"].shape == (4, 1, 1)
 
 
+def test_a_query_scale_per_head_of_a_model_with_one_kv_head(tmp_path: Path) -> None:
+    model = tiny_llama("kvquant", num_key_value_heads=1)
+    model.save_pretrained(tmp_path / "base")
+    scales = calibrate(model, prompt(2, 40), kv_cache_dtype="fp8", granularity="head", q_scale=True, progress=False)
+    assert [layer.q_scale.shape for layer in scales.layers] == [(4,), (4,)]
+    write(scales, ["per head", "transformers reports q_scale"], tmp_path / "base", tmp_path / "new")
+    same(read_scales(tmp_path / "new", model).layers, scales.layers)
+    scheme = config_of(tmp_path / "new")["quantization_config"]["kv_cache_scheme"]
+    assert scheme["strategy"] == "attn_head"  # else servers make room for one number
+    shapes = {value.shape for value in load_file(tmp_path / "new" / "model-kv-scales.safetensors").values()}
+    assert shapes == {(1, 1, 1), (4, 1, 1)}
+
+
 @pytest.mark.parametrize(("model_type", "obstacle"), [("mixtral", "the experts"), ("opt", "num_key_value_heads")])
 def test_models_that_transformers_may_not_load_with_a_declaration(
     tmp_path: Path, model_type: str, obstacle: str
@@ -637,6 +650,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "channel": (Scales(scales_of((2, 16))), {}, "cannot hold scales per channel; layout='sidecar'"),
     "fp8_zeros": (Scales(scales_of(zeros=True)), {}, "cannot hold zeros"),
     "mixed": (Scales([scales_of()[0], scales_of((2,))[0]]), {}, "per tensor beside scales per head"),
+    "queries": (Scales(scales_of(q=(4,))), {}, "cannot hold q_scale per head beside scales per tensor"),
     "far_zeros": (
         Scales([LayerScales(torch.ones(1), torch.ones(1), k_zero=torch.tensor([200.0]))] * 2, "int8"), {},
         "zeros of more than 127 steps",

@@ -120,7 +120,7 @@ def limits(
     if layout == "compressed-tensors":
         if kv_cache_dtype == "int8":
             notes.append("int8 is read by this package and by transformers; vLLM refuses it, SGLang ignores it")
-        if granularities_of(by_prefix) == {"head"}:
+        if by_head(by_prefix):
             notes.append("scales per head are read by vLLM with FlashAttention only; SGLang ignores them, TGI fails")
         if has(by_prefix, "k_zero", "v_zero"):
             notes.append("zero points are read by this package and by transformers only")
@@ -143,6 +143,12 @@ def granularities_of(by_prefix: ByPrefix) -> set[str]:
     return {granularity_of(scale) for layer in by_prefix.values() for scale in (layer.k_scale, layer.v_scale)}
 
 
+def by_head(by_prefix: ByPrefix) -> bool:
+    """Whether compressed-tensors declares them per head: where a model has one KV head, only q_scale may tell."""
+    q_scales = (layer.q_scale for layer in by_prefix.values() if layer.q_scale is not None)
+    return granularities_of(by_prefix) == {"head"} or any(granularity_of(scale) == "head" for scale in q_scales)
+
+
 def zero_point(layer: LayerScales, side: str) -> torch.Tensor:
     """The zero of `k` or `v` in integer steps, `x = (q - zero_point) * scale`."""
     scale, zero = getattr(layer, f"{side}_scale"), getattr(layer, f"{side}_zero")
@@ -158,7 +164,7 @@ def tensors_of(layout: str, by_prefix: ByPrefix) -> dict[str, torch.Tensor]:
             for side in "kv":  # without dimensions, as both families have them
                 tensors[name.format(prefix, side, side)] = getattr(layer, f"{side}_scale").reshape(()).clone()
         return tensors
-    shape = (-1, 1, 1) if granularities_of(by_prefix) == {"head"} else (1,)
+    shape = (-1, 1, 1) if by_head(by_prefix) else (1,)
     asymmetric = has(by_prefix, "k_zero", "v_zero")
     for prefix, layer in by_prefix.items():
         for side in "kv":
@@ -171,7 +177,10 @@ def tensors_of(layout: str, by_prefix: ByPrefix) -> dict[str, torch.Tensor]:
 
 
 def declared_in(layout: str, kv_cache_dtype: str, by_prefix: ByPrefix, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` (config.json) with the declaration of the scales."""
+    """`config` (config.json) with the declaration of the scales.
+
+    Raises ValueError for a q_scale per head beside one scale for several KV heads, which cannot be declared.
+    """
     declared = copy.deepcopy(dict(config))
     holder, key = _place(declared)
     quantization = holder[key] = holder.get(key) or {}
@@ -179,7 +188,11 @@ def declared_in(layout: str, kv_cache_dtype: str, by_prefix: ByPrefix, config: M
     if layout == "fp8":
         scheme = "static"
     elif layout == "compressed-tensors":
-        scheme["strategy"] = "attn_head" if granularities_of(by_prefix) == {"head"} else "tensor"
+        num_kv_heads = (config.get("text_config") or config).get("num_key_value_heads", 1)
+        if by_head(by_prefix) and granularities_of(by_prefix) == {"tensor"} and num_kv_heads != 1:
+            problem = "q_scale per head beside scales per tensor"
+            raise ValueError(f"layout {layout!r} cannot hold {problem}; {_ELSE_SIDECAR}")
+        scheme["strategy"] = "attn_head" if by_head(by_prefix) else "tensor"
         scheme["symmetric"] = not has(by_prefix, "k_zero", "v_zero")
         if not quantization:
             quantization |= {

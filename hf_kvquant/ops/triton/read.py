@@ -42,5 +42,7 @@ def read_kernel(
             x = x * load_scale(scale_ptr, head, channels, DIM, SCALE)[None, :]
         if ZERO:
             x = x + load_scale(zero_ptr, head, channels, DIM, ZERO)[None, :]
+        if output_ptr.dtype.element_ty == tl.float16:
+            x = tl.where(tl.abs(x) > 65504.0, tl.where(x > 0, 65504.0, -65504.0), x)  # a NaN stays
     targets = output_ptr + ((sequence * H + head) * num_tokens + tokens)[:, None] * DIM + channels[None, :]
     tl.store(targets, x.to(output_ptr.dtype.element_ty), mask=inside[:, None] & (channels < DIM)[None, :])
