@@ -29,9 +29,9 @@ _KEY_PROJECTIONS = {
 def large_key_biases(model: PreTrainedModel) -> dict[int, float]:
     """The largest bias of the key projection of each cache layer that has one above `LARGE_KEY_BIAS`.
 
-    Layers that normalize their keys afterwards are left out, and so are projections of keys and others together but
-    those of `_KEY_PROJECTIONS`. Of a model on the meta device the biases, and nothing
-    else, are read from its checkpoint, if that is on this machine.
+    Left out are layers that normalize their keys afterwards, and projections of keys and others together whose order is
+    not known here. Of a model on the meta device the biases, and nothing else, are read from its checkpoint, if that is
+    on this machine.
     """
     config = model.config.get_text_config(decoder=True)
     other_name = _KEY_PROJECTIONS.get(config.model_type)

@@ -16,7 +16,7 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
-from .hosts import layer_type_names, with_cache
+from .hosts import config_number, layer_type_names, with_cache
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,11 @@ def _keeps_more(layer: object) -> bool:
 
 
 def _configured(config: PreTrainedConfig) -> tuple[int, int, int]:
-    num_heads = getattr(config, "num_attention_heads", None)
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim is None and num_heads and getattr(config, "hidden_size", None):
-        head_dim = config.hidden_size // num_heads
+    num_heads = config_number(config, "num_attention_heads")
+    num_kv_heads = config_number(config, "num_key_value_heads") or num_heads
+    head_dim, hidden_size = config_number(config, "head_dim"), config_number(config, "hidden_size")
+    if head_dim is None and num_heads and hidden_size:
+        head_dim = hidden_size // num_heads
     if not num_kv_heads or not head_dim:
         raise ValueError(
             f"how keys and values of a {config.model_type} are shaped cannot be told from its configuration"
