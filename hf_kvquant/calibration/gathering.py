@@ -173,10 +173,13 @@ class _WatchedCache(DynamicCache):
     def __init__(self, config: Any, gatherer: Gatherer) -> None:
         super().__init__(config=config)
         self._gatherer = gatherer
+        for index, layer in enumerate(self.layers):  # models that run layers several times copy these for it
+            layer.counts_as = index
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         stored = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._gatherer.see_cached(layer_idx, key_states, value_states, stored[0])
+        layer = getattr(self.layers[layer_idx], "counts_as", layer_idx)
+        self._gatherer.see_cached(layer, key_states, value_states, stored[0])
         return stored

@@ -130,7 +130,10 @@ def _by_prefix(scales: HasScales, model: ModelLayers, files: CheckpointFiles) ->
         if layer is None:
             continue
         if not paths:
-            raise ValueError(f"there are scales of layer {index}, but this model has no attention module for it")
+            raise ValueError(
+                f"there are scales of layer {index}, but no attention module of this model is for that layer alone, so "
+                "a checkpoint has no place for them; give them to the cache as they are, scales=..."
+            )
         by_prefix[spelled[-1] if spelled else paths[0]] = layer  # the last one is the innermost
     return by_prefix
 
