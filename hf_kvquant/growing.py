@@ -39,6 +39,10 @@ class GrowingLayer(PagedLayer):
         self.length = 0  # tokens that this layer has written
         self._copies = 1  # of every sequence of the last update
 
+    @torch.compiler.disable  # the compiler puts objects in place of weak references to them
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+
     def _reserve(self, batch_size: int) -> None:
         self.table.add_follower(self)
         for store in (self.k, self.v):

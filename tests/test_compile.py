@@ -244,10 +244,12 @@ def test_a_cache_at_fixed_addresses_is_reused_over_turns(name: str) -> None:
     assert fixed.get_max_length() == 300
 
 
-def test_a_growing_cache_in_a_compiled_model_gives_the_same_logits() -> None:
+@pytest.mark.parametrize("options", [{"kv_cache_dtype": "int8"}, {"kv_cache_dtype": "fp8", "recent_tokens": 4}])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_growing_cache_in_a_compiled_model_gives_the_same_logits(name: str, options: dict[str, Any]) -> None:
     """It is no cache to compile, but a model may be compiled as it is, graph breaks and all."""
-    model = tiny_llama("kvquant")
-    caches = [QuantizedPagedCache.from_model(model, kv_cache_dtype="int8") for _ in range(2)]
+    model = MODELS[name]("kvquant")
+    caches = [QuantizedPagedCache.from_model(model, **options) for _ in range(2)]
     tokens = prompt()
     compiled = torch.compile(model, backend="eager")
     torch._dynamo.reset()

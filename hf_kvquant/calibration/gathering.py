@@ -23,9 +23,7 @@ from ..scales import LayerScales
 from .estimating import Estimate
 from .statistics import Statistics
 
-# The name of attention that is watched. Masks are only made for names that transformers knows.
-_WATCHED = "kvquant_calibration"
-AttentionMaskInterface.register(_WATCHED, kvquant_mask)
+_WATCHED = "kvquant_calibration"  # the name of attention that is watched
 # How many times as large as others channels or heads may be where they share an int8 scale: beyond that those others
 # have fewer than four bits.
 CROWDED = 16
@@ -133,6 +131,9 @@ class Gatherer:
 
         before = attention_by_part(self._model)
         ALL_ATTENTION_FUNCTIONS[_WATCHED] = attention
+        AttentionMaskInterface.register(
+            _WATCHED, kvquant_mask
+        )  # for good: of names put there for a while it makes none
         try:
             self._model.set_attn_implementation(_WATCHED)
             yield
