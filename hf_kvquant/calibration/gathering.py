@@ -131,9 +131,7 @@ class Gatherer:
 
         before = attention_by_part(self._model)
         ALL_ATTENTION_FUNCTIONS[_WATCHED] = attention
-        AttentionMaskInterface.register(
-            _WATCHED, kvquant_mask
-        )  # for good: of names put there for a while it makes none
+        AttentionMaskInterface.register(_WATCHED, kvquant_mask)  # for good: else transformers makes no masks
         try:
             self._model.set_attn_implementation(_WATCHED)
             yield
