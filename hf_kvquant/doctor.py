@@ -171,15 +171,14 @@ def _attention(source: str | os.PathLike[str], revision: str | None, model: PreT
 
 def _dense_reasons(source: str | os.PathLike[str], revision: str | None) -> tuple[list[str], bool]:
     """Why layers are read as dense tensors under our attention, and whether that is all: some models do not run."""
-    layers: list[PagedLayer] = []
+    model = model_skeleton(source, revision, "kvquant")  # where it is changed later, some models take no notice
+    cache = QuantizedPagedCache(model.config, KVQuantConfig(kv_cache_dtype="model"))
+    layers = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
     is_sure = True
     try:
-        model = model_skeleton(source, revision, "kvquant")  # where it is changed later, some models take no notice
-        cache = QuantizedPagedCache(model.config, KVQuantConfig(kv_cache_dtype="model"))
-        layers = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
         for num_tokens in (2, 1):  # a prompt's attention does not ask for pages
             run_skeleton(model, cache, num_tokens)
-    except Exception:
+    except Exception:  # code of any model, some of which looks at numbers, and there are none here
         is_sure = False
     return list(dict.fromkeys(reason for layer in layers for reason in layer.dense_reasons)), is_sure
 

@@ -262,7 +262,7 @@ def _cross_attention_cache(model: Any, options: Any, encoder_length: int) -> Qua
         class CrossAttentionCache(QuantizedPagedCache):
             """A model may make the cache anew from its class, with a configuration of its own; options must stay."""
 
-            expected_length = encoder_length
+            expected_length: int
 
             def __init__(self, config: Any, offloading: bool = False) -> None:
                 super().__init__(config, kvquant, expected_length=self.expected_length)

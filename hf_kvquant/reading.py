@@ -81,7 +81,7 @@ def _read_own(
 
 def _warn_of_others(found: CheckpointScales, path: str, revision: str, wanted: Wanted) -> None:
     """Say so if the model may as well be of another revision, with other scales."""
-    for other in loaded_commits(path):
+    for other in loaded_commits(path)[1:]:  # the first is `revision`
         try:
             scales = read_checkpoint(path, wanted, revision=other, fetch=False)
         except (ValueError, FileNotFoundError):

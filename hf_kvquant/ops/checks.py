@@ -79,34 +79,6 @@ def _check_table(batch_size: int, page_table: torch.Tensor, seq_lens: torch.Tens
     _check_tensor("seq_lens", seq_lens, device, torch.int32, (batch_size,))
 
 
-def check_write(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k: Paged,
-    v: Paged,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    clipped: torch.Tensor | None,
-    is_eager: bool,
-) -> None:
-    if not is_eager:  # a graph would be guarded on what is remembered, and on how much room there is
-        return _check_write(key, value, k, v, page_table, seq_lens, clipped)
-    asked = (
-        key.shape, key.dtype, key.device, value.shape, value.dtype, value.device,
-        page_table.shape, page_table.dtype, page_table.device, seq_lens.shape, seq_lens.dtype, seq_lens.device,
-        _looked_at(clipped),
-    )  # fmt: skip
-    if _is_known("write", k, v, asked):
-        return
-    _check_write(key, value, k, v, page_table, seq_lens, clipped)
-    if key.shape[2] > page_table.shape[1] * k.pages.shape[2]:
-        raise ValueError(
-            f"key has {key.shape[2]} tokens, but {page_table.shape[1]} pages of {k.pages.shape[2]} tokens have no room "
-            "for as many; write the newest of them"
-        )
-    k.passed["write"] = v.passed["write"] = asked
-
-
 def _looked_at(tensor: torch.Tensor | None) -> tuple[object, ...] | None:
     return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous())
 
@@ -117,7 +89,7 @@ def _is_known(operator: str, k: Paged, v: Paged, asked: tuple[object, ...]) -> b
     return passed is not None and passed is v.passed.get(operator) and passed == asked
 
 
-def _check_write(
+def check_write(
     key: torch.Tensor,
     value: torch.Tensor,
     k: Paged,
@@ -125,7 +97,17 @@ def _check_write(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     clipped: torch.Tensor | None,
+    is_eager: bool,
 ) -> None:
+    asked = None
+    if is_eager:  # a graph would be guarded on what is remembered, and on how much room there is
+        asked = (
+            key.shape, key.dtype, key.device, value.shape, value.dtype, value.device,
+            page_table.shape, page_table.dtype, page_table.device, seq_lens.shape, seq_lens.dtype, seq_lens.device,
+            _looked_at(clipped),
+        )  # fmt: skip
+        if _is_known("write", k, v, asked):
+            return
     if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3]:
         raise ValueError(f"key is {list(key.shape)} and value is {list(value.shape)}; both must be [B, H, T, D]")
     if key.dtype not in _NUMBERS or value.dtype not in _NUMBERS:
@@ -141,6 +123,13 @@ def _check_write(
         _check_tensor("clipped", clipped, device, torch.int64, (2,))
         if not clipped.is_contiguous():
             raise ValueError(f"clipped has strides {clipped.stride()}; expected a contiguous tensor")
+    if asked is not None:
+        if key.shape[2] > page_table.shape[1] * k.pages.shape[2]:
+            raise ValueError(
+                f"key has {key.shape[2]} tokens, but {page_table.shape[1]} pages of {k.pages.shape[2]} tokens have no "
+                "room for as many; write the newest of them"
+            )
+        k.passed["write"] = v.passed["write"] = asked
 
 
 def check_attention(
@@ -155,29 +144,15 @@ def check_attention(
     lse: torch.Tensor | None,
     is_eager: bool,
 ) -> None:
-    if not is_eager:
-        return _check_attention(query, k, v, page_table, seq_lens, attn_mask, sinks, window, lse)
-    asked = (
-        query.shape, query.dtype, query.device, page_table.shape, page_table.dtype, page_table.device,
-        seq_lens.shape, seq_lens.dtype, seq_lens.device, _looked_at(attn_mask), _looked_at(sinks), window,
-        _looked_at(lse),
-    )  # fmt: skip
-    if not _is_known("attention", k, v, asked):
-        _check_attention(query, k, v, page_table, seq_lens, attn_mask, sinks, window, lse)
-        k.passed["attention"] = v.passed["attention"] = asked
-
-
-def _check_attention(
-    query: torch.Tensor,
-    k: Paged,
-    v: Paged,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    window: int | None,
-    lse: torch.Tensor | None,
-) -> None:
+    asked = None
+    if is_eager:
+        asked = (
+            query.shape, query.dtype, query.device, page_table.shape, page_table.dtype, page_table.device,
+            seq_lens.shape, seq_lens.dtype, seq_lens.device, _looked_at(attn_mask), _looked_at(sinks), window,
+            _looked_at(lse),
+        )  # fmt: skip
+        if _is_known("attention", k, v, asked):
+            return
     for name, tensor in (("query", query), ("k.pages", k.pages), ("v.pages", v.pages)):
         if tensor.ndim != 4:
             raise ValueError(f"{name} is {list(tensor.shape)}; expected four dimensions")
@@ -216,6 +191,8 @@ def _check_attention(
         _check_tensor("lse", lse, device, torch.float32, (batch_size, num_q_heads, num_tokens))
         if not lse.is_contiguous():
             raise ValueError(f"lse has strides {lse.stride()}; expected a contiguous tensor")
+    if asked is not None:
+        k.passed["attention"] = v.passed["attention"] = asked
 
 
 def check_page_table(
