@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .stores import mutable_everywhere
+from .stores import keep_in_place, mutable_everywhere
 
 # How many tokens may be taken back and be followed by others without asking the pages for older ones.
 SLACK = 64
@@ -103,7 +103,7 @@ class ExactTokens:
         """Tell the compiler that memory stays where it is, if it does."""
         if self.in_place and self.held is not None and not torch.compiler.is_compiling():
             for tensor in self.held:
-                torch._dynamo.mark_static_address(tensor)
+                keep_in_place(tensor)
 
     def clear(self) -> None:
         """Forget the tokens."""

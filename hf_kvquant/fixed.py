@@ -13,7 +13,7 @@ from .layers import PagedLayer
 from .ops import reference
 from .pools import OutOfPagesError
 from .static_pages import StaticPageTable
-from .stores import PageStore
+from .stores import PageStore, keep_in_place
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,7 +72,7 @@ class FixedLayer(PagedLayer):
         fixed = [*self.table.tensors, self.clipped, *(s.pages for s in stores), *(s.token_scale for s in stores)]
         for tensor in fixed:
             if tensor is not None:
-                torch._dynamo.mark_static_address(tensor)
+                keep_in_place(tensor)
 
     def _advance(self, num_new: int, batch_size: int) -> None:
         if self.is_empty and num_new > self.capacity:  # what can be known without asking the device

@@ -37,7 +37,6 @@ def is_fused(config: PreTrainedConfig) -> bool:
 _CACHE = re.compile(r"(past_key_values?|layer_past|(?<!padding_)cache)$")
 
 
-@torch.compiler.assume_constant_result
 def uses_attention_interface(config: PreTrainedConfig) -> bool:
     """Whether models of this configuration call the attention function they are configured with.
 
@@ -48,7 +47,6 @@ def uses_attention_interface(config: PreTrainedConfig) -> bool:
     return any(_asks_for_attention(type(config)))
 
 
-@torch.compiler.assume_constant_result
 def adds_masks(config: PreTrainedConfig) -> bool:
     """Whether some part of such models, be it an encoder, computes attention itself and adds its mask to the logits."""
     return not all(_asks_for_attention(type(config)))
@@ -57,6 +55,7 @@ def adds_masks(config: PreTrainedConfig) -> bool:
 _asking: dict[type, list[bool]] = {}
 
 
+@torch.compiler.assume_constant_result  # which older compilers do not take for a function of a configuration itself
 def _asks_for_attention(kind: type[PreTrainedConfig]) -> list[bool]:
     """Of the classes next to the model's that put keys into a cache, which ask for the configured attention."""
     if kind not in _asking:

@@ -33,7 +33,7 @@ from .layers import PagedLayer
 from .pages import PageTable
 from .policy import QueryPlan, SidePlan
 from .pools import PagePool
-from .stores import PageStore, mutable_everywhere
+from .stores import PageStore, keep_in_place, mutable_everywhere
 
 if TYPE_CHECKING:
     from .cache import QuantizedPagedCache
@@ -305,7 +305,7 @@ class SavedCache:
                 if not isinstance(layer, PagedLayer) and getattr(layer, "device", None) is None:
                     layer.dtype, layer.device = value.dtype, device
                 if layer.is_compileable:
-                    torch._dynamo.mark_static_address(value)
+                    keep_in_place(value)
             if key:
                 getattr(layer, name)[int(key) if key.isdecimal() else key] = value
             else:

@@ -209,3 +209,8 @@ def mutable_everywhere() -> AbstractContextManager[Any]:
     if torch.compiler.is_compiling():
         return nullcontext()
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def keep_in_place(tensor: torch.Tensor) -> None:
+    """Tell the compiler that a tensor stays where it is; a graph may be run for another cache's all the same."""
+    torch._dynamo.mark_static_address(tensor, guard=False)  # older compilers guard by default

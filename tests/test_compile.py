@@ -85,6 +85,17 @@ def test_compiled_equals_eager(name: str, attention: str, dtype: str) -> None:
     assert out.past_key_values.is_compileable
 
 
+def test_one_graph_where_the_compiler_ties_graphs_to_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.8 does, unless it is told not to: every cache has other ones."""
+    mark = torch._dynamo.mark_static_address
+    monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda tensor, guard=True: mark(tensor, guard=guard))
+    model = tiny_llama("kvquant")
+    options = {"cache_config": {"kv_cache_dtype": "int8", "recent_tokens": 4}, "compile_config": compile_config("eager")}
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(run(model, prompt(), **options).sequences, run(model, prompt(), **options).sequences)
+
+
 @pytest.mark.parametrize("exact", [{"recent_tokens": 4}, {"sink_tokens": 3}, {"recent_tokens": 4, "sink_tokens": 3}])
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
 @pytest.mark.parametrize("name", MODELS)
