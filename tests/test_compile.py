@@ -90,7 +90,8 @@ def test_one_graph_where_the_compiler_ties_graphs_to_addresses(monkeypatch: pyte
     mark = torch._dynamo.mark_static_address
     monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda tensor, guard=True: mark(tensor, guard=guard))
     model = tiny_llama("kvquant")
-    options = {"cache_config": {"kv_cache_dtype": "int8", "recent_tokens": 4}, "compile_config": compile_config("eager")}
+    cache = {"kv_cache_dtype": "int8", "recent_tokens": 4}
+    options = {"cache_config": cache, "compile_config": compile_config("eager")}
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert torch.equal(run(model, prompt(), **options).sequences, run(model, prompt(), **options).sequences)
