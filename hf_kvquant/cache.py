@@ -36,6 +36,7 @@ from .policy import ROUNDED_QUERIES, SAFER, asks_for_files, minds_key_biases, pl
 from .report import CacheReport, LayerReport
 from .risks import large_key_biases
 from .rotary import rotary_layouts
+from .sharding import head_shard
 from .shared import SharedState
 
 logger = logging.get_logger(__name__)
@@ -159,6 +160,7 @@ class QuantizedPagedCache(DynamicCache):
             key_biases=biases,
         )  # fmt: skip
         cache.shared.rotary = rotary_layouts(model, cache._layer_types)
+        cache.shared.shard = head_shard(model)
         cache.shared.model = weakref.ref(model)
         cache.notes += disable_fake_quantization(model)
         if kvquant.max_cache_len is not None and not model._can_compile_fullgraph:

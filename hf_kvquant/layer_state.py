@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +83,8 @@ class LayerState(CacheLayerMixin):
         def store(side: str, head_dim: int) -> PageStore:
             where = f"layer {self.index}: {side}"
             plan = getattr(self.plan, side)
+            if self.shared.shard is not None:
+                plan = plan.of_heads(partial(self.shared.shard.own, num_heads=num_heads))
             rotary = None if side == "v" else self.shared.rotary[self.index] if self.shared.rotary else RotaryLayout()
             return self.store_type(plan, num_heads, head_dim, self.shared.page_size, dtype, device, where, rotary)
 

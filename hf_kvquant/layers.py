@@ -124,7 +124,10 @@ class PagedLayer(LayerState):
         """`query` `[B, Hq, T, D]` as it meets the keys in pages, in 8 bits if `q_dtype` says so."""
         if self.plan.q is None:
             return query
-        return round_query(query, self.plan.q.format, self.q_scale, f"layer {self.index}")
+        scale, shard = self.q_scale, self.shared.shard
+        if scale is not None and shard is not None:
+            scale = shard.own(scale, query.shape[1])
+        return round_query(query, self.plan.q.format, scale, f"layer {self.index}")
 
     def _check_attention(self) -> None:
         config = self.shared.model_config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,6 +36,11 @@ class SidePlan:
     granularity: str = "tensor"
     margin: float = 1.0
     risk: str | None = None
+
+    def of_heads(self, cut: Callable[[torch.Tensor], torch.Tensor]) -> SidePlan:
+        """The same for some of the heads, whose part of a static scale or zero `cut` gives."""
+        scale, zero = (None if tensor is None else cut(tensor) for tensor in (self.scale, self.zero))
+        return replace(self, scale=scale, zero=zero)
 
     def bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Bytes that a token takes: its numbers, in the model's `dtype` if unquantized, and its dynamic scales."""

@@ -49,7 +49,7 @@ def large_key_biases(model: PreTrainedModel) -> dict[int, float]:
     if not names:
         return {}
     parameters = dict(model.named_parameters())
-    biases = {index: parameters[name].detach() for index, name in names.items()}
+    biases = {index: _whole(parameters[name].detach()) for index, name in names.items()}
     if any(bias.is_meta for bias in biases.values()):
         biases = _from_files(model, names)
     if not biases:
@@ -59,6 +59,11 @@ def large_key_biases(model: PreTrainedModel) -> dict[int, float]:
     largest = [bias.abs().amax().to(device, torch.float32) for bias in keys]
     numbers = torch.stack(largest).tolist()  # from the device at once
     return {index: number for index, number in zip(biases, numbers, strict=True) if number > LARGE_KEY_BIAS}
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """Of a parameter that processes share, all of it: else they might choose different formats."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def _of_keys(bias: torch.Tensor, projection: str, config: PreTrainedConfig) -> torch.Tensor:

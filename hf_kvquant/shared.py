@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from .interface import is_fused
 from .pages import PageTable
 from .rotary import RotaryLayout
+from .sharding import HeadShard
 
 
 @dataclass
@@ -22,6 +23,7 @@ class SharedState:
         model_config: the text model's; its attention implementation may change between calls.
         page_size: tokens per page.
         rotary: how the model turns the keys of each layer; empty if that is not known.
+        shard: which heads are this process's, if others have the rest.
         padding_mask: `[B, T]` of the latest prompt (True is a token), when `generate` knows it.
         copies: how many sequences in a row begin with the same prompt (beams); they share its pages.
         num_prompts: how many prompts there are, each with its copies.
@@ -35,6 +37,7 @@ class SharedState:
     model_config: PreTrainedConfig
     page_size: int
     rotary: Sequence[RotaryLayout] = ()
+    shard: HeadShard | None = None
     padding_mask: torch.Tensor | None = None
     copies: int = 1
     num_prompts: int = 0

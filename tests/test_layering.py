@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"_version", "formats", "huge_pages", "scales", "tables"}, {"config"}),
     ({"checkpoints", "ops"},),
     (
-        {"rotary", "hosts", "interface", "pools", "policy", "identity", "query"},
+        {"rotary", "hosts", "interface", "pools", "policy", "identity", "query", "sharding"},
         {"pages", "static_pages", "stores", "reading", "risks"},
         {"offload", "exact", "options"},
         {"parts"},
@@ -44,7 +44,7 @@ HEIGHT = {
     name: (floor, step) for floor, steps in enumerate(FLOORS) for step, names in enumerate(steps) for name in names
 }
 FIRST_FLOOR_WITH_TRANSFORMERS = 3
-BELOW_WITH_TRANSFORMERS = {"hosts", "interface", "options", "reading", "risks"}
+BELOW_WITH_TRANSFORMERS = {"hosts", "interface", "options", "reading", "risks", "sharding"}
 THIRD_PARTY = {
     "datasets",
     "lm_eval",

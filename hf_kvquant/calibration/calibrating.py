@@ -82,8 +82,9 @@ def calibrate(
     """Static scales for K and V of every cache layer of `model`, from the tokens of `data`.
 
     Args:
-        model: a loaded model, on any device or devices. Where compressed-tensors rounds K and V inside it, that is
-            switched off for the life of the model.
+        model: a loaded model, on any device or devices. Where processes share its heads (`tp_plan`), all of them
+            calibrate, with the same data, and get the same scales of all heads. Where compressed-tensors rounds K and V
+            inside it, that is switched off for the life of the model.
         data: a text, JSON or JSONL file; `name`, `name:split` or `name:config:split` of a data set of the `datasets`
             package; texts or conversations in a sequence; token ids `[T]` or `[B, T]`, or a sequence of such; or
             batches from a DataLoader, `{"input_ids": [B, T], "attention_mask": [B, T] or [B, 1, T, T], ...}`.
@@ -126,6 +127,8 @@ def calibrate(
     if gatherer.num_tokens == 0:
         raise ValueError("no token was seen" + (" before the interrupt" if interrupted else "; the data is empty"))
 
+    of_model = model_layers(model)
+    gatherer.join(of_model.num_kv_heads)
     estimate = Estimate(row, granularity, estimator, symmetric, percentile)
     layers = [gatherer.scales_of(index, estimate) for index in range(gatherer.num_layers)]
     if unseen := [index for index in gatherer.attention_layers if layers[index] is None]:
@@ -145,4 +148,4 @@ def calibrate(
     settings: dict[str, Any] = {"granularity": granularity, "estimator": estimator, "symmetric": symmetric}
     settings |= {"percentile": percentile} if estimator == "percentile" else {}
     settings |= {"tokens": gatherer.num_tokens, "sequences": gatherer.num_sequences, "max_length": max_length}
-    return Calibration(row.name, layers, model_layers(model), gatherer.num_tokens, settings, notes)
+    return Calibration(row.name, layers, of_model, gatherer.num_tokens, settings, notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,7 @@ from ..hosts import config_number, evaluating, layer_type_names, with_cache
 from ..interface import attention_by_part, uses_attention_interface
 from ..rotary import rotary_layouts
 from ..scales import LayerScales
+from ..sharding import head_shard
 from .estimating import Estimate
 from .statistics import Statistics
 
@@ -48,6 +49,22 @@ class Gatherer:
         self._cached: dict[int, torch.Tensor] = {}  # keys of every layer of the batch
         self.num_tokens = 0
         self.num_sequences = 0
+
+    def join(self, num_kv_heads: Sequence[int | None]) -> None:
+        """Where processes share the heads of the model, count those of all; every process comes to the same.
+
+        Args:
+            num_kv_heads: of each layer of the whole model.
+        """
+        shard = head_shard(self._model)
+        if shard is None:
+            return
+        num_heads = config_number(self._text_config, "num_attention_heads")
+        whole = {layer: num_kv_heads[layer] or num_heads for layer, side in self._statistics if side == "k"}
+        is_shared = {layer: self._statistics[layer, "k"].num_heads * shard.size == whole[layer] for layer in whole}
+        for layer, side in sorted(self._statistics):  # in the same order everywhere
+            if is_shared[layer]:
+                self._statistics[layer, side].join(shard)
 
     @property
     def num_unusable(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..sharding import HeadShard
+
 
 class Statistics:
     """What is kept of one side of one layer: the range of every channel, and a uniform sample of tokens."""
@@ -17,6 +19,10 @@ class Statistics:
         # The tokens with the largest of random numbers drawn one per token are a uniform sample of all that came by.
         self._draws = torch.empty(0, device="cpu")
         self._generator = torch.Generator().manual_seed(0)
+
+    @property
+    def num_heads(self) -> int:
+        return self.largest.shape[0]
 
     @property
     def head_dim(self) -> int:
@@ -37,6 +43,13 @@ class Statistics:
         self.high = torch.maximum(self.high.to(high.device), high)
         if self._sample_tokens:
             self._add_to_sample(x)
+
+    def join(self, shard: HeadShard) -> None:
+        """Put the heads of all processes beside each other, each of which has seen the same tokens."""
+        self.low, self.high = (shard.gather(bound, dim=0) for bound in (self.low, self.high))
+        self.num_unusable = int(shard.gather(torch.as_tensor(self.num_unusable, device=self.low.device)[None], 0).sum())
+        if self.sample is not None:
+            self.sample = shard.gather(self.sample.to(self.low.device), dim=1).cpu()
 
     def _add_to_sample(self, x: torch.Tensor) -> None:
         draws = torch.cat([self._draws, torch.rand(x.shape[0], generator=self._generator, device="cpu")])
