@@ -17,7 +17,7 @@ from .results import Results
 
 ROOT = Path(__file__).parents[1]
 # Others follow in their own order.
-FIRST = ("test_gpu_attention", "test_gpu_models", "test_gpu_write", "test_gpu_read")
+FIRST = ("test_gpu_attention", "test_gpu_models", "test_gpu_write", "test_gpu_read", "test_gpu_pages")
 _OUTCOME = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)", re.MULTILINE)
 
 

@@ -241,9 +241,21 @@ def _describe_prompt(model: Any, model_kwargs: dict[str, Any], cache: QuantizedP
 
 def _share_prompts(model: Any, generation_config: Any, cache: QuantizedPagedCache, batch_size: int) -> None:
     """Tell a new cache that the beams of a prompt, or the several answers to it, all begin with that prompt."""
-    if not model.training:  # dropout makes them differ
-        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    if copies > 1 and not _rows_differ(model):
         cache.shared.copies, cache.shared.num_prompts = copies, batch_size
+
+
+def _rows_differ(model: Any) -> bool:
+    """Whether sequences of the same tokens may have other keys and values: by dropout, or by own adapters.
+
+    peft tells those to its layers by hooks.
+    """
+    for module in model.modules():
+        own_adapters = ("adapter_names" in getattr(hook, "keywords", {}) for hook in module._forward_pre_hooks.values())
+        if module.training or any(own_adapters):
+            return True
+    return False
 
 
 # Of each model the class of the last cross-attention cache, and the options of its instances.

@@ -92,11 +92,18 @@ class OffloadedStore(PageStore):
         if self._here is not None:
             self._here.scale = scale
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        # The CPU is about to touch what the device may still be copying.
+    def with_pages(self, pages: torch.Tensor) -> PageStore:
+        self._wait()
+        return super().with_pages(pages)
+
+    def _wait(self) -> None:
+        """Before the CPU touches what the device may still be copying."""
         for event in (self._arrived, self._saved):
             if event is not None:
                 event.synchronize()
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._wait()
         self.release()
         pin = self.device.type == "cuda"
         super()._each(lambda store: change(store).pin_memory() if pin else change(store))

@@ -141,13 +141,16 @@ def attend_in_parts(
         part = split.columns(attn_mask, mask_start)
         mask = part if seen is None else _hide(part, seen)
     key, value = (step.tokens(side, split.num_newest, behind) for side in (0, 1))
+    num_exact = key.shape[2]
+    if num_queries > 1:
+        key, value = _in_few_sizes(key), _in_few_sizes(value)
     lse, exact_lse = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
     first_column = step.num_first // k.pages.shape[2]
     has_others = page_table.shape[1] > first_column
     exact_output = paged_attention(
         query, PagedTensor(key, "model"), PagedTensor(value, "model"),
         _made_once(_one_page_each, batch_size, query.device),
-        _made_once(_equal_lengths, batch_size, key.shape[2], query.device),
+        _made_once(_equal_lengths, batch_size, num_exact, query.device),
         softmax_scale=softmax_scale, attn_mask=mask, sinks=None if has_others else sinks, softcap=softcap, causal=False,
         lse=exact_lse,
     )  # fmt: skip
@@ -169,6 +172,12 @@ def attend_in_parts(
         softcap=softcap, window=None if window is None else max(window - shift, 0), causal=causal, lse=lse,
     )  # fmt: skip
     return _merged(output, lse, exact_output, exact_lse)
+
+
+def _in_few_sizes(page: torch.Tensor) -> torch.Tensor:
+    """`[B, H, N, D]` with room behind it: turns have any length, and every page size is a GPU kernel to compile."""
+    num_tokens = page.shape[2]
+    return torch.nn.functional.pad(page, (0, 0, 0, (1 << (num_tokens - 1).bit_length()) - num_tokens))
 
 
 def _merged(one: torch.Tensor, one_lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:

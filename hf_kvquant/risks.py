@@ -37,19 +37,16 @@ def large_key_biases(model: PreTrainedModel) -> dict[int, float]:
     other_name = _KEY_PROJECTIONS.get(config.model_type)
     modules = dict(model.named_modules())
     names: dict[int, str] = {}
+    biases: dict[int, torch.Tensor] = {}
     for index, paths in enumerate(model_layers(model).paths):
         for path in paths[:1]:  # then come other spellings of it
             children = dict(modules[path].named_children())
             if any("norm" in name and name.startswith(("k", "qk")) for name in children):
                 continue
             for name, child in children.items():
-                is_key = name.startswith("k") or name == other_name
-                if is_key and isinstance(getattr(child, "bias", None), torch.nn.Parameter):
-                    names[index] = f"{path}.{name}.bias"
-    if not names:
-        return {}
-    parameters = dict(model.named_parameters())
-    biases = {index: _whole(parameters[name].detach()) for index, name in names.items()}
+                bias = getattr(child, "bias", None)  # a buffer with some quantized weights, elsewhere under adapters
+                if (name.startswith("k") or name == other_name) and isinstance(bias, torch.Tensor):
+                    names[index], biases[index] = f"{path}.{name}.bias", _whole(bias.detach())
     if any(bias.is_meta for bias in biases.values()):
         biases = _from_files(model, names)
     if not biases:

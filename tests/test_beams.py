@@ -11,20 +11,19 @@ import torch
 from helpers import prompt, tiny_llama
 from test_cache import CountSyncs, contents, make_cache, sliding_model
 from torch._dynamo.utils import counters
-from transformers import PreTrainedModel
 
 from hf_kvquant import QuantizedPagedCache
 
 UNQUANTIZED = {"kv_cache_dtype": "model", "page_size": 4}
 
 
-def generate(model: PreTrainedModel, ids: torch.Tensor, padded: bool = False, **options: Any) -> Any:
-    mask = torch.ones_like(ids)
+def generate(model: Any, input_ids: torch.Tensor, padded: bool = False, **options: Any) -> Any:
+    mask = torch.ones_like(input_ids)
     if padded:
-        mask[0, : ids.shape[1] // 3] = 0
+        mask[0, : input_ids.shape[1] // 3] = 0
     options = {"max_new_tokens": 14, "do_sample": False, "return_dict_in_generate": True, **options}
     torch.manual_seed(0)
-    return model.generate(ids, attention_mask=mask, **options)
+    return model.generate(input_ids=input_ids, attention_mask=mask, **options)
 
 
 WAYS = {
@@ -196,3 +195,23 @@ def test_compiled_beams(make_model: Any) -> None:
             assert torch.equal(out.sequences, expected)
     assert all(layer.dense == () for layer in out.past_key_values.report().layers)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("way", ["beams", "answers"])
+def test_rows_that_differ_share_no_prompt(way: str) -> None:
+    """Dropout that stays on, and adapters of their own, give sequences of the same tokens other keys and values."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    options = {"num_beams": 2} if way == "beams" else {"num_return_sequences": 2, "do_sample": True}
+    ids = prompt()
+    noisy = families.build("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.5, "embd_pdrop": 0.0})
+    for module in noisy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.train()
+    config = peft.LoraConfig(target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny_llama("kvquant"), config).eval()
+    adapted.add_adapter("other", config)
+    adapters = {"adapter_names": ["default", "other"] * (1 if way == "beams" else 2)}  # peft repeats them for beams
+    caches = ({"cache_implementation": "dynamic"}, {"cache_implementation": "kvquant", "cache_config": UNQUANTIZED})
+    for model, more in ((noisy, {}), (adapted, adapters)):
+        expected, got = (generate(model, ids, **options, **more, **cache) for cache in caches)
+        assert torch.equal(got.sequences, expected.sequences)

@@ -673,3 +673,25 @@ def test_large_key_biases_beside_those_of_queries_and_values(name: str) -> None:
             found.add(is_large)
             bias[at] -= 500.0
     assert found == ({True} if model_type == "ctrl" else {True, False})
+
+
+@pytest.mark.parametrize("held", ["adapter", "buffer"])
+def test_large_key_biases_that_are_not_where_they_were(held: str) -> None:
+    """Adapters put the projection into another module; some quantized weights keep its bias in a buffer."""
+    model = families.build("qwen2")
+    model.set_attn_implementation("kvquant_fp8")
+    projections = [layer.self_attn.k_proj for layer in model.model.layers]
+    with torch.no_grad():
+        projections[1].bias[3] = 50.0
+    if held == "adapter":
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    else:
+        wrapped = model
+        for projection in projections:
+            bias = projection.bias.detach()
+            del projection.bias
+            projection.register_buffer("bias", bias)
+    assert large_key_biases(model) == {1: 50.0}
+    output = wrapped.generate(input_ids=prompt(), max_new_tokens=2, return_dict_in_generate=True)
+    assert any("layer 1" in note and "bias" in note for note in output.past_key_values.report().notes)

@@ -17,8 +17,9 @@ import torch
 from helpers import llama_config, prompt, tiny_llama
 from test_cache import sliding_model
 
-from hf_kvquant import KVQuantConfig, QuantizedPagedCache
+from hf_kvquant import KVQuantConfig, QuantizedPagedCache, ops, parts
 from hf_kvquant.exact import SLACK
+from hf_kvquant.ops import PagedTensor
 
 HEADS, GROUPS, HEAD_DIM, PAGE = 2, 2, 16, 4
 
@@ -453,3 +454,21 @@ def test_a_session_keeps_them(tmp_path: Path) -> None:
         assert all(torch.equal(*pair) for pair in zip(one.exact.held, other.exact.held, strict=True))
     turn = torch.cat([text, prompt(2, 5, seed=3)], dim=1)
     assert torch.equal(*(generate(model, turn, past_key_values=each) for each in (cache, loaded)))
+
+
+def test_turns_of_any_length_take_pages_of_a_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size is a GPU kernel to compile."""
+    sizes = []
+
+    def attention(query: torch.Tensor, k: PagedTensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if k.format == "model":
+            sizes.append(k.pages.shape[2])
+        return ops.paged_attention(query, k, *args, **kwargs)
+
+    monkeypatch.setattr(parts, "paged_attention", attention)
+    model = tiny_llama("kvquant")
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="fp8", recent_tokens=8)
+    with torch.no_grad():
+        for length in (40, *range(1, 34)):
+            model(prompt(2, length), past_key_values=cache)
+    assert set(sizes) == {8, 16, 32, 64}  # 8 recent tokens, and the new ones but one

@@ -708,10 +708,11 @@ def test_how_the_kernels_would_come_about_is_said(
 
 def test_no_compiler_is_said(compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     compiler("")
-    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("CXX", " ")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(builds.BuildError, match="no C\\+\\+ compiler was found"):
         builds.load("default")
+    assert cpu.outlook().startswith("torch operators (no compiler")
 
 
 @needs_compiler
@@ -726,6 +727,24 @@ def test_one_of_many_builds_and_the_cache_serves_the_rest(compiler: Callable[[st
     assert log.read_text().split() == ["built"]
     files = [path.name for path in (log.parent / "cache" / "hf_kvquant").iterdir()]
     assert sorted(name.split("-")[0] for name in files) == ["build.lock", "kernels"]  # nothing half done is left
+
+
+@needs_compiler
+@pytest.mark.parametrize("contents", [b"", b"\x7fELF and no more"])
+def test_a_damaged_file_is_built_again(
+    contents: bytes, compiler: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = compiler('echo built >> $log; exec $real "$@"')
+    builds.load("default")
+    (good,) = (tmp_path / "cache" / "hf_kvquant").glob("kernels-*")
+    damaged = tmp_path / "other" / "hf_kvquant" / good.name
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(contents)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    for _ in range(2):
+        builds.load("default")
+    assert log.read_text().split() == ["built"] * 2
+    assert damaged.read_bytes() == good.read_bytes()
 
 
 @needs_compiler

@@ -285,20 +285,3 @@ def test_a_wrong_beginning_is_never_served(texts: list[list[int]], data: Any) ->
                 assert (ours - dense).abs().max() <= 64 * torch.finfo(torch.float32).eps * dense.abs().max()
         prefixes.keep(ids, cache)
         assert prefixes.nbytes <= prefixes.max_bytes
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["model", "fp8", "int8"])
-@pytest.mark.parametrize("name", MODELS)
-def test_requests_on_a_gpu(name: str, dtype: str) -> None:
-    model = MODELS[name]().cuda()
-    system = prompt(1, 37).cuda()
-    prefixes = make(model, kv_cache_dtype=dtype)
-    prefixes.prefill(system)
-    for ids in requests(system.cpu()):
-        output = generate(model, ids.cuda(), prefixes.cache_for(ids.cuda()))
-        fresh = QuantizedPagedCache.from_model(model, kv_cache_dtype=dtype, **OPTIONS)
-        with torch.no_grad():
-            model(system, past_key_values=fresh)
-        assert torch.equal(output, generate(model, ids.cuda(), fresh))
-    assert prefixes.hits == 3

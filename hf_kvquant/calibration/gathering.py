@@ -80,7 +80,7 @@ class Gatherer:
             with (
                 evaluating(self._model),
                 self._watched_queries() if queries else nullcontext(),
-                torch.inference_mode(),
+                torch.no_grad(),  # some quantized weights do not work in inference mode
                 logging.tqdm(desc="calibrating", unit=" tokens", unit_scale=True, disable=not progress) as bar,
             ):
                 for batch in batches:

@@ -69,6 +69,8 @@ def load(instructions: str) -> ctypes.CDLL:
         try:
             if directory is not None:
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+                if hasattr(os, "statvfs") and os.statvfs(directory).f_flag & os.ST_NOEXEC:
+                    raise OSError(f"{directory} is on a file system from which nothing may be run")
                 return _load_from(directory, instructions)
             with tempfile.TemporaryDirectory(prefix="hf_kvquant-") as temporary:
                 return _load_from(Path(temporary), instructions)
@@ -95,11 +97,11 @@ def _load_from(directory: Path, instructions: str) -> ctypes.CDLL:
     """Raises OSError if the directory cannot be used and BuildError if the compiler cannot."""
     builds = [(directory / _file_name(flags), flags) for flags in _flag_sets(instructions)]
     for path, _ in builds:
-        if path.exists():
+        with suppress(OSError):  # it is not there, or damaged
             return ctypes.CDLL(str(path))
     with _lock(directory / "build.lock"):
         for path, _ in builds:
-            if path.exists():  # another process was faster
+            with suppress(OSError):  # another process was faster
                 return ctypes.CDLL(str(path))
         message = ""
         for path, flags in builds:
@@ -151,7 +153,7 @@ def _file_name(flags: tuple[str, ...]) -> str:
 
 
 def _compiler() -> str | None:
-    return os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    return os.environ.get("CXX", "").strip() or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 
 
 def _compile(target: Path, flags: tuple[str, ...], source: Path = _SOURCE) -> str:
