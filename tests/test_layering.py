@@ -16,8 +16,8 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"_version", "formats", "huge_pages", "scales", "tables"}, {"config"}),
     ({"checkpoints", "ops"},),
     (
-        {"rotary", "hosts", "interface", "pools", "policy", "identity", "query"},
-        {"pages", "static_pages", "stores", "reading", "risks"},
+        {"rotary", "hosts", "interface", "pools", "policy", "query"},
+        {"pages", "static_pages", "stores", "identity", "reading", "risks"},
         {"offload", "exact", "options"},
         {"parts"},
     ),
