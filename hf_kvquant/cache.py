@@ -176,7 +176,8 @@ class QuantizedPagedCache(DynamicCache):
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the cache to disk: its live pages, scales and page tables, in one file that is complete or not there.
 
-        The text is not in it: keep the token ids, `generate` wants all of them. Forks are saved one by one.
+        The text is not in it: keep the token ids, `generate` wants all of them. Forks are saved one by one. Where the
+        model is spread over processes (tensor parallelism) each calls this and writes a file of its own.
 
         Raises ValueError if it is empty.
         """
@@ -184,16 +185,17 @@ class QuantizedPagedCache(DynamicCache):
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], model: PreTrainedModel) -> QuantizedPagedCache:
-        """A cache that `save_pretrained` has written, on the devices of `model`.
+        """A cache that `save_pretrained` has written, on the devices of `model`; spread over as many processes.
 
         Raises ValueError if it was written with a model of another configuration or of other weights, and if the file
         is missing, damaged or of another version.
         """
         model = without_wrapper(model)
-        saved = sessions.SavedCache.open(directory)
-        saved.check_model(model)
+        saved = sessions.SavedCache.open(directory, model)
+        notes = saved.check_model(model)
         cache = cls.for_generation(model, saved.options)
         saved.fill(cache, model)
+        cache.notes += notes
         return cache
 
     # -- transformers' operations, each table once -----------------------------------------------------------------

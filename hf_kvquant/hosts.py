@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -52,6 +52,17 @@ def without_wrapper(model: Any) -> PreTrainedModel:
     return inner
 
 
+def without_data_parallelism(model: Any) -> Any:
+    """The model to call with a cache, which data parallelism would split or wait with for others; adapters stay.
+
+    Raises TypeError for what is no transformers model.
+    """
+    without_wrapper(model)
+    while isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+        model = model.module
+    return model
+
+
 @contextmanager
 def evaluating(*models: torch.nn.Module) -> Iterator[None]:
     """The models in evaluation mode; afterwards each is in the mode that it was in."""
@@ -93,18 +104,46 @@ def _attention_by_index(decoder: torch.nn.Module, inside: str) -> dict[int, str]
 def layer_devices(model: PreTrainedModel, num_layers: int) -> list[torch.device]:
     """For each cache layer the device on which its attention runs, which need not be where its weights are kept."""
     modules = dict(model.named_modules())
-    devices = []
-    for paths in attention_paths(model, num_layers):
-        device = model.device
-        for module in (modules[path] for path in paths[:1]):
-            runs_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-            weight = next(module.parameters(), None)
-            if runs_on is not None:
-                device = torch.device(runs_on)
-            elif weight is not None:
-                device = weight.device
-        devices.append(device)
-    return devices
+    usual = input_device(model)
+    return [
+        next((device for path in paths if (device := _runs_on(modules[path])) is not None), usual)
+        for paths in attention_paths(model, num_layers)
+    ]
+
+
+def input_device(model: Any) -> torch.device:
+    """The device for token ids: the model's, or where its weights are offloaded, the one on which it runs."""
+    model = without_wrapper(model)
+    device = model.device
+    return device if device.type != "meta" else _runs_on(model) or device
+
+
+def _runs_on(module: torch.nn.Module) -> torch.device | None:
+    """The device on which a module runs; None if neither accelerate's hooks nor weights tell."""
+    for part in module.modules():
+        for hook in _hooks(part):
+            device = getattr(hook, "execution_device", None)
+            if device is not None and torch.device(device).type != "meta":
+                return torch.device(device)
+    return next((weight.device for weight in module.parameters() if weight.device.type != "meta"), None)
+
+
+def _hooks(module: torch.nn.Module) -> Sequence[Any]:
+    """accelerate's, by which it runs modules on other devices than their weights are kept on."""
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,))
+
+
+def kept_weight(model: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """What accelerate keeps of an offloaded parameter, read from the disk where it lies there; None for any other."""
+    parts = name.split(".")
+    # The hook is of the module that has the parameter or of one around it.
+    for length in range(len(parts) - 1, -1, -1):
+        for hook in _hooks(model.get_submodule(".".join(parts[:length]))):
+            if weights := getattr(hook, "weights_map", None):
+                with suppress(KeyError):
+                    return weights[".".join(parts[length:])]
+    return None
 
 
 def model_layers(model: PreTrainedModel) -> ModelLayers:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+
+from .hosts import kept_weight
 
 # Configuration entries that say nothing about keys and values.
 _IRRELEVANT = {
@@ -15,6 +18,7 @@ _IRRELEVANT = {
     "return_dict", "transformers_version", "use_cache",
 }  # fmt: skip
 _SAMPLES = 16  # numbers taken from each weight
+_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")  # that torch puts into names
 
 
 def config_facts(config: Any) -> dict[str, Any]:
@@ -25,33 +29,81 @@ def config_facts(config: Any) -> dict[str, Any]:
     }
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """A digest of the weights in their precision: of a few numbers of each, and of which adapters are active.
+def weights_facts(model: torch.nn.Module) -> dict[str, Any]:
+    """What tells the weights of `model` from others, as JSON.
 
-    Weights that were offloaded and tensors of other libraries are left out. Of a model with quantized weights only what
-    is never packed is read (embeddings, and tensors of one dimension): its kernels repack the rest as they are first
-    used.
+    `weights` has for each by name its dtype, which part of it this process holds ("" for all of it), and a digest of a
+    few of its numbers: None where they cannot be read, as those in tensors of other libraries. Of a model with
+    quantized weights only what is never packed is listed (embeddings, and tensors of one dimension): its kernels repack
+    the rest as they are first used. `adapters` says which are active.
     """
-    digest = hashlib.sha256(str(getattr(model, "dtype", None)).encode())
-    samples: dict[torch.device, list[torch.Tensor]] = {}
-    for weight in _stable_weights(model):
-        digest.update(str(tuple(weight.shape)).encode())
-        flat = weight.detach().reshape(-1)
-        places = torch.linspace(0, len(flat) - 1, min(_SAMPLES, len(flat)), dtype=torch.float64, device=flat.device)
-        samples.setdefault(flat.device, []).append(flat[places.long()].to(torch.float64))
-    for taken in samples.values():  # one transfer per device
-        digest.update(torch.cat(taken).cpu().numpy().tobytes())
-    for module in model.modules():
-        if isinstance(is_off := getattr(module, "disable_adapters", None), bool):
-            digest.update(repr((module.active_adapters, is_off)).encode())
-    return digest.hexdigest()
+    facts: dict[str, list[Any]] = {}
+    samples: dict[torch.device, list[tuple[str, torch.Size, torch.Tensor]]] = {}
+    for path, weight in _stable_weights(model):
+        name = _WRAPPERS.sub("", path)
+        numbers, part = _held_here(weight if weight.device.type != "meta" else kept_weight(model, path))
+        facts[name] = [str(weight.dtype).removeprefix("torch."), part, None]
+        if numbers is not None:
+            samples.setdefault(numbers.device, []).append((name, numbers.shape, _sample(numbers)))
+    for taken in samples.values():
+        here = torch.cat([sample for _, _, sample in taken]).cpu()  # one transfer per device
+        for (name, shape, _), sample in zip(taken, here.split([len(each) for _, _, each in taken]), strict=True):
+            facts[name][2] = _short(str(tuple(shape)).encode() + sample.numpy().tobytes())
+    adapters = [
+        (module.active_adapters, is_off)
+        for module in model.modules()
+        if isinstance(is_off := getattr(module, "disable_adapters", None), bool)
+    ]
+    return {"weights": facts, "adapters": _short(repr(adapters).encode())}
 
 
-def _stable_weights(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+def same_weights(facts: Mapping[str, Any], others: Mapping[str, Any]) -> bool | None:
+    """Whether two models' `weights_facts` are of the same weights, by what can be read of both; None if nothing can."""
+    if facts["adapters"] != others["adapters"] or facts["weights"].keys() != others["weights"].keys():
+        return False
+    pairs = [(fact, others["weights"][name]) for name, fact in facts["weights"].items()]
+    pairs = [(one, other) for one, other in pairs if one[1] == other[1]]
+    if any(one[0] != other[0] for one, other in pairs):
+        return False
+    digests = [(one[2], other[2]) for one, other in pairs if None not in (one[2], other[2])]
+    return all(one == other for one, other in digests) if digests else None
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """A digest of `weights_facts`."""
+    return hashlib.sha256(json.dumps(weights_facts(model), sort_keys=True).encode()).hexdigest()
+
+
+def _stable_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     is_quantized = getattr(model, "hf_quantizer", None) is not None
-    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    for weight in model.parameters():
-        is_readable = type(weight.data) is torch.Tensor and weight.device.type != "meta" and weight.numel() > 0
-        is_stable = weight.ndim == 1 or any(weight is embedding for embedding in embeddings)
-        if is_readable and (is_stable or not is_quantized):
-            yield weight
+    # Offloading parts weights that are tied, so all their names count, and the one of an output layer is none of an
+    # embedding.
+    modules = model.named_modules(remove_duplicate=False)
+    embeddings = {f"{path}.weight" for path, module in modules if isinstance(module, torch.nn.Embedding)}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if weight.ndim == 1 or name in embeddings or not is_quantized:
+            yield name, weight
+
+
+def _held_here(weight: Any) -> tuple[torch.Tensor | None, str]:
+    """The numbers of a weight in this process, None if they cannot be read, and which part of it they are."""
+    part = ""
+    if hasattr(weight, "placements"):  # a DTensor
+        mesh = weight.device_mesh
+        places = zip(weight.placements, mesh.get_coordinate() or (), mesh.shape, strict=False)
+        part = ", ".join(f"{how} {place}/{size}" for how, place, size in places if not how.is_replicate())
+        weight = weight.detach().to_local()
+    is_readable = (
+        weight is not None and type(weight.data) is torch.Tensor and weight.device.type != "meta" and weight.numel() > 0
+    )
+    return (weight.detach() if is_readable else None), part
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _sample(numbers: torch.Tensor) -> torch.Tensor:
+    flat = numbers.reshape(-1)
+    places = torch.linspace(0, len(flat) - 1, min(_SAMPLES, len(flat)), dtype=torch.float64, device=flat.device)
+    return flat[places.long()].to(torch.float64)

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cache import QuantizedPagedCache
 from .growing import GrowingLayer
-from .hosts import with_cache, without_wrapper
+from .hosts import input_device, with_cache, without_data_parallelism, without_wrapper
 from .stores import PageStore
 
 _MEDIA_TOKEN = re.compile(r".*(image|video|audio|vision).*_token_(id|index)")
@@ -67,7 +67,7 @@ class PrefixCache:
         self._empty = QuantizedPagedCache.from_model(model, **options)
         if self._empty.kvquant.max_cache_len is not None:
             raise ValueError("max_cache_len reserves pages at fixed addresses, which are not shared; leave it out")
-        self.model = model
+        self.model = without_data_parallelism(model)
         self.max_bytes = max_bytes
         self.hits = 0
         self.misses = 0
@@ -118,7 +118,7 @@ class PrefixCache:
                 "keep what is before them"
             )
         cache = self._longest(tokens, tokens.shape[1]) or self._empty.fork()
-        rest = tokens[:, cache.get_seq_length() :].to(self.model.device)
+        rest = tokens[:, cache.get_seq_length() :].to(input_device(self.model))
         if rest.shape[1]:
             takes_logits_to_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
             last_only = {"logits_to_keep": 1} if takes_logits_to_keep else {}

@@ -3,7 +3,9 @@
 `kv_cache.safetensors` holds, for every page table t, the page numbers of its sequences, oldest first (`tables.{t}`
 `[B, N]`), for every paged layer i its `layers.{i}.k.pages` and `.v.pages` `[P, H, S, D]` with their `.token_scale`,
 `.scale` and `.zero` and what is kept in the model's dtype beside them (`.exact`), and the states that layers of
-transformers keep. Everything else is JSON in its header, under the name `hf_kvquant`.
+transformers keep. Everything else is JSON in its header, under the name `hf_kvquant`. Where tensor or pipeline
+parallelism has spread the model over processes, each writes its heads and layers into a file of its own,
+`kv_cache-0-of-2.safetensors` and so on.
 """
 
 from __future__ import annotations
@@ -23,16 +25,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
+from transformers.utils import logging
 
 from ._version import __version__
 from .config import KVQuantConfig
 from .growing import GrowingLayer
 from .hosts import layer_devices
-from .identity import config_facts, weights_digest
+from .identity import config_facts, same_weights, weights_facts
 from .layers import PagedLayer
 from .pages import PageTable
 from .policy import QueryPlan, SidePlan
 from .pools import PagePool
+from .sharding import part_of_model
 from .stores import PageStore, keep_in_place, mutable_everywhere
 
 if TYPE_CHECKING:
@@ -40,9 +44,16 @@ if TYPE_CHECKING:
 
 FILE = "kv_cache.safetensors"
 _HEADER = "hf_kvquant"
-_VERSION = 1
+_VERSION = 2
 _PLAN = ("format", "kind", "source", "equalize", "granularity", "margin")
 _PAGED, _SCALES = ("pages", "token_scale"), ("scale", "zero")
+
+
+logger = logging.get_logger(__name__)
+
+
+def _file_of(part: int, num_parts: int) -> str:
+    return FILE if num_parts == 1 else f"kv_cache-{part}-of-{num_parts}.safetensors"
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -56,15 +67,17 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
             "new cache would not have them, so this one cannot be saved"
         )
     model = cache.shared.model() if cache.shared.model is not None else None
+    part = (0, 1) if model is None else part_of_model(model)
     tensors: dict[str, torch.Tensor] = {}
     tables: dict[int, int] = {}  # id of each table -> its number
     header: dict[str, Any] = {
         "version": _VERSION,
         "written_by": __version__,
         "transformers": transformers.__version__,
+        "part": part,
         "options": cache.kvquant.to_dict(),
         "config": config_facts(cache.shared.model_config),
-        "weights": None if model is None else weights_digest(model),
+        "weights": None if model is None else weights_facts(model),
         "notes": cache.notes,
         "tables": [],
         "layers": [],
@@ -97,7 +110,7 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
             entry[side] = {"plan": plan, "source": store.source, "needs_tokens": store.needs_tokens}
     if not tensors:
         raise ValueError("the cache is empty; there is nothing to save")
-    _write(Path(directory), tensors, {_HEADER: json.dumps(header)})
+    _write(Path(directory) / _file_of(*part), tensors, {_HEADER: json.dumps(header)})
 
 
 def _query_entry(plan: QueryPlan | None) -> dict[str, Any] | None:
@@ -145,15 +158,15 @@ def _state_names(layer: Any) -> list[str]:
     return [name for name in vars(LinearAttentionLayer()) if name not in ("device", "dtype", "number_of_states")]
 
 
-def _write(directory: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write the file beside its place and move it there, so that there is never half a file."""
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{FILE}.{uuid.uuid4().hex}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         save_file(tensors, temporary, metadata)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, directory / FILE)
+        os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
@@ -177,20 +190,32 @@ class SavedCache:
     file: Any
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str]) -> SavedCache:
-        """Raises ValueError if there is no saved cache there, or one of another version."""
-        path = Path(directory) / FILE
+    def open(cls, directory: str | os.PathLike[str], model: PreTrainedModel) -> SavedCache:
+        """The one of this process. Raises ValueError if there is none for `model`, or one of another version."""
+        part = part_of_model(model)
+        path = Path(directory) / _file_of(*part)
         try:
             file = safe_open(path, framework="pt")
             header = json.loads((file.metadata() or {})[_HEADER])
         except FileNotFoundError as error:
-            raise ValueError(f"{directory} holds no saved cache: there is no {FILE}") from error
+            message = f"{directory} holds no saved cache: there is no {path.name}"
+            if others := sorted(other.name for other in Path(directory).glob("kv_cache*.safetensors")):
+                message = (
+                    f"{directory} has {', '.join(others)} but no {path.name}: a cache is read by as many processes as "
+                    f"have written it, each its own file, and this is process {part[0]} of {part[1]}"
+                )
+            raise ValueError(message) from error
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is not a cache that save_pretrained() has written: {error}") from error
         if header.get("version") != _VERSION:
             raise ValueError(
                 f"{path} is of version {header.get('version')} (written by hf_kvquant {header.get('written_by')}), "
-                f"this hf_kvquant {__version__} reads version {_VERSION}"
+                f"this hf_kvquant {__version__} reads version {_VERSION}; compute the text again"
+            )
+        if tuple(header["part"]) != part:
+            raise ValueError(
+                f"{path} was written by process {header['part'][0]} of {header['part'][1]}, and this is process "
+                f"{part[0]} of {part[1]}, with other heads or layers; files keep the names that they were given"
             )
         return cls(path, header, file)
 
@@ -205,8 +230,8 @@ class SavedCache:
         kept = {name: value for name, value in self.header["options"].items() if name not in of_scales}
         return {**kept, "scales": "dynamic"}
 
-    def check_model(self, model: PreTrainedModel) -> None:
-        """Raises ValueError if the cache was written with another model."""
+    def check_model(self, model: PreTrainedModel) -> list[str]:
+        """Notes on what could not be checked. Raises ValueError if the cache was written with another model."""
         saved, given = self.header["config"], config_facts(model.config.get_text_config(decoder=True))
         if differing := sorted(n for n in saved.keys() | given.keys() if saved.get(n) != given.get(n)):
             facts = ", ".join(f"{name} {saved.get(name)!r} (here {given.get(name)!r})" for name in differing)
@@ -214,11 +239,23 @@ class SavedCache:
                 f"{self.path} was written with a model of another configuration: {facts} (written under transformers "
                 f"{self.header['transformers']}, this is {transformers.__version__})"
             )
-        if self.header["weights"] not in (None, weights_digest(model)):
+        if self.header["weights"] is None:  # a cache that no model made
+            return []
+        is_same = same_weights(self.header["weights"], weights_facts(model))
+        if is_same is None:
+            note = (
+                f"{self.path}: whether it was written with the weights of this model could not be checked, since they "
+                "are offloaded or spread over processes in another way than they were; with others its keys and values "
+                "are wrong"
+            )
+            logger.warning_once(f"{note}.")
+            return [note]
+        if not is_same:
             raise ValueError(
                 f"{self.path} was written with other weights than those of this model (another checkpoint, precision, "
                 "adapter or quantization); its keys and values would be wrong here. Compute the text again"
             )
+        return []
 
     def fill(self, cache: QuantizedPagedCache, model: PreTrainedModel) -> None:
         """Put what is saved into `cache`, which was made for `model` with `options` and is empty.

@@ -1,12 +1,12 @@
-"""Heads that are shared out over processes (tensor parallelism): which of them are this process's."""
+"""Models that are spread over processes (tensor and pipeline parallelism): which part is this process's."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +36,31 @@ class HeadShard:
         return self
 
 
-def head_shard(model: PreTrainedModel) -> HeadShard | None:
-    """Where a model was loaded with a `tp_plan`, this process's place; else None."""
-    size = getattr(model, "_tp_size", None) or 1
-    if size == 1:
+def head_shard(model: torch.nn.Module) -> HeadShard | None:
+    """Under tensor parallelism this process's place; else None."""
+    mesh: Any = getattr(model, "_device_mesh", None)
+    dims = [dim for dim, name in enumerate(_names(mesh)) if name == "tp"]
+    if not dims or mesh.shape[dims[0]] == 1:
         return None
-    mesh: Any = model._device_mesh
-    if "tp" in (mesh.mesh_dim_names or ()):
-        mesh = mesh["tp"]
-    return HeadShard(mesh.get_local_rank(), size, mesh.get_group())
+    return HeadShard(mesh.get_local_rank(dims[0]), mesh.shape[dims[0]], mesh.get_group(dims[0]))
+
+
+def part_of_model(model: torch.nn.Module) -> tuple[int, int]:
+    """Which part of each token's keys and values this process has, and how many parts there are.
+
+    `(0, 1)` unless transformers has spread heads or layers over processes (tensor and pipeline parallelism).
+    """
+    mesh: Any = getattr(model, "_device_mesh", None)
+    part, num_parts = 0, 1
+    for dim, name in enumerate(_names(mesh)):
+        if name in ("pp", "tp"):
+            size = mesh.shape[dim]
+            part, num_parts = part * size + mesh.get_local_rank(dim), num_parts * size
+    return part, num_parts
+
+
+def _names(mesh: Any) -> Sequence[str]:
+    """What each dimension of a mesh of processes is for; older versions make tensor parallelism's without names."""
+    if mesh is None:
+        return ()
+    return mesh.mesh_dim_names or ("tp",) * mesh.ndim

@@ -16,8 +16,8 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"_version", "formats", "huge_pages", "scales", "tables"}, {"config"}),
     ({"checkpoints", "ops"},),
     (
-        {"rotary", "hosts", "interface", "pools", "policy", "identity", "query", "sharding"},
-        {"pages", "static_pages", "stores", "reading", "risks"},
+        {"rotary", "hosts", "interface", "pools", "policy", "query", "sharding"},
+        {"pages", "static_pages", "stores", "identity", "reading", "risks"},
         {"offload", "exact", "options"},
         {"parts"},
     ),
@@ -44,7 +44,7 @@ HEIGHT = {
     name: (floor, step) for floor, steps in enumerate(FLOORS) for step, names in enumerate(steps) for name in names
 }
 FIRST_FLOOR_WITH_TRANSFORMERS = 3
-BELOW_WITH_TRANSFORMERS = {"hosts", "interface", "options", "reading", "risks", "sharding"}
+BELOW_WITH_TRANSFORMERS = {"hosts", "interface", "options", "reading", "risks"}
 THIRD_PARTY = {
     "datasets",
     "lm_eval",

@@ -290,7 +290,10 @@ def rewrite(path: Path, change: Any) -> None:
 
 
 DAMAGE: dict[str, tuple[Any, str]] = {
-    "version": (lambda tensors, header: header.update(version=99), "version 99.*reads version 1"),
+    "version": (
+        lambda tensors, header: header.update(version=99),
+        "version 99.*reads version 2; compute the text again",
+    ),
     "missing tensor": (lambda tensors, header: tensors.pop("layers.1.v.pages"), "damaged.*layers.1.v.pages"),
     "missing scale": (lambda tensors, header: tensors.pop("layers.1.v.token_scale"), "damaged.*layers.1.v.token_scale"),
     "page out of range": (lambda tensors, header: tensors["tables.0"].add_(50), "damaged"),

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..calibration_data import batches_of
 from ..checkpoints import ModelLayers
 from ..formats import get_format
-from ..hosts import disable_fake_quantization, model_layers
+from ..hosts import disable_fake_quantization, model_layers, without_data_parallelism
 from ..scales import GRANULARITIES, LayerScales
 from .estimating import Estimate
 from .gathering import CROWDED, Gatherer
@@ -118,6 +118,7 @@ def calibrate(
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name}={number!r}; it must be a positive integer")
 
+    model = without_data_parallelism(model)
     batches = batches_of(data, model, tokenizer, num_samples, max_length, batch_size)
     gatherer = Gatherer(model, sample_tokens=0 if estimator == "absmax" else _SAMPLE_TOKENS)
     notes = disable_fake_quantization(model)

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..attention import kvquant_attention, kvquant_mask
 from ..calibration_data import Batch
-from ..hosts import config_number, evaluating, layer_type_names, with_cache
+from ..hosts import config_number, evaluating, input_device, layer_type_names, with_cache
 from ..interface import attention_by_part, uses_attention_interface
 from ..rotary import rotary_layouts
 from ..scales import LayerScales
@@ -91,13 +91,14 @@ class Gatherer:
             return True
 
     def _forward(self, batch: Batch, parameters: Any) -> None:
-        inputs: dict[str, Any] = {name: value.to(self._model.device) for name, value in batch.inputs.items()}
+        device = input_device(self._model)
+        inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.inputs.items()}
         mask = batch.mask
         self._valid = None if mask is None or bool(mask.all()) else mask
         if mask is not None and self._valid is not None and not bool(mask[:, 0].all()) and "position_ids" in parameters:
             # Tokens count from their own beginning, as `generate` has it.
             positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-            inputs.setdefault("position_ids", positions.to(self._model.device))
+            inputs.setdefault("position_ids", positions.to(device))
         if "logits_to_keep" in parameters:
             inputs["logits_to_keep"] = self._logits_to_keep
         cache: Any = _WatchedCache(self._text_config, self)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..hosts import disable_fake_quantization, without_wrapper
+from ..hosts import disable_fake_quantization, input_device, without_wrapper
 from .attempt import attempt
 from .caches import DEFAULT_FORMATS, Formats
 from .generating import (
@@ -88,7 +88,7 @@ def bench(
 
     with as_generating(model) as attend, tqdm(total=len(cells) * len(compared) * rounds, disable=None) as bar:
         for batch, context in cells:
-            if model.device.type != "cpu":
+            if input_device(model).type != "cpu":
                 torch.compiler.reset()  # after a few sizes it would no longer compile for another
             ids = random_ids(model, batch, context)
             for index in range(-1, rounds):

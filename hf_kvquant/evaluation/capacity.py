@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..hosts import disable_fake_quantization, longest_sequence, without_wrapper
+from ..hosts import disable_fake_quantization, input_device, longest_sequence, without_wrapper
 from ..pools import OutOfPagesError
 from ..tables import table
 from .attempt import attempt
@@ -145,7 +145,7 @@ def measure_capacity(
     Raises ValueError on a CPU, whose memory does not run out but slows everything down, for amounts that do not fit, a
     model without a causal head, and a file of another measurement.
     """
-    check_capacity(model, model.device, formats, contexts, batches, save)
+    check_capacity(model, input_device(model), formats, contexts, batches, save)
     contexts = contexts or contexts_for(model, _CONTEXTS, _NEW_TOKENS)
     check_length(model, max(contexts) + _NEW_TOKENS)
     compared = generating_candidates(model, formats)
@@ -208,7 +208,7 @@ def _row(model: PreTrainedModel, candidate: Candidate, batch: int | None, contex
 
 
 def _fits(model: PreTrainedModel, candidate: Candidate, batch: int, context: int) -> bool:
-    if model.device.type != "cpu":
+    if input_device(model).type != "cpu":
         torch.compiler.reset()  # after a few sizes it would no longer compile for another
     try:
         generate_once(model, candidate.make, random_ids(model, batch, context), _NEW_TOKENS)

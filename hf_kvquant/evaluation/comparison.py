@@ -13,7 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration_data import tokenizer_beside
-from ..hosts import disable_fake_quantization, evaluating, longest_sequence, without_wrapper
+from ..hosts import (
+    disable_fake_quantization,
+    evaluating,
+    longest_sequence,
+    without_data_parallelism,
+    without_wrapper,
+)
 from .acceptance import PLACES, AcceptanceRun
 from .attempt import attempt
 from .caches import DEFAULT_FORMATS, DENSE, Candidate, Formats, candidates
@@ -70,6 +76,7 @@ def compare(
     Raises ValueError for no data, data shorter than `context`, options that do not fit, a model without a causal head,
     and a file of another comparison; TypeError for data of an unknown kind.
     """
+    model = without_data_parallelism(model)
     check_comparison(model, formats, context, num_windows, new_tokens, steps, retrieval, save)
     steps = context - context // 2 if steps is None else steps
     compared = candidates(model, formats)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from ..hosts import evaluating, longest_sequence, without_wrapper
+from ..hosts import evaluating, input_device, longest_sequence, without_wrapper
 from ..interface import attention_by_part, attention_name, is_fused, uses_attention_interface
 from .caches import Candidate, Formats, candidates
 from .machine import git_commit
@@ -78,13 +78,14 @@ def generating_candidates(model: PreTrainedModel, formats: Formats) -> list[Cand
 
 def generating_setup(model: PreTrainedModel, name: str | None) -> dict[str, Any]:
     """What times depend on, as JSON. Weights are not among it."""
+    device = input_device(model)
     setup = {key: value for key, value in model_setup(model).items() if key != "weights"}
     return {
         **setup,
         **({} if name is None else {"model": name}),
         "attention": _hosts_attention(model),
-        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
-        "peak_memory": peak_kind(model.device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "peak_memory": peak_kind(device),
         "commit": git_commit(),
     }
 
@@ -131,7 +132,7 @@ def random_ids(model: PreTrainedModel, batch: int, context: int) -> torch.Tensor
     vocabulary = config.get_text_config(decoder=True).vocab_size
     usual = torch.tensor([token for token in range(vocabulary) if token not in named], device="cpu")
     places = torch.randint(len(usual), (batch, context), generator=torch.Generator().manual_seed(0), device="cpu")
-    return usual[places].to(model.device)
+    return usual[places].to(input_device(model))
 
 
 def starting_at(index: int, items: Sequence[Item]) -> list[Item]:

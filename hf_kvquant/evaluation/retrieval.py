@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..hosts import with_cache
+from ..hosts import input_device, with_cache
 
 TASKS = ("key-value", "needle")
 # Where the fact is: 0 at the beginning of the document, 1 right before the question.
@@ -110,7 +110,8 @@ def measure_retrieval(model: PreTrainedModel, probes: Sequence[Probe], make: Cal
 
 def _score(model: PreTrainedModel, probe: Probe, cache: Cache) -> tuple[int, float]:
     """The worst rank of the answer's tokens, and the log probability of all of them."""
-    document, question, answer = (ids[None].to(model.device) for ids in (probe.document, probe.question, probe.answer))
+    device = input_device(model)
+    document, question, answer = (ids[None].to(device) for ids in (probe.document, probe.question, probe.answer))
     # Nothing is predicted from the document; its logits would take more memory than all else.
     only_last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     model(input_ids=document, **with_cache(cache), **only_last)

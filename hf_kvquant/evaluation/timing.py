@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..hosts import with_cache
+from ..hosts import input_device, with_cache
 from .caches import held_bytes
 from .memory import free, peak_bytes, reset_peak, synchronize
 
@@ -57,7 +57,7 @@ def generate_once(model: PreTrainedModel, make: Callable[[int], Cache], ids: tor
 
     `make` is given the tokens that a sequence reaches. The end of a text does not end it.
     """
-    device = model.device
+    device = input_device(model)
     free(device)
     reset_peak(device)
     clock = Clock(device)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration_data import batches_of
+from ..hosts import input_device
 
 # Text in chunks begins with few tokens, as a conversation does: a cache that takes its scales from the first tokens has
 # to live with them.
@@ -52,7 +53,8 @@ def read_windows(
             f"the data is shorter than the context: its longest text has {longest} tokens, and windows are of "
             f"context={context}; give longer texts, or a smaller context"
         )
-    return [window.to(model.device) for window in windows[:num_windows]], pieces
+    device = input_device(model)
+    return [window.to(device) for window in windows[:num_windows]], pieces
 
 
 def chunk_sizes(num_tokens: int) -> list[int]:
