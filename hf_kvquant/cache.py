@@ -13,6 +13,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -222,6 +223,39 @@ class QuantizedPagedCache(DynamicCache):
         self.layers[self._offloaded[following % len(self._offloaded)]].prefetch()
         return result
 
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens a sequence has seen."""
+        return super().get_seq_length(self._layer_to_ask(layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and first token of the mask that a layer needs for the next `query_length` tokens."""
+        return super().get_mask_sizes(query_length, self._layer_to_ask(layer_idx))
+
+    def _layer_to_ask(self, layer_idx: int) -> int:
+        """Which layer knows how many tokens `layer_idx` has seen.
+
+        That is itself, unless it is empty and a later one is not: where a model's layers are spread over processes
+        (pipeline parallelism), those of earlier processes hold nothing here.
+        """
+        if layer_idx >= len(self.layers) or _is_filled(self.layers[layer_idx]):
+            return layer_idx
+        asked = self.layers[layer_idx]
+        if layer_idx == 0:  # where it has a state only, transformers means the first with attention
+            asked = next((layer for layer in self.layers if isinstance(layer, CacheLayerMixin)), asked)
+        if not isinstance(asked, PagedLayer) or not asked.is_empty:
+            return layer_idx
+        later = [index for index in range(layer_idx, len(self.layers)) if _is_filled(self.layers[index])]
+        alike = [index for index in later if self.layers[index].window == asked.window]
+        return (alike or later or [layer_idx])[0]
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 while there are none. Raises ValueError where layers hold different numbers of them."""
+        sizes = {getattr(layer, "batch_size", -1) for layer in self.layers} - {-1}
+        if len(sizes) > 1:
+            raise ValueError(f"the layers hold different numbers of sequences: {sorted(sizes)}")
+        return sizes.pop() if sizes else -1
+
     @property
     def num_model_layers(self) -> int:
         """Layers as the cache was made; models that go through some of them several times add copies."""
@@ -400,6 +434,10 @@ class QuantizedPagedCache(DynamicCache):
                 rows.append(LayerReport(index, name, (dtype, dtype), sources, nbytes, nbytes, (0, 0)))
         total = sum(row.model_dtype_bytes for row in rows)
         return CacheReport(rows, list(self.notes), self.nbytes, self.nbytes_allocated, total)
+
+
+def _is_filled(layer: Any) -> bool:
+    return isinstance(layer, PagedLayer) and not layer.is_empty
 
 
 def _fixed_layers(config: PreTrainedConfig, capacity: int) -> list[Any]:

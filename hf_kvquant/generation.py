@@ -1,6 +1,7 @@
-"""`cache_implementation="kvquant"`: the two places where `generate` has to know the name, and one that loses caches.
+"""`cache_implementation="kvquant"`: the two places where `generate` has to know the name, one that would ignore it, and
+one that loses caches.
 
-transformers has no registry for cache implementations. The first two hooks are made once, on import, the third on the
+transformers has no registry for cache implementations. The first three hooks are made once, on import, the last on the
 class of a model that a quantized cache is used with. They check what they change, and leave every other cache alone.
 """
 
@@ -33,6 +34,7 @@ _COMPILED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _COMPILED_DEVICES = ("cuda", "xpu")  # on which `generate` compiles without being asked
 _NAMES = "ALL_CACHE_IMPLEMENTATIONS"
 _METHOD = "_prepare_cache_for_generation"
+_CONTINUOUS = "init_continuous_batching"
 _INPUTS = "prepare_inputs_for_generation"
 _PARAMETERS = ["self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"]
 
@@ -57,6 +59,8 @@ def register() -> None:
         )
     setattr(configuration_utils, _NAMES, (*names, CACHE_IMPLEMENTATION))
     setattr(GenerationMixin, _METHOD, _extended(method))
+    if hasattr(GenerationMixin, _CONTINUOUS):  # it only warns, so a version without it is as good
+        setattr(GenerationMixin, _CONTINUOUS, _with_warning(getattr(GenerationMixin, _CONTINUOUS)))
 
 
 def _extended(prepare_cache: Any) -> Any:
@@ -112,6 +116,24 @@ def _extended(prepare_cache: Any) -> Any:
 
     prepare._is_kvquant = True  # type: ignore[attr-defined]
     return prepare
+
+
+def _with_warning(init_continuous_batching: Any) -> Any:
+    """Say that continuous batching, whose cache is part of its scheduler, takes no notice of this one."""
+
+    @functools.wraps(init_continuous_batching)
+    def init(self: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        config = self.generation_config if generation_config is None else generation_config
+        chosen, options = (getattr(config, name, None) for name in ("cache_implementation", "cache_config"))
+        fused = is_fused(self.config.get_text_config(decoder=True))
+        if chosen == CACHE_IMPLEMENTATION or (chosen is None and (fused or options)):
+            logger.warning_once(
+                "Continuous batching keeps a cache of its own, in the model's dtype: cache_implementation='kvquant', "
+                "`cache_config` and a kvquant attention have no effect on it; use `generate` for the 8-bit cache."
+            )
+        return init_continuous_batching(self, generation_config, *args, **kwargs)
+
+    return init
 
 
 def _warn_of_other_options(cache: QuantizedPagedCache, generation_config: Any) -> None:

@@ -139,6 +139,25 @@ def test_options_that_a_given_cache_was_not_made_with(caplog: pytest.LogCaptureF
         generate(model, prompt(), past_key_values=cache, cache_config={"nonsense": 1})
 
 
+def test_continuous_batching_says_that_it_keeps_its_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `generate_batch` and `transformers serve` start; the configuration comes with the call or from the model."""
+    warned: list[str] = []
+    monkeypatch.setattr("hf_kvquant.generation.logger.warning_once", warned.append)
+    others: list[dict[str, Any]] = [{}, {"cache_implementation": "static", "cache_config": {}}]
+    ours = [{"cache_implementation": "kvquant"}, {"cache_config": {"kv_cache_dtype": "fp8"}}]
+    for options in others + ours:
+        config, model = GenerationConfig(eos_token_id=-1, pad_token_id=0, **options), tiny_llama("sdpa")
+        model.init_continuous_batching(config)
+        model = tiny_llama("sdpa")
+        model.generation_config = config
+        model.init_continuous_batching()
+        assert len(warned) == 2 * (ours.index(options) + 1 if options in ours else 0)
+    with pytest.raises(ValueError, match="kvquant"):  # transformers' own, for an attention that it does not know
+        tiny_llama("kvquant").init_continuous_batching(GenerationConfig(eos_token_id=-1, pad_token_id=0))
+    assert len(warned) == 5
+    assert "Continuous batching keeps a cache of its own" in warned[0]
+
+
 def test_both_cache_and_implementation_are_refused() -> None:
     model = tiny_llama("kvquant")
     with pytest.raises(ValueError, match="cache_implementation"):
