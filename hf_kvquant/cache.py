@@ -188,6 +188,8 @@ class QuantizedPagedCache(DynamicCache):
     def from_pretrained(cls, directory: str | os.PathLike[str], model: PreTrainedModel) -> QuantizedPagedCache:
         """A cache that `save_pretrained` has written, on the devices of `model`; spread over as many processes.
 
+        Of prompts and prefixes that an adapter has learned those in the cache stay; the model's are not looked at.
+
         Raises ValueError if it was written with a model of another configuration or of other weights, and if the file
         is missing, damaged or of another version.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,8 +34,9 @@ def weights_facts(model: torch.nn.Module) -> dict[str, Any]:
 
     `weights` has for each by name its dtype, which part of it this process holds ("" for all of it), and a digest of a
     few of its numbers: None where they cannot be read, as those in tensors of other libraries. Of a model with
-    quantized weights only what is never packed is listed (embeddings, and tensors of one dimension): its kernels repack
-    the rest as they are first used. `adapters` says which are active.
+    quantized weights only what is never packed is listed (embeddings, adapters, and tensors of one dimension): its
+    kernels repack the rest as they are first used, so `quantization` says how they are quantized instead. `adapters`
+    says which are active, and how much they count.
     """
     facts: dict[str, list[Any]] = {}
     samples: dict[torch.device, list[tuple[str, torch.Size, torch.Tensor]]] = {}
@@ -50,16 +51,18 @@ def weights_facts(model: torch.nn.Module) -> dict[str, Any]:
         for (name, shape, _), sample in zip(taken, here.split([len(each) for _, _, each in taken]), strict=True):
             facts[name][2] = _short(str(tuple(shape)).encode() + sample.numpy().tobytes())
     adapters = [
-        (module.active_adapters, is_off)
+        (module.active_adapters, module.disable_adapters, getattr(module, "scaling", None))
         for module in model.modules()
-        if isinstance(is_off := getattr(module, "disable_adapters", None), bool)
+        if _is_adapted(module)
     ]
-    return {"weights": facts, "adapters": _short(repr(adapters).encode())}
+    return {"weights": facts, "adapters": _short(repr(adapters).encode()), "quantization": _quantization(model)}
 
 
 def same_weights(facts: Mapping[str, Any], others: Mapping[str, Any]) -> bool | None:
     """Whether two models' `weights_facts` are of the same weights, by what can be read of both; None if nothing can."""
-    if facts["adapters"] != others["adapters"] or facts["weights"].keys() != others["weights"].keys():
+    if any(facts[name] != others[name] for name in ("adapters", "quantization")):
+        return False
+    if facts["weights"].keys() != others["weights"].keys():
         return False
     pairs = [(fact, others["weights"][name]) for name, fact in facts["weights"].items()]
     pairs = [(one, other) for one, other in pairs if one[1] == other[1]]
@@ -80,9 +83,27 @@ def _stable_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
     # embedding.
     modules = model.named_modules(remove_duplicate=False)
     embeddings = {f"{path}.weight" for path, module in modules if isinstance(module, torch.nn.Embedding)}
+    adapted = {path for path, module in model.named_modules() if _is_adapted(module)}
     for name, weight in model.named_parameters(remove_duplicate=False):
-        if weight.ndim == 1 or name in embeddings or not is_quantized:
+        if not is_quantized or weight.ndim == 1 or name in embeddings or _is_of_adapter(name, adapted):
             yield name, weight
+
+
+def _is_adapted(module: torch.nn.Module) -> bool:
+    """Whether it is a layer of peft, which keeps the layer that it was as `base_layer`."""
+    return isinstance(getattr(module, "disable_adapters", None), bool)
+
+
+def _is_of_adapter(name: str, adapted: Collection[str]) -> bool:
+    parts = name.split(".")
+    return "base_layer" not in parts and any(".".join(parts[:length]) in adapted for length in range(1, len(parts)))
+
+
+def _quantization(model: torch.nn.Module) -> dict[str, Any]:
+    """How weights are quantized, by the entries of its configuration that are one number or word."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    entries = {} if config is None else config.to_dict()
+    return {name: value for name, value in entries.items() if isinstance(value, (str, int, float))}
 
 
 def _held_here(weight: Any) -> tuple[torch.Tensor | None, str]:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -247,6 +248,32 @@ def test_adapters_make_another_model(tmp_path: Path) -> None:
     assert equal(QuantizedPagedCache.from_pretrained(tmp_path / "with", model), cache)
     with adapted.disable_adapter(), pytest.raises(ValueError, match="adapter"):
         QuantizedPagedCache.from_pretrained(tmp_path / "with", model)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("quantized", [False, True], ids=["", "quantized"])
+def test_adapters_of_the_same_name(quantized: bool, tmp_path: Path) -> None:
+    """Of other weights, or that count more, over weights that may be packed."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+
+    def adapted(seed: int = 0, **options: Any) -> Any:
+        model = tiny_llama()
+        if quantized:
+            entries = {"quant_method": "quanto", "weights": options.pop("weights", "int8"), "ignored": None}
+            config = SimpleNamespace(to_dict=lambda: entries)
+            model.hf_quantizer = SimpleNamespace(quantization_config=config, is_compileable=False)
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj"], init_lora_weights=False, **options)
+        return peft.get_peft_model(model, config).eval()
+
+    model = adapted()
+    cache, _ = filled(model)
+    cache.save_pretrained(tmp_path)
+    assert equal(QuantizedPagedCache.from_pretrained(tmp_path, adapted()), cache)
+    others = [adapted(seed=1), adapted(lora_alpha=64), *([adapted(weights="int4")] if quantized else [])]
+    for other in others:
+        with pytest.raises(ValueError, match="adapter or quantization"):
+            QuantizedPagedCache.from_pretrained(tmp_path, other)
 
 
 def test_a_cache_without_its_model_is_checked_by_configuration(tmp_path: Path) -> None:
