@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
+from hf_kvquant.ops import gpu, reference  # noqa: E402
 from hf_kvquant.ops import triton as kernels  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
@@ -81,6 +83,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Any:
         ),
     )
     monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", device)
+    gpu._choose.cache_clear()
     names = (
         "num_multiprocessors", "can_chain", "least_rows", "has_tensor_memory", "instruction_set",
     )  # fmt: skip
@@ -92,6 +95,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Any:
         cache.cache_clear()
     for launcher in (kernels._attention, kernels._merge, kernels._write):
         launcher._prepared.clear()
+    gpu._choose.cache_clear()
     kernels._attention_plans.clear()
     kernels._write_plans.clear()
 
@@ -142,6 +146,31 @@ def test_splits_fill_the_device_once(played: Played, batch_size: int, context: i
     assert made.grid[0] * made.grid[1] > 132 * programs // 4 or made.splits * block_n >= context
     assert made.splits * block_n <= max(context, block_n)
     assert (made.merge is None) == (made.splits == 1)
+
+
+def choose() -> Any:
+    return gpu._choose(CUDA, torch.bfloat16, 128, 128, True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("no C compiler"), subprocess.CalledProcessError(1, "gcc"), FileNotFoundError("ldconfig"),
+     AssertionError("libcuda.so"), ImportError("libcuda.so")],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_where_triton_has_no_driver_the_reference_serves(
+    played: Played, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    assert choose() is kernels
+    gpu._choose.cache_clear()
+
+    def utils(self: Played) -> None:
+        raise error
+
+    monkeypatch.setattr(Played, "utils", property(utils, lambda self, value: None), raising=False)
+    assert choose() is choose() is reference
+    (record,) = caplog.records
+    assert f"plain torch on cuda:0, which is slow: Triton cannot make its driver ({error})" in record.getMessage()
 
 
 class OnDevice(torch.Tensor):

@@ -19,7 +19,7 @@ from ...formats import get_format
 from . import tuning
 from .attention import attention_kernel, merge_kernel
 from .codes import CODE_OF
-from .launch import LARGEST, Launcher, Prepared
+from .launch import LARGEST, Launcher, Prepared, why_no_driver
 from .read import read_kernel
 from .write import write_kernel
 
@@ -48,7 +48,7 @@ def why_not(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int, de
     for head_dim in (k_dim, v_dim):
         if head_dim > 256 or head_dim % 2:
             return f"the kernels serve even head_dim up to 256, not {head_dim}"
-    return None
+    return why_no_driver() if device.type == "cuda" else None
 
 
 def write_kv(

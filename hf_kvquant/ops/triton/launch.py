@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Hashable
 from typing import Any
 
 import torch
+from triton.runtime import driver
 
 _REGISTERS = 65536  # of a multiprocessor, from compute capability 8.0 to 12.0
 LARGEST = 2**31 - 1  # what Triton takes for a number of 32 bits
+
+
+def why_no_driver() -> str | None:
+    """Why Triton cannot launch anything on this machine; None if it can. A part of its driver is compiled on first use.
+
+    RuntimeError is raised where there is no C compiler, as in slim containers; CalledProcessError where it has no
+    headers of Python; OSError where a program or the cache's directory is missing; AssertionError where the device's
+    library is not found; ImportError where what was compiled cannot be loaded.
+    """
+    try:
+        driver.active.utils  # noqa: B018 - makes the driver
+    except (RuntimeError, subprocess.CalledProcessError, OSError, AssertionError, ImportError) as error:
+        return f"Triton cannot make its driver ({error})"
+    return None
 
 
 class Launcher:
