@@ -85,7 +85,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", device)
     gpu._choose.cache_clear()
     names = (
-        "num_multiprocessors", "can_chain", "least_rows", "has_tensor_memory", "instruction_set",
+        "num_multiprocessors", "can_chain", "least_rows", "has_tensor_memory", "instruction_set", "shared_memory",
     )  # fmt: skip
     caches = [getattr(kernels.tuning, name) for name in names]
     for cache in caches:

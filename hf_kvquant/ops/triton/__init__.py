@@ -228,8 +228,9 @@ def _plan_attention(
     k_block, v_block = _padded(k_dim), _padded(v_dim)
     if tiles is None:
         element_size = max(k_dtype.itemsize, v_dtype.itemsize, 4 if dtype == torch.float32 else 1)
-        device_facts = tuning.least_rows(device), tuning.has_tensor_memory(device)
-        tiles = tuning.attention_tiles(num_rows, max(k_dim, v_dim), element_size, *device_facts)
+        bias_size = 0 if mask_dtype is None or mask_dtype == torch.bool else mask_dtype.itemsize
+        device_facts = tuning.least_rows(device), tuning.has_tensor_memory(device), tuning.shared_memory(device)
+        tiles = tuning.attention_tiles(num_rows, max(k_dim, v_dim), element_size, bias_size, *device_facts)
     num_programs = -(-num_rows // tiles.block_m) * num_heads * batch_size
     max_tiles = max(1, -(-num_columns * page_size // tiles.block_n))
     tile_bytes = tiles.block_n * (k_dim * k_dtype.itemsize + v_dim * v_dtype.itemsize)
