@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -46,8 +47,7 @@ def run(
             chosen.write_text("\n".join(names[worker::workers]), encoding="utf-8")
             with Path(folder, f"output-{worker}").open("w", encoding="utf-8") as output:
                 processes.append(_pytest("-v", "--tb=short", "-m", mark, f"@{chosen}", stdout=output))
-        for process in processes:
-            _wait(process, start + seconds - time.monotonic())
+        _end(processes, start + seconds)
         outputs = [
             Path(folder, f"output-{worker}").read_text(encoding="utf-8", errors="replace") for worker in range(workers)
         ]
@@ -66,23 +66,28 @@ def run(
     }  # fmt: skip
 
 
-def _wait(process: subprocess.Popen[str], seconds: float) -> None:
-    """Until the process ends, or has been stopped."""
-    try:
-        process.wait(max(0.0, seconds))
-    except subprocess.TimeoutExpired:
+def _end(processes: list[subprocess.Popen[str]], deadline: float) -> None:
+    """Wait until all have ended, or stop them at the deadline, all at once."""
+    _wait(processes, deadline)
+    for process in processes:
         process.send_signal(signal.SIGINT)  # it then still says what failed, and its code is 2
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    _wait(processes, time.monotonic() + 10)
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def _wait(processes: list[subprocess.Popen[str]], deadline: float) -> None:
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _pytest(*arguments: str, stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # No settings of the caller's: other options could change what is printed.
-    environment = {**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""}
+    # No settings of the caller's: other options could change what is printed. torch.compile would start a pool of
+    # processes as large as the machine for every worker.
+    environment = {**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": "", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.STDOUT, text=True, encoding="utf-8"

@@ -29,23 +29,34 @@ CUOBJDUMP = TOOLS / "cuobjdump"
 
 @dataclass(frozen=True)
 class Device:
-    """What a launch asks of a device; sizes in bytes, of one multiprocessor. AMD has no `capability`."""
+    """What a launch asks of a device; sizes in bytes, of one multiprocessor. AMD has no `capability`.
+
+    `most_shared` is the shared memory that one program may have.
+    """
 
     target: GPUTarget
     cores: int
+    most_shared: int
     capability: tuple[int, int] | None = None
     shared: int = 0
     registers: int = 65536
 
 
 DEVICES = {
-    "sm_80": Device(GPUTarget("cuda", 80, 32), 108, (8, 0), shared=164 * 1024),
-    "sm_90": Device(GPUTarget("cuda", 90, 32), 132, (9, 0), shared=228 * 1024),
-    "sm_100": Device(GPUTarget("cuda", 100, 32), 148, (10, 0), shared=228 * 1024),
-    "sm_120": Device(GPUTarget("cuda", 120, 32), 188, (12, 0), shared=100 * 1024),
-    "gfx942": Device(GPUTarget("hip", "gfx942", 64), 304),
-    "gfx950": Device(GPUTarget("hip", "gfx950", 64), 256),
+    "sm_80": Device(GPUTarget("cuda", 80, 32), 108, 163 * 1024, (8, 0), shared=164 * 1024),
+    "sm_89": Device(GPUTarget("cuda", 89, 32), 128, 99 * 1024, (8, 9), shared=100 * 1024),
+    "sm_90": Device(GPUTarget("cuda", 90, 32), 132, 227 * 1024, (9, 0), shared=228 * 1024),
+    "sm_100": Device(GPUTarget("cuda", 100, 32), 148, 227 * 1024, (10, 0), shared=228 * 1024),
+    "sm_120": Device(GPUTarget("cuda", 120, 32), 188, 99 * 1024, (12, 0), shared=100 * 1024),
+    "gfx942": Device(GPUTarget("hip", "gfx942", 64), 304, 64 * 1024),
+    "gfx950": Device(GPUTarget("hip", "gfx950", 64), 256, 160 * 1024),
 }
+
+
+# What `tuning` asks of a device.
+_FACTS = (
+    "instruction_set", "can_chain", "least_rows", "has_tensor_memory", "num_multiprocessors", "shared_memory",
+)  # fmt: skip
 
 
 class _Kernel:
@@ -71,20 +82,21 @@ def compiling(device: Device) -> Iterator[dict[str, list[Any]]]:
         patch(torch.version, "hip", None if major_minor else "6.4")
         patch(torch.cuda, "get_device_capability", lambda *_: major_minor)
         patch(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=device.cores))
-        for name in ("instruction_set", "can_chain", "least_rows", "has_tensor_memory", "num_multiprocessors"):
-            answer = getattr(tuning, name).__wrapped__(torch.device("cuda"))
-            patch(tuning, name, lambda _, answer=answer: answer)
         driver = SimpleNamespace(
             get_current_target=lambda: device.target,
             # Triton keeps kernels by this number: no other test's, and another one for every device.
             get_current_device=lambda: 1000 + list(DEVICES.values()).index(device),
             get_current_stream=lambda _: 0,
+            utils=SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": device.most_shared}),
         )
         config = triton.runtime.driver
         active = "_active" if hasattr(config, "_active") else "active"  # Triton 3.4
         before = getattr(config, active)
         config.set_active(driver)
         stack.callback(setattr, config, active, before)
+        for name in _FACTS:
+            answer = getattr(tuning, name).__wrapped__(torch.device("cuda"))
+            patch(tuning, name, lambda _, answer=answer: answer)
         launched = {}
         for name in ("_attention", "_merge", "_write", "_read"):
             kernel = _Kernel(getattr(kernels, name).kernel)
@@ -110,15 +122,17 @@ class Shape:
     groups: int = 4
     mask: str | None = None  # key, bool or float
     options: bool = False  # softcap, sinks, zeros, a window and the log-sum-exp
+    dtype: torch.dtype = torch.bfloat16  # of queries, and of pages in the format `model`
 
     def __str__(self) -> str:
         words = [self.device, self.format, "dynamic" if self.is_dynamic else "static", f"t{self.num_tokens}"]
         words += [f"d{self.head_dim}", self.mask or "", "options" if self.options else ""]
+        words.append("" if self.dtype == torch.bfloat16 else str(self.dtype).removeprefix("torch."))
         return "-".join(word for word in words if word)
 
     @property
     def element_size(self) -> int:
-        return 2 if self.format == "model" else 1
+        return self.dtype.itemsize if self.format == "model" else 1
 
     @property
     def padded_dim(self) -> int:
@@ -134,7 +148,7 @@ def a_side(shape: Shape) -> list[Any]:
     """K or V in a pool of more than 2^31 elements: pages, format, scale, zero, token_scale."""
     num_pages, num_heads, page_size = 2**18, 8, 16
     is_quantized = shape.format != "model"
-    dtype = torch.uint8 if is_quantized else torch.bfloat16
+    dtype = torch.uint8 if is_quantized else shape.dtype
     numbers = empty(num_heads, 1, dtype=torch.float32) if is_quantized else None
     return [
         empty(num_pages, num_heads, page_size, shape.head_dim, dtype=dtype),
@@ -162,7 +176,7 @@ def compile_attention(shape: Shape, tiles: tuning.Tiles | None = None) -> tuple[
 
     with compiling(DEVICES[shape.device]) as compiled, mock.patch.object(tuning, "attention_tiles", look_up):
         kernels.paged_attention(
-            empty(batch_size, num_q_heads, shape.num_tokens, shape.head_dim, dtype=torch.bfloat16),
+            empty(batch_size, num_q_heads, shape.num_tokens, shape.head_dim, dtype=shape.dtype),
             empty(batch_size, num_columns, dtype=torch.int32), empty(batch_size, dtype=torch.int32),
             *a_side(shape), *a_side(shape),
             mask, 0, empty(num_q_heads, dtype=torch.float32) if shape.options else None,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,35 @@ def test_our_loops_stand_beside_published_ones(
     file.write_text("from sglang.srt.utils import not_there")
     with pytest.raises(SystemExit, match=r"decode_attention\.py is not the sglang.*not_there"):
         published.main()
+
+
+# Ends when it is interrupted and all others have been too.
+INTERRUPTED = """
+import pathlib, signal, sys, time
+
+def stop(*_):
+    pathlib.Path(sys.argv[1]).touch()
+    while len(list(pathlib.Path(sys.argv[1]).parent.iterdir())) < 3:
+        time.sleep(0.01)
+    raise SystemExit(2)
+
+signal.signal(signal.SIGINT, stop)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_workers_are_stopped_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import gpu_tests
+
+    processes = []
+    for worker in range(3):
+        command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / str(worker))]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
+    gpu_tests._end(processes, time.monotonic())
+    assert [process.returncode for process in processes] == [2, 2, 2]
 
 
 def test_filled_layers_share_their_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ Every guard prints its figures (`pytest -s`).
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -203,6 +204,51 @@ def test_attention(shape: Shape) -> None:
 @pytest.mark.parametrize("shape", [shape for shape in MANY if shape not in QUICK], ids=str)
 def test_attention_in_full(shape: Shape) -> None:
     check(shape)
+
+
+# -- shared memory -------------------------------------------------------------------------------------------------
+
+QUICK_FITS = [
+    Shape("sm_89", "model", head_dim=256),
+    Shape("gfx942", "model"),
+    Shape("gfx942", "model", num_tokens=32, mask="float"),
+    Shape("gfx942", "model", head_dim=256, dtype=torch.float32),
+]
+FITS = [
+    Shape(device, *kind, head_dim=head_dim, **more)
+    for device in ("sm_80", "sm_89", "sm_90", "gfx942")
+    for kind in KINDS[3:]
+    for head_dim in (128, 256)
+    for more in (
+        *({"num_tokens": t} for t in (1, 4, 8, 16, 32)),
+        *({"num_tokens": t, "mask": "float"} for t in (1, 32)),
+        {"dtype": torch.float32},
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [*QUICK_FITS, *(pytest.param(shape, marks=pytest.mark.kernels) for shape in FITS if shape not in QUICK_FITS)],
+    ids=str,
+)
+def test_tiles_fit_into_shared_memory(shape: Shape) -> None:
+    """The most that the table reckons with is not less than what a kernel takes."""
+    compiled, _, tiles = compile_attention(shape)
+    element_size = max(shape.element_size, 4 if shape.dtype == torch.float32 else 1)
+    most = tuning.shared_bytes(tiles, shape.head_dim, element_size, 4 if shape.mask == "float" else 0)
+    if shape.device == "sm_90":  # warp groups
+        most += 2 * tiles.block_n * shape.padded_dim * shape.element_size
+    print(f"{shape}: {compiled.metadata.shared} bytes, reckoned {most}, of {DEVICES[shape.device].most_shared}")
+    assert compiled.metadata.shared <= min(most, DEVICES[shape.device].most_shared)
+
+
+@pytest.mark.parametrize("device", ["sm_80", "sm_90", "sm_100"])
+def test_shared_memory_changes_nothing_where_there_is_much(device: str) -> None:
+    most = DEVICES[device].most_shared
+    for rows, head_dim, element_size in itertools.product((1, 8, 16, 32, 64, 128), (64, 128, 256), (1, 2, 4)):
+        call, facts = (rows, head_dim, element_size), (8, device == "sm_100")
+        assert tuning.attention_tiles(*call, 4, *facts, most) == tuning._table(*call, *facts)
 
 
 # -- the kernels around it -----------------------------------------------------------------------------------------

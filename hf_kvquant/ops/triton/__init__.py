@@ -19,7 +19,7 @@ from ...formats import get_format
 from . import tuning
 from .attention import attention_kernel, merge_kernel
 from .codes import CODE_OF
-from .launch import Launcher, Prepared
+from .launch import LARGEST, Launcher, Prepared, why_no_driver
 from .read import read_kernel
 from .write import write_kernel
 
@@ -48,7 +48,7 @@ def why_not(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int, de
     for head_dim in (k_dim, v_dim):
         if head_dim > 256 or head_dim % 2:
             return f"the kernels serve even head_dim up to 256, not {head_dim}"
-    return None
+    return why_no_driver() if device.type == "cuda" else None
 
 
 def write_kv(
@@ -74,11 +74,15 @@ def write_kv(
     value = value if value.stride(3) == 1 else value.contiguous()
     page_table = _with_dense_rows(page_table)
     strides = (*key.stride()[:3], *value.stride()[:3])
-    is_aligned = not any(stride % _ALIGNMENT for stride in strides) and _is_aligned(key, value, k_pages, v_pages)
+    is_known = (
+        not any(stride % _ALIGNMENT for stride in strides)
+        and max(strides) <= LARGEST
+        and _is_aligned(key, value, k_pages, v_pages)
+    )
     plan_key = (
         key.shape, value.shape[3], key.dtype, value.dtype, key.device, k_pages.shape[2], k_pages.dtype, v_pages.dtype,
         k_format, _kind(k_scale), _kind(k_zero), k_token_scale is None,
-        v_format, _kind(v_scale), _kind(v_zero), v_token_scale is None, clipped is None, is_aligned,
+        v_format, _kind(v_scale), _kind(v_zero), v_token_scale is None, clipped is None, is_known,
     )  # fmt: skip
     plan = _write_plans.get(plan_key)
     if plan is None:
@@ -101,7 +105,7 @@ def _plan_write(
     shape: torch.Size, v_dim: int, k_dtype: torch.dtype, v_dtype: torch.dtype, device: torch.device, page_size: int,
     k_pages_dtype: torch.dtype, v_pages_dtype: torch.dtype,
     k_format: str, k_scale: int, k_zero: int, k_static: bool,
-    v_format: str, v_scale: int, v_zero: int, v_static: bool, uncounted: bool, is_aligned: bool,
+    v_format: str, v_scale: int, v_zero: int, v_static: bool, uncounted: bool, is_known: bool,
 ) -> tuple[_Grid, Prepared]:  # fmt: skip
     batch_size, num_heads, num_tokens, k_dim = shape
     k_block, v_block = _padded(k_dim), _padded(v_dim)
@@ -112,7 +116,7 @@ def _plan_write(
         _code_of(v_format), v_dim, v_block, v_scale, v_zero, not v_static,
         not uncounted and (k_static or v_static),
     )  # fmt: skip
-    types = (k_dtype, v_dtype, k_pages_dtype, v_pages_dtype, uncounted) if is_aligned else None
+    types = (k_dtype, v_dtype, k_pages_dtype, v_pages_dtype, uncounted) if is_known else None
     kernel = _write.prepare(device, constants, (("num_warps", 4 if block_t * k_block >= 1024 else 1),), types)
     return (-(-num_tokens // block_t) * num_heads, batch_size, 1), kernel
 
@@ -159,22 +163,26 @@ def paged_attention(
         )
         by_key = mask_strides[1] == mask_strides[2] == 0
         mask_kind = 3 if mask_dtype != torch.bool else 1 if by_key else 2
+    sizes = (
+        *query.stride()[:3], *mask_strides,
+        mask_start, mask_len, 0 if window is None else window, query.shape[2], page_table.stride(0), num_columns,
+    )  # fmt: skip
+    is_known = max(sizes) <= LARGEST and _is_aligned(k_pages, v_pages)
     plan_key = (
         query.shape, query.dtype, query.device, num_columns, k_pages.shape[1:], k_pages.dtype, v_pages.shape[3],
         v_pages.dtype, k_format, _kind(k_scale), _kind(k_zero), k_token_scale is None,
         v_format, _kind(v_scale), _kind(v_zero), v_token_scale is None,
         mask_kind, mask_dtype, None if sinks is None else sinks.dtype, softcap is None, window is None, causal,
-        lse is not None, _is_aligned(k_pages, v_pages), tiles, splits,
+        lse is not None, is_known, tiles, splits,
     )  # fmt: skip
 
     def arguments(partial: torch.Tensor | torch.dtype | None, splits: int) -> tuple[object, ...]:
         return (
             query, output, page_table, seq_lens.contiguous(),
             k_pages, k_scale, k_zero, k_token_scale, v_pages, v_scale, v_zero, v_token_scale,
-            attn_mask, sinks, partial, lse, softmax_scale, 0.0 if softcap is None else softcap,
-            *query.stride()[:3], *mask_strides,
-            mask_start, mask_len, 0 if window is None else window, query.shape[2], page_table.stride(0), num_columns,
-            splits,
+            attn_mask, sinks, partial, lse,
+            # Integers would become constants of the kernel, which is kept for other numbers.
+            float(softmax_scale), 0.0 if softcap is None else float(softcap), *sizes, splits,
         )  # fmt: skip
 
     plan = _attention_plans.get(plan_key)
@@ -208,7 +216,7 @@ def _plan_attention(
     k_format: str, k_scale: int, k_zero: int, k_static: bool,
     v_format: str, v_scale: int, v_zero: int, v_static: bool,
     mask_kind: int, mask_dtype: torch.dtype | None, sinks_dtype: torch.dtype | None,
-    no_softcap: bool, no_window: bool, causal: bool, has_lse: bool, is_aligned: bool,
+    no_softcap: bool, no_window: bool, causal: bool, has_lse: bool, is_known: bool,
     tiles: tuning.Tiles | None, splits: int | None,
     arguments: Callable[[torch.Tensor | torch.dtype | None, int], tuple[object, ...]],
 ) -> _AttentionPlan:  # fmt: skip
@@ -220,8 +228,9 @@ def _plan_attention(
     k_block, v_block = _padded(k_dim), _padded(v_dim)
     if tiles is None:
         element_size = max(k_dtype.itemsize, v_dtype.itemsize, 4 if dtype == torch.float32 else 1)
-        device_facts = tuning.least_rows(device), tuning.has_tensor_memory(device)
-        tiles = tuning.attention_tiles(num_rows, max(k_dim, v_dim), element_size, *device_facts)
+        bias_size = 0 if mask_dtype is None or mask_dtype == torch.bool else mask_dtype.itemsize
+        device_facts = tuning.least_rows(device), tuning.has_tensor_memory(device), tuning.shared_memory(device)
+        tiles = tuning.attention_tiles(num_rows, max(k_dim, v_dim), element_size, bias_size, *device_facts)
     num_programs = -(-num_rows // tiles.block_m) * num_heads * batch_size
     max_tiles = max(1, -(-num_columns * page_size // tiles.block_n))
     tile_bytes = tiles.block_n * (k_dim * k_dtype.itemsize + v_dim * v_dtype.itemsize)
@@ -240,7 +249,7 @@ def _plan_attention(
     )  # fmt: skip
     types = (dtype, k_dtype, v_dtype, mask_dtype, sinks_dtype)
     options = (("num_warps", tiles.num_warps), ("num_stages", tiles.num_stages))
-    kernel = _attention.prepare(device, constants, options, types if is_aligned else None)
+    kernel = _attention.prepare(device, constants, options, types if is_known else None)
     merge = None
     if splits > 1:
         programs = None if given else kernel.programs_at_once(arguments(torch.float32, splits))

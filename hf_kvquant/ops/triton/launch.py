@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Hashable
 from typing import Any
 
 import torch
+from triton.runtime import driver
 
 _REGISTERS = 65536  # of a multiprocessor, from compute capability 8.0 to 12.0
+LARGEST = 2**31 - 1  # what Triton takes for a number of 32 bits
+
+
+def why_no_driver() -> str | None:
+    """Why Triton cannot launch anything on this machine; None if it can. A part of its driver is compiled on first use.
+
+    RuntimeError is raised where there is no C compiler, as in slim containers; CalledProcessError where it has no
+    headers of Python; OSError where a program or the cache's directory is missing; AssertionError where the device's
+    library is not found; ImportError where what was compiled cannot be loaded.
+    """
+    try:
+        driver.active.utils  # noqa: B018 - makes the driver
+    except (RuntimeError, subprocess.CalledProcessError, OSError, AssertionError, ImportError) as error:
+        return f"Triton cannot make its driver ({error})"
+    return None
 
 
 class Launcher:
@@ -25,8 +42,8 @@ class Launcher:
         Args:
             constants: the kernel's last parameters, in its order.
             options: `num_warps` and such.
-            types: everything else that the code depends on: dtypes, alignment; None if that is not known, and Triton
-                is to find out itself in every call.
+            types: everything else that the code depends on: dtypes, alignment, numbers of 32 bits; None if that is not
+                so, and Triton is to find out itself in every call.
         """
         if types is None:
             return Prepared(self.kernel, device, constants, options, keep=False)
@@ -84,12 +101,24 @@ class Prepared:
         """Launch over `grid`, on the current stream of the tensors' device."""
         if self._device.type != "cuda":  # the interpreter
             self._kernel[grid](*arguments, *self._constants, **self._options)
-        elif self._compiled is not None and torch.cuda.current_device() == self._device.index:
+        elif torch.cuda.current_device() == self._device.index:
+            self._launch(grid, arguments)
+        else:
+            with torch.cuda.device(self._device):
+                self._launch(grid, arguments)
+
+    def _launch(self, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+        keep = self._keep and not (torch.version.hip and _is_any_large(arguments))
+        if keep and self._compiled is not None:
             # Addresses, not tensors: of a tensor the launcher asks the driver where it lies.
             addresses = [x.data_ptr() if type(x) is torch.Tensor else x for x in arguments]
             self._compiled[grid](*addresses, *self._constants)
         else:
-            with torch.cuda.device(self._device):
-                compiled = self._kernel[grid](*arguments, *self._constants, **self._options)
-            if self._keep:
+            compiled = self._kernel[grid](*arguments, *self._constants, **self._options)
+            if keep:
                 self._compiled = compiled
+
+
+def _is_any_large(arguments: tuple[Any, ...]) -> bool:
+    """Whether a tensor is larger than what Triton's code for AMD addresses with 32 bits, where it knows that it may."""
+    return any(isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() > LARGEST for x in arguments)

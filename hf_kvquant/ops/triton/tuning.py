@@ -8,11 +8,13 @@ other devices too: how many programs the registers of a multiprocessor hold, and
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 from packaging.version import Version
+from triton.runtime import driver
 
 # Before, a matrix product has at least 16 rows, and a kernel waits for the end of the one before it.
 _IS_3_5 = Version(triton.__version__) >= Version("3.5")
@@ -41,8 +43,45 @@ class Tiles:
     programs: int
 
 
-def attention_tiles(num_rows: int, head_dim: int, element_size: int, least_rows: int, tensor_memory: bool) -> Tiles:
-    """Tiles for `num_rows` rows over pages of `element_size` bytes on a device of `least_rows` and `has_tensor_memory`.
+def attention_tiles(
+    num_rows: int,
+    head_dim: int,
+    element_size: int,
+    bias_size: int,
+    least_rows: int,
+    tensor_memory: bool,
+    shared_memory: int,
+) -> Tiles:
+    """The table's tiles, or where these do not fit into shared memory fewer stages, then fewer tokens.
+
+    Args:
+        num_rows: new tokens times query heads of a group.
+        element_size: bytes of a number of the pages.
+        bias_size: bytes of a number of a mask that is added; 0 without one.
+        least_rows, tensor_memory, shared_memory: of the device, as the functions below say.
+    """
+    tiles = _table(num_rows, head_dim, element_size, least_rows, tensor_memory)
+    while shared_bytes(tiles, head_dim, element_size, bias_size) > shared_memory and tiles.block_n > 16:
+        if tiles.num_stages > 2:
+            tiles = replace(tiles, num_stages=tiles.num_stages - 1)
+        else:
+            tiles = replace(tiles, block_n=tiles.block_n // 2)
+    return tiles
+
+
+def shared_bytes(tiles: Tiles, head_dim: int, element_size: int, bias_size: int) -> int:
+    """Shared memory of a program, at most: tiles of K, V and mask under way, query and weights, and small things.
+
+    Warp groups (compute capability 9.0) hold one tile more, but there is room for it wherever that is.
+    """
+    channels = 1 << (head_dim - 1).bit_length()
+    tile = tiles.block_n * (2 * channels * element_size + tiles.block_m * bias_size)
+    operands = tiles.block_m * (channels + tiles.block_n) * max(2, element_size)
+    return (tiles.num_stages - 1) * tile + operands + 1024
+
+
+def _table(num_rows: int, head_dim: int, element_size: int, least_rows: int, tensor_memory: bool) -> Tiles:
+    """What is fastest where it fits. `least_rows` and `tensor_memory` are as the device has them.
 
     Two warps multiply in fewer instructions than a group of four, and what Triton makes of them is the same in all its
     versions (3.9 turns four warps and 8 rows into other products, with fewer programs at once).
@@ -131,6 +170,15 @@ def least_rows(device: torch.device) -> int:
     """How many rows a matrix product has at least."""
     # AMD multiplies 8 rows as well, but in twice the instructions that it takes for 16 (found by compiling).
     return 16 if torch.version.hip is not None or not _IS_3_5 else 8
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """How many bytes of shared memory a program may have: what Triton holds every kernel to."""
+    if device.type != "cuda":  # the interpreter
+        return sys.maxsize
+    properties: dict[str, int] = driver.active.utils.get_device_properties(device.index)
+    return properties["max_shared_mem"]
 
 
 @functools.cache
