@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +39,8 @@ class HeadShard:
 
 def head_shard(model: torch.nn.Module) -> HeadShard | None:
     """Under tensor parallelism this process's place; else None."""
-    mesh: Any = getattr(model, "_device_mesh", None)
-    dims = [dim for dim, name in enumerate(_names(mesh)) if name == "tp"]
-    if not dims or mesh.shape[dims[0]] == 1:
-        return None
-    return HeadShard(mesh.get_local_rank(dims[0]), mesh.shape[dims[0]], mesh.get_group(dims[0]))
+    place = _place(model, "tp")
+    return None if place is None else HeadShard(*place)
 
 
 def part_of_model(model: torch.nn.Module) -> tuple[int, int]:
@@ -50,17 +48,29 @@ def part_of_model(model: torch.nn.Module) -> tuple[int, int]:
 
     `(0, 1)` unless transformers has spread heads or layers over processes (tensor and pipeline parallelism).
     """
-    mesh: Any = getattr(model, "_device_mesh", None)
     part, num_parts = 0, 1
-    for dim, name in enumerate(_names(mesh)):
-        if name in ("pp", "tp"):
-            size = mesh.shape[dim]
-            part, num_parts = part * size + mesh.get_local_rank(dim), num_parts * size
+    for kind in ("pp", "tp"):
+        rank, size, _ = _place(model, kind) or (0, 1, None)
+        part, num_parts = part * size + rank, num_parts * size
     return part, num_parts
 
 
-def _names(mesh: Any) -> Sequence[str]:
-    """What each dimension of a mesh of processes is for; older versions make tensor parallelism's without names."""
-    if mesh is None:
-        return ()
-    return mesh.mesh_dim_names or ("tp",) * mesh.ndim
+def of_all_stages(model: torch.nn.Module, layers: list[T | None]) -> list[T | None]:
+    """`layers` with what other processes know of theirs (pipeline parallelism). All of them have to call this."""
+    place = _place(model, "pp")
+    if place is None:
+        return layers
+    _, size, group = place
+    known: list[Any] = [None] * size
+    torch.distributed.all_gather_object(known, layers, group=group)
+    return [next((layer for layer in same if layer is not None), None) for same in zip(*known, strict=True)]
+
+
+def _place(model: torch.nn.Module, kind: str) -> tuple[int, int, Any] | None:
+    """Rank, number and group of the processes along one dimension (`tp`, `pp`); None where there is one process."""
+    mesh: Any = getattr(model, "_device_mesh", None)
+    names = () if mesh is None else mesh.mesh_dim_names or ("tp",)  # older versions know this one, without its name
+    if kind not in names:
+        return None
+    dim = names.index(kind)
+    return None if mesh.shape[dim] == 1 else (mesh.get_local_rank(dim), mesh.shape[dim], mesh.get_group(dim))

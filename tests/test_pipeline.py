@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, PreTrainedMode
 from transformers.distributed import DistributedConfig
 from two_processes import in_two_processes
 
-from hf_kvquant import PrefixCache, QuantizedPagedCache
+from hf_kvquant import PrefixCache, QuantizedPagedCache, calibrate
 
 LOSSLESS: dict[str, Any] = {"kv_cache_dtype": "model", "page_size": 4}
 FIXED = {**LOSSLESS, "max_cache_len": 64}
@@ -147,7 +147,8 @@ def test_a_layer_in_the_middle_of_its_first_step_answers_for_itself() -> None:
 def tokens_of_a_stage(directory: str, **options: Any) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="kvquant", **options).eval()
     ids = prompt(2, 17)
-    found: dict[str, Any] = {}
+    scales = calibrate(model, ids, progress=False)
+    found: dict[str, Any] = {"scales": [layer and layer.to_dict() for layer in scales]}
     for name, given in (("growing", LOSSLESS), ("fixed", FIXED), ("int8", {"kv_cache_dtype": "int8"})):
         cache = QuantizedPagedCache.from_model(model, **given)
         first = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)

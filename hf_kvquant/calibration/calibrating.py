@@ -19,6 +19,7 @@ from ..checkpoints import ModelLayers
 from ..formats import get_format
 from ..hosts import disable_fake_quantization, model_layers, without_data_parallelism
 from ..scales import GRANULARITIES, LayerScales
+from ..sharding import of_all_stages
 from .estimating import Estimate
 from .gathering import CROWDED, Gatherer
 
@@ -82,9 +83,9 @@ def calibrate(
     """Static scales for K and V of every cache layer of `model`, from the tokens of `data`.
 
     Args:
-        model: a loaded model, on any device or devices. Where processes share its heads (`tp_plan`), all of them
-            calibrate, with the same data, and get the same scales of all heads. Where compressed-tensors rounds K and V
-            inside it, that is switched off for the life of the model.
+        model: a loaded model, on any device or devices. Where processes share its heads or layers (tensor and pipeline
+            parallelism), all of them calibrate, with the same data, and get the same scales of the whole. Where
+            compressed-tensors rounds K and V inside it, that is switched off for the life of the model.
         data: a text, JSON or JSONL file; `name`, `name:split` or `name:config:split` of a data set of the `datasets`
             package; texts or conversations in a sequence; token ids `[T]` or `[B, T]`, or a sequence of such; or
             batches from a DataLoader, `{"input_ids": [B, T], "attention_mask": [B, T] or [B, 1, T, T], ...}`.
@@ -131,7 +132,7 @@ def calibrate(
     of_model = model_layers(model)
     gatherer.join(of_model.num_kv_heads)
     estimate = Estimate(row, granularity, estimator, symmetric, percentile)
-    layers = [gatherer.scales_of(index, estimate) for index in range(gatherer.num_layers)]
+    layers = of_all_stages(model, [gatherer.scales_of(index, estimate) for index in range(gatherer.num_layers)])
     if unseen := [index for index in gatherer.attention_layers if layers[index] is None]:
         notes.append(f"no token reached the cache in layers {unseen}; they have no scales")
         warnings.warn(notes[-1], stacklevel=2)
