@@ -37,7 +37,7 @@ from .policy import ROUNDED_QUERIES, SAFER, asks_for_files, minds_key_biases, pl
 from .report import CacheReport, LayerReport
 from .risks import large_key_biases
 from .rotary import rotary_layouts
-from .sharding import head_shard
+from .sharding import head_shard, part_of_model
 from .shared import SharedState
 
 logger = logging.get_logger(__name__)
@@ -161,7 +161,7 @@ class QuantizedPagedCache(DynamicCache):
             key_biases=biases,
         )  # fmt: skip
         cache.shared.rotary = rotary_layouts(model, cache._layer_types)
-        cache.shared.shard = head_shard(model)
+        cache.shared.shard, cache.shared.part = head_shard(model), part_of_model(model)
         cache.shared.model = weakref.ref(model)
         cache.notes += disable_fake_quantization(model)
         if kvquant.max_cache_len is not None and not model._can_compile_fullgraph:
@@ -178,7 +178,7 @@ class QuantizedPagedCache(DynamicCache):
         """Write the cache to disk: its live pages, scales and page tables, in one file that is complete or not there.
 
         The text is not in it: keep the token ids, `generate` wants all of them. Forks are saved one by one. Where the
-        model is spread over processes (tensor parallelism) each calls this and writes a file of its own.
+        model is spread over processes (tensor and pipeline parallelism) each calls this and writes a file of its own.
 
         Raises ValueError if it is empty.
         """
@@ -186,9 +186,9 @@ class QuantizedPagedCache(DynamicCache):
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], model: PreTrainedModel) -> QuantizedPagedCache:
-        """A cache that `save_pretrained` has written, on the devices of `model`; spread over as many processes.
+        """A cache that `save_pretrained` has written, on the devices of `model`, and in as many processes.
 
-        Of prompts and prefixes that an adapter has learned those in the cache stay; the model's are not looked at.
+        That an adapter has learned another prompt or prefix since is not noticed: those in the cache stay.
 
         Raises ValueError if it was written with a model of another configuration or of other weights, and if the file
         is missing, damaged or of another version.
@@ -236,8 +236,8 @@ class QuantizedPagedCache(DynamicCache):
     def _layer_to_ask(self, layer_idx: int) -> int:
         """Which layer knows how many tokens `layer_idx` has seen.
 
-        That is itself, unless it is empty and a later one is not: where a model's layers are spread over processes
-        (pipeline parallelism), those of earlier processes hold nothing here.
+        That is itself, unless it and all before it are empty and a later one is not: where a model's layers are spread
+        over processes (pipeline parallelism), those of earlier processes hold nothing here.
         """
         if layer_idx >= len(self.layers) or _is_filled(self.layers[layer_idx]):
             return layer_idx
@@ -246,6 +246,8 @@ class QuantizedPagedCache(DynamicCache):
             asked = next((layer for layer in self.layers if isinstance(layer, CacheLayerMixin)), asked)
         if not isinstance(asked, PagedLayer) or not asked.is_empty:
             return layer_idx
+        if any(_is_filled(layer) for layer in self.layers[:layer_idx]):
+            return layer_idx  # attention to something that is not there, as a text model's to images
         later = [index for index in range(layer_idx, len(self.layers)) if _is_filled(self.layers[index])]
         alike = [index for index in later if self.layers[index].window == asked.window]
         return (alike or later or [layer_idx])[0]

@@ -128,8 +128,9 @@ def _with_warning(init_continuous_batching: Any) -> Any:
         fused = is_fused(self.config.get_text_config(decoder=True))
         if chosen == CACHE_IMPLEMENTATION or (chosen is None and (fused or options)):
             logger.warning_once(
-                "Continuous batching keeps a cache of its own, in the model's dtype: cache_implementation='kvquant', "
-                "`cache_config` and a kvquant attention have no effect on it; use `generate` for the 8-bit cache."
+                "Continuous batching keeps a cache of its own, in the model's dtype: cache_implementation='kvquant' "
+                "and `cache_config` have no effect on it, and it takes no kvquant attention "
+                "(model.set_attn_implementation('sdpa')); use `generate` for the 8-bit cache."
             )
         return init_continuous_batching(self, generation_config, *args, **kwargs)
 
@@ -269,15 +270,21 @@ def _share_prompts(model: Any, generation_config: Any, cache: QuantizedPagedCach
 
 
 def _rows_differ(model: Any) -> bool:
-    """Whether sequences of the same tokens may have other keys and values: by dropout, or by own adapters.
+    """Whether sequences of the same tokens may have other keys and values: by dropout, or by own adapters."""
+    return model.training or any(_is_random(module) or _has_own_adapters(module) for module in model.modules())
 
-    peft tells those to its layers by hooks.
-    """
-    for module in model.modules():
-        own_adapters = ("adapter_names" in getattr(hook, "keywords", {}) for hook in module._forward_pre_hooks.values())
-        if module.training or any(own_adapters):
-            return True
-    return False
+
+def _is_random(module: Any) -> bool:
+    """Whether it is a dropout that is on, or does something like it by itself."""
+    return module.training and any(
+        isinstance(value, float) and value > 0 and (name == "p" or "drop" in name or "noise" in name)
+        for name, value in vars(module).items()
+    )
+
+
+def _has_own_adapters(module: Any) -> bool:
+    """Whether peft has told a layer which adapter each sequence has, which it does by a hook."""
+    return any("adapter_names" in getattr(hook, "keywords", {}) for hook in module._forward_pre_hooks.values())
 
 
 # Of each model the class of the last cross-attention cache, and the options of its instances.

@@ -17,6 +17,11 @@ _IRRELEVANT = {
     "_name_or_path", "architectures", "dtype", "output_attentions", "output_hidden_states", "quantization_config",
     "return_dict", "transformers_version", "use_cache",
 }  # fmt: skip
+# Entries of a quantization's configuration that say nothing about weights.
+_LOADING = {
+    "batch_size", "cache_block_outputs", "dataset", "kv_cache_scheme", "llm_int8_enable_fp32_cpu_offload",
+    "quantization_status", "run_compressed", "tokenizer",
+}  # fmt: skip
 _SAMPLES = 16  # numbers taken from each weight
 _WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")  # that torch puts into names
 
@@ -32,8 +37,8 @@ def config_facts(config: Any) -> dict[str, Any]:
 def weights_facts(model: torch.nn.Module) -> dict[str, Any]:
     """What tells the weights of `model` from others, as JSON.
 
-    `weights` has for each by name its dtype, which part of it this process holds ("" for all of it), and a digest of a
-    few of its numbers: None where they cannot be read, as those in tensors of other libraries. Of a model with
+    `weights` has for each by name its dtype, the kind of tensor ("" for torch's own), which part of it this process
+    holds ("" for all of it), and a digest of a few of its numbers: None where they cannot be read. Of a model with
     quantized weights only what is never packed is listed (embeddings, adapters, and tensors of one dimension): its
     kernels repack the rest as they are first used, so `quantization` says how they are quantized instead. `adapters`
     says which are active, and how much they count.
@@ -43,13 +48,14 @@ def weights_facts(model: torch.nn.Module) -> dict[str, Any]:
     for path, weight in _stable_weights(model):
         name = _WRAPPERS.sub("", path)
         numbers, part = _held_here(weight if weight.device.type != "meta" else kept_weight(model, path))
-        facts[name] = [str(weight.dtype).removeprefix("torch."), part, None]
+        kind = "" if type(weight.data) is torch.Tensor or hasattr(weight, "placements") else type(weight.data).__name__
+        facts[name] = [str(weight.dtype).removeprefix("torch."), kind, part, None]
         if numbers is not None:
             samples.setdefault(numbers.device, []).append((name, numbers.shape, _sample(numbers)))
     for taken in samples.values():
         here = torch.cat([sample for _, _, sample in taken]).cpu()  # one transfer per device
         for (name, shape, _), sample in zip(taken, here.split([len(each) for _, _, each in taken]), strict=True):
-            facts[name][2] = _short(str(tuple(shape)).encode() + sample.numpy().tobytes())
+            facts[name][3] = _short(str(tuple(shape)).encode() + sample.numpy().tobytes())
     adapters = [
         (module.active_adapters, module.disable_adapters, getattr(module, "scaling", None))
         for module in model.modules()
@@ -58,18 +64,28 @@ def weights_facts(model: torch.nn.Module) -> dict[str, Any]:
     return {"weights": facts, "adapters": _short(repr(adapters).encode()), "quantization": _quantization(model)}
 
 
-def same_weights(facts: Mapping[str, Any], others: Mapping[str, Any]) -> bool | None:
-    """Whether two models' `weights_facts` are of the same weights, by what can be read of both; None if nothing can."""
-    if any(facts[name] != others[name] for name in ("adapters", "quantization")):
-        return False
-    if facts["weights"].keys() != others["weights"].keys():
-        return False
-    pairs = [(fact, others["weights"][name]) for name, fact in facts["weights"].items()]
-    pairs = [(one, other) for one, other in pairs if one[1] == other[1]]
-    if any(one[0] != other[0] for one, other in pairs):
-        return False
-    digests = [(one[2], other[2]) for one, other in pairs if None not in (one[2], other[2])]
-    return all(one == other for one, other in digests) if digests else None
+def compare_weights(facts: Mapping[str, Any], others: Mapping[str, Any]) -> tuple[bool, int]:
+    """Whether two models' `weights_facts` may be of the same weights, and of how many that is not known.
+
+    A few that cannot be compared, such as those that FSDP has gathered meanwhile, do not count.
+    """
+    same = all(facts[name] == others[name] for name in ("adapters", "quantization"))
+    if not same or facts["weights"].keys() != others["weights"].keys():
+        return False, 0
+    num_compared = num_unknown = 0
+    for name, (dtype, kind, part, digest) in facts["weights"].items():
+        other_dtype, other_kind, other_part, other_digest = others["weights"][name]
+        if (dtype, kind) != (other_dtype, other_kind):
+            return False, 0
+        if digest is None and other_digest is None and not kind:
+            continue  # another process has it, and looks at it
+        if part != other_part or None in (digest, other_digest):
+            num_unknown += 1
+        elif digest != other_digest:
+            return False, 0
+        else:
+            num_compared += 1
+    return True, len(facts["weights"]) - num_compared if num_unknown >= num_compared else 0
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -99,11 +115,14 @@ def _is_of_adapter(name: str, adapted: Collection[str]) -> bool:
     return "base_layer" not in parts and any(".".join(parts[:length]) in adapted for length in range(1, len(parts)))
 
 
-def _quantization(model: torch.nn.Module) -> dict[str, Any]:
-    """How weights are quantized, by the entries of its configuration that are one number or word."""
+def _quantization(model: torch.nn.Module) -> str:
+    """A digest of how weights are quantized, without what is about loading or the cache; "" if they are not."""
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    entries = {} if config is None else config.to_dict()
-    return {name: value for name, value in entries.items() if isinstance(value, (str, int, float))}
+    if config is None:
+        return ""
+    about_loading: dict[str, Any] = getattr(config, "get_loading_attributes", dict)()
+    entries = {name: value for name, value in config.to_dict().items() if name not in {*about_loading, *_LOADING}}
+    return _short(re.sub(" at 0x[0-9a-f]+", "", json.dumps(entries, sort_keys=True, default=str)).encode())
 
 
 def _held_here(weight: Any) -> tuple[torch.Tensor | None, str]:

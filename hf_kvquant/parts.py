@@ -142,7 +142,7 @@ def attend_in_parts(
         mask = part if seen is None else _hide(part, seen)
     key, value = (step.tokens(side, split.num_newest, behind) for side in (0, 1))
     num_exact = key.shape[2]
-    if num_queries > 1:
+    if num_queries > 1 and not torch.compiler.is_compiling():
         key, value = _in_few_sizes(key), _in_few_sizes(value)
     lse, exact_lse = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
     first_column = step.num_first // k.pages.shape[2]

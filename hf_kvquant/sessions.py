@@ -31,7 +31,7 @@ from ._version import __version__
 from .config import KVQuantConfig
 from .growing import GrowingLayer
 from .hosts import layer_devices
-from .identity import config_facts, same_weights, weights_facts
+from .identity import compare_weights, config_facts, weights_facts
 from .layers import PagedLayer
 from .pages import PageTable
 from .policy import QueryPlan, SidePlan
@@ -67,7 +67,7 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
             "new cache would not have them, so this one cannot be saved"
         )
     model = cache.shared.model() if cache.shared.model is not None else None
-    part = (0, 1) if model is None else part_of_model(model)
+    part = cache.shared.part
     tensors: dict[str, torch.Tensor] = {}
     tables: dict[int, int] = {}  # id of each table -> its number
     header: dict[str, Any] = {
@@ -241,20 +241,21 @@ class SavedCache:
             )
         if self.header["weights"] is None:  # a cache that no model made
             return []
-        is_same = same_weights(self.header["weights"], weights_facts(model))
-        if is_same is None:
-            note = (
-                f"{self.path}: whether it was written with the weights of this model could not be checked, since they "
-                "are offloaded or spread over processes in another way than they were; with others its keys and values "
-                "are wrong"
-            )
-            logger.warning_once(f"{note}.")
-            return [note]
+        weights = weights_facts(model)
+        is_same, num_unknown = compare_weights(self.header["weights"], weights)
         if not is_same:
             raise ValueError(
                 f"{self.path} was written with other weights than those of this model (another checkpoint, precision, "
                 "adapter or quantization); its keys and values would be wrong here. Compute the text again"
             )
+        if num_unknown:
+            note = (
+                f"{self.path}: whether it was written with the weights of this model could not be checked for "
+                f"{num_unknown} of {len(weights['weights'])} (offloaded, spread over processes in another way than "
+                "they were, or in tensors of another library); with others its keys and values are wrong"
+            )
+            logger.warning_once(f"{note}.")
+            return [note]
         return []
 
     def fill(self, cache: QuantizedPagedCache, model: PreTrainedModel) -> None:

@@ -24,6 +24,7 @@ class SharedState:
         page_size: tokens per page.
         rotary: how the model turns the keys of each layer; empty if that is not known.
         shard: which heads are this process's, if others have the rest.
+        part: which part of the model's heads and layers this process has, and how many parts there are.
         padding_mask: `[B, T]` of the latest prompt (True is a token), when `generate` knows it.
         copies: how many sequences in a row begin with the same prompt (beams); they share its pages.
         num_prompts: how many prompts there are, each with its copies.
@@ -38,6 +39,7 @@ class SharedState:
     page_size: int
     rotary: Sequence[RotaryLayout] = ()
     shard: HeadShard | None = None
+    part: tuple[int, int] = (0, 1)
     padding_mask: torch.Tensor | None = None
     copies: int = 1
     num_prompts: int = 0

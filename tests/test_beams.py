@@ -197,6 +197,17 @@ def test_compiled_beams(make_model: Any) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_modules_in_training_that_are_not_random_do_not_matter() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = tiny_llama("kvquant")
+    model.lm_head.train()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["k_proj"], lora_dropout=0.0))
+    model.model.layers[0].self_attn.k_proj.train()
+    options = {"num_return_sequences": 8, "do_sample": True, "max_new_tokens": 1, "cache_config": UNQUANTIZED}
+    cache = generate(adapted, prompt(1, 40), **options).past_key_values
+    assert cache.layers[0].table.pool.pages_in_use == 10  # of eight sequences
+
+
 @pytest.mark.parametrize("way", ["beams", "answers"])
 def test_rows_that_differ_share_no_prompt(way: str) -> None:
     """Dropout that stays on, and adapters of their own, give sequences of the same tokens other keys and values."""

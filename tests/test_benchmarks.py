@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -199,13 +200,16 @@ def test_workers_are_stopped_together(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import gpu_tests
 
-    processes = []
-    for worker in range(3):
-        command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / str(worker))]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
-    gpu_tests._end(processes, time.monotonic())
-    assert [process.returncode for process in processes] == [2, 2, 2]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for worker in range(3):
+            command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / str(worker))]
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            stack.callback(process.kill)
+            processes.append(process)
+        assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
+        gpu_tests._end(processes, time.monotonic())
+        assert [process.returncode for process in processes] == [2, 2, 2]
 
 
 def test_filled_layers_share_their_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,9 @@ import torch
 from helpers import llama_config, prompt, tiny_llama
 from test_cache import add, keys_and_values, make_cache, sliding_model
 from test_compile import compile_config
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, MllamaForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from two_processes import in_two_processes
 
 from hf_kvquant import PrefixCache, QuantizedPagedCache, calibrate
@@ -142,6 +143,24 @@ def test_a_layer_in_the_middle_of_its_first_step_answers_for_itself() -> None:
     for index in range(4):
         assert (cache.get_seq_length(index), cache.get_mask_sizes(3, index)) == (0, (3, 0))
         cache.update(*keys_and_values(3), index)
+
+
+@pytest.mark.parametrize("options", [LOSSLESS, FIXED], ids=["growing", "fixed"])
+def test_a_layer_that_attends_to_nothing_stays_empty(options: dict[str, Any]) -> None:
+    """As those for images of a model that is given text alone, and asks whether they hold anything."""
+    torch.manual_seed(0)
+    config = MllamaTextConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, cross_attention_layers=[1], initializer_range=0.2, pad_token_id=0, eos_token_id=98,
+    )  # fmt: skip
+    model = MllamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    expected = new_tokens(model, prompt(), cache_implementation="dynamic")
+    for attention in ("sdpa", "kvquant"):
+        model.set_attn_implementation(attention)
+        cache = QuantizedPagedCache.from_model(model, **options)
+        assert new_tokens(model, prompt(), past_key_values=cache) == expected
+        assert [int(cache.get_seq_length(index)) > 0 for index in range(4)] == [True, False, True, True]
 
 
 def tokens_of_a_stage(directory: str, **options: Any) -> dict[str, Any]:

@@ -259,7 +259,7 @@ def test_adapters_of_the_same_name(quantized: bool, tmp_path: Path) -> None:
     def adapted(seed: int = 0, **options: Any) -> Any:
         model = tiny_llama()
         if quantized:
-            entries = {"quant_method": "quanto", "weights": options.pop("weights", "int8"), "ignored": None}
+            entries = {"quant_method": "torchao", "quant_type": {"weights": options.pop("weights", "int8")}}
             config = SimpleNamespace(to_dict=lambda: entries)
             model.hf_quantizer = SimpleNamespace(quantization_config=config, is_compileable=False)
         torch.manual_seed(seed)
@@ -274,6 +274,27 @@ def test_adapters_of_the_same_name(quantized: bool, tmp_path: Path) -> None:
     for other in others:
         with pytest.raises(ValueError, match="adapter or quantization"):
             QuantizedPagedCache.from_pretrained(tmp_path, other)
+
+
+class Packed(torch.Tensor):
+    """A weight as other libraries quantize it."""
+
+
+def test_weights_of_another_kind(tmp_path: Path) -> None:
+    def packed() -> Any:
+        model = tiny_llama()
+        for layer in model.model.layers:
+            weight = layer.self_attn.k_proj.weight.detach().as_subclass(Packed)
+            layer.self_attn.k_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return model
+
+    plain, other = tiny_llama(), packed()
+    for name, model in (("plain", plain), ("other", other)):
+        filled(model)[0].save_pretrained(tmp_path / name)
+    for name, model in (("plain", other), ("other", plain)):
+        with pytest.raises(ValueError, match="quantization"):
+            QuantizedPagedCache.from_pretrained(tmp_path / name, model)
+    QuantizedPagedCache.from_pretrained(tmp_path / "other", packed())
 
 
 def test_a_cache_without_its_model_is_checked_by_configuration(tmp_path: Path) -> None:

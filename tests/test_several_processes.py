@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -77,6 +78,14 @@ def _tensor_parallel(directory: Path) -> dict[str, Any]:
         "another's file": refusal(swapped, model),
         "a file of one process": refusal(directory / "one", model),
     }
+    model_of_its_own = _loaded(directory, tp_plan="auto")
+    orphan = QuantizedPagedCache.from_model(model_of_its_own)
+    generate(model_of_its_own, text, orphan)
+    del model_of_its_own
+    gc.collect()
+    orphan.save_pretrained(directory / "orphan")
+    torch.distributed.barrier()
+    found["of a model that is gone"] = sorted(path.name for path in (directory / "orphan").iterdir())
     with torch.no_grad():  # of one process only: what the other holds is as it was
         if rank == 1:
             model.model.layers[1].self_attn.v_proj.weight.to_local().mul_(2)
@@ -166,6 +175,11 @@ def test_weights_of_which_a_process_holds_a_part_are_compared(found: list[dict[s
 def test_weights_that_cannot_be_compared_are_noted(found: list[dict[str, Any]]) -> None:
     for results in found:
         assert len([note for note in results["sharded otherwise"] if UNCHECKED in note]) == 1
+
+
+def test_each_has_its_file_when_the_model_is_gone(found: list[dict[str, Any]]) -> None:
+    names = [f"kv_cache-{rank}-of-2.safetensors" for rank in range(2)]
+    assert [results["of a model that is gone"] for results in found] == [names, names]
 
 
 def test_data_parallelism_is_taken_off(found: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Heads that two processes share (tensor parallelism): the tokens, scales and notes of one process."""
+"""Heads that two processes share (tensor parallelism): the logits, scales and notes of one process."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def calibrated(model: PreTrainedModel, kind: str) -> list[dict[str, Any]]:
 
 
 def everything(directory: Path, written: dict[str, list[dict[str, Any]]], **loading: Any) -> dict[str, Any]:
-    """Scales of every kind, and tokens and notes of caches over these and other ones.
+    """Scales of every kind, and logits and notes of caches over these and other ones.
 
     Args:
         written: scales of each kind to generate with.
@@ -65,8 +65,9 @@ def everything(directory: Path, written: dict[str, list[dict[str, Any]]], **load
     found: dict[str, Any] = {kind: calibrated(model, kind) for kind in KINDS}
     for name, options in caches.items():
         cache = QuantizedPagedCache.from_model(model, **options)
-        tokens = model.generate(prompt(), **with_cache(cache), max_new_tokens=8, do_sample=False)
-        found[f"tokens: {name}"] = tokens.tolist()
+        with torch.no_grad():
+            parts = [model(part, **with_cache(cache)).logits for part in prompt(2, 30).split([26, 1, 1, 2], dim=1)]
+        found[f"logits: {name}"] = torch.cat(parts[1:], dim=1)
         found[f"notes: {name}"] = cache.report().notes
     return found
 
@@ -98,11 +99,14 @@ def test_calibration_sees_all_heads(results: Any, kind: str) -> None:
                 torch.testing.assert_close(torch.tensor(layer[name]), torch.tensor(expected[name]))
 
 
-def test_caches_give_the_same_tokens(results: Any) -> None:
+def test_caches_give_the_same_logits(results: Any) -> None:
+    """But for sums in another order, by which single numbers may get the next code."""
     alone, shared = results
-    names = [name for name in alone if name.startswith("tokens")]
+    names = [name for name in alone if name.startswith("logits")]
     assert len(names) == 4 + len(KINDS)
-    assert [[found[name] for name in names] for found in shared] == [[alone[name] for name in names]] * 2
+    for name in names:
+        for found in shared:
+            torch.testing.assert_close(found[name], alone[name], rtol=0, atol=0.02 * float(alone[name].std()))
 
 
 def test_large_key_biases_are_seen_by_all(results: Any) -> None:

@@ -69,7 +69,8 @@ def load(instructions: str) -> ctypes.CDLL:
         try:
             if directory is not None:
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-                if hasattr(os, "statvfs") and os.statvfs(directory).f_flag & os.ST_NOEXEC:
+                noexec = getattr(os, "ST_NOEXEC", 0)  # not every system has it
+                if noexec and os.statvfs(directory).f_flag & noexec:
                     raise OSError(f"{directory} is on a file system from which nothing may be run")
                 return _load_from(directory, instructions)
             with tempfile.TemporaryDirectory(prefix="hf_kvquant-") as temporary:
