@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import pytest
 import torch
 from helpers import prompt, tiny_llama
+from saving import saved_session, six_tokens
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_kvquant
 from hf_kvquant import PrefixCache, QuantizedPagedCache, bench, calibrate, compare
-from hf_kvquant.hosts import CACHE_NAME
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-python-lm"
 TEXT = Path(hf_kvquant.__file__).parent.joinpath("cache.py").read_text(encoding="utf-8")
@@ -44,44 +43,32 @@ def offloaded(way: str, directory: Path, seed: int = 0) -> PreTrainedModel:
     ).eval()
 
 
-def generate(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    return model.generate(ids, **{CACHE_NAME: cache}, max_new_tokens=6, do_sample=False)
-
-
-def saved(model: Any, directory: Path) -> tuple[QuantizedPagedCache, torch.Tensor]:
-    """A cache that went to `directory`, and its text with a further turn."""
-    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8")
-    text = generate(model, prompt(1, 21), cache)
-    cache.save_pretrained(directory)
-    return cache, torch.cat([text, prompt(1, 5, seed=3)], dim=1)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_sessions_go_on_whether_weights_are_offloaded_or_not(way: str, tmp_path: Path) -> None:
     here, away = tiny_llama(), offloaded(way, tmp_path)
     assert away.device.type == "meta"
     for number, (writer, reader) in enumerate([(away, away), (here, away), (away, here)]):
-        cache, text = saved(writer, tmp_path / f"session{number}")
+        cache, text = saved_session(writer, tmp_path / f"session{number}")
         loaded = QuantizedPagedCache.from_pretrained(tmp_path / f"session{number}", reader)
         assert {layer.device for layer in loaded.layers} == {torch.device("cpu")}
         assert not [note for note in loaded.report().notes if "could not be checked" in note]
-        assert torch.equal(generate(reader, text, loaded), generate(here, text, cache))
+        assert torch.equal(six_tokens(reader, text, loaded), six_tokens(here, text, cache))
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_sessions_of_other_weights_are_refused(way: str, tmp_path: Path) -> None:
     away = offloaded(way, tmp_path)
     for seed, other in enumerate((offloaded(way, tmp_path, seed=1), tiny_llama(seed=1))):
-        saved(other, tmp_path / f"session{seed}")
+        saved_session(other, tmp_path / f"session{seed}")
         with pytest.raises(ValueError, match="other weights"):
             QuantizedPagedCache.from_pretrained(tmp_path / f"session{seed}", away)
-    saved(away, tmp_path / "session")
+    saved_session(away, tmp_path / "session")
     with pytest.raises(ValueError, match="other weights"):
         QuantizedPagedCache.from_pretrained(tmp_path / "session", tiny_llama(seed=1))
 
 
 def test_one_changed_weight_is_found(tmp_path: Path) -> None:
-    saved(tiny_llama(), tmp_path)
+    saved_session(tiny_llama(), tmp_path)
     other = tiny_llama()
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight *= 1.01
@@ -102,7 +89,7 @@ def test_calibration_and_prefixes(way: str, tmp_path: Path) -> None:
     for model in (here, away):
         prefixes = PrefixCache(model, max_bytes=2**24)
         assert prefixes.prefill(ids[0, :16])
-        answers.append(generate(model, ids[:1], prefixes.cache_for(ids[:1])))
+        answers.append(six_tokens(model, ids[:1], prefixes.cache_for(ids[:1])))
     assert torch.equal(*answers)
 
 

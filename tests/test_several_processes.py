@@ -12,25 +12,13 @@ import pytest
 import torch
 from helpers import prompt, tiny_llama
 from safetensors import safe_open
+from saving import saved_session, six_tokens
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from two_processes import in_two_processes
 
 from hf_kvquant import PrefixCache, QuantizedPagedCache, calibrate
-from hf_kvquant.hosts import CACHE_NAME
 
 UNCHECKED = "could not be checked"
-
-
-def generate(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    return model.generate(ids, **{CACHE_NAME: cache}, max_new_tokens=6, do_sample=False)
-
-
-def saved(model: Any, directory: Path) -> tuple[QuantizedPagedCache, torch.Tensor]:
-    """A cache that went to `directory`, and its text with a further turn."""
-    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8")
-    text = generate(model, prompt(1, 21), cache)
-    cache.save_pretrained(directory)
-    return cache, torch.cat([text, prompt(1, 5, seed=3)], dim=1)
 
 
 def refusal(directory: Path, model: Any) -> str:
@@ -62,10 +50,10 @@ def _loaded(directory: Path, **options: Any) -> Any:
 
 def _tensor_parallel(directory: Path) -> dict[str, Any]:
     model, session = _loaded(directory, tp_plan="auto"), directory / "session"
-    cache, text = saved(model, session)
+    cache, text = saved_session(model, session)
     torch.distributed.barrier()
     loaded = QuantizedPagedCache.from_pretrained(session, model)
-    kept, restored = generate(model, text, cache), generate(model, text, loaded)
+    kept, restored = six_tokens(model, text, cache), six_tokens(model, text, loaded)
     rank = torch.distributed.get_rank()
     swapped = directory / f"swapped{rank}"
     swapped.mkdir()
@@ -80,7 +68,7 @@ def _tensor_parallel(directory: Path) -> dict[str, Any]:
     }
     model_of_its_own = _loaded(directory, tp_plan="auto")
     orphan = QuantizedPagedCache.from_model(model_of_its_own)
-    generate(model_of_its_own, text, orphan)
+    six_tokens(model_of_its_own, text, orphan)
     del model_of_its_own
     gc.collect()
     orphan.save_pretrained(directory / "orphan")
@@ -108,11 +96,11 @@ def _fully_sharded(directory: Path) -> dict[str, Any]:
 
     session = directory / f"sharded{torch.distributed.get_rank()}"
     model = sharded()
-    cache, text = saved(model, session)  # which leaves some of its weights whole
+    cache, text = saved_session(model, session)  # which leaves some of its weights whole
     fresh = sharded()
     loaded = QuantizedPagedCache.from_pretrained(session, fresh)
     return {
-        "sharded": torch.equal(generate(fresh, text, loaded), generate(model, text, cache)),
+        "sharded": torch.equal(six_tokens(fresh, text, loaded), six_tokens(model, text, cache)),
         "sharded, notes": loaded.report().notes,
         "sharded, other weights": refusal(session, sharded(1.01)),
         "sharded otherwise": QuantizedPagedCache.from_pretrained(directory / "one", sharded()).report().notes,
@@ -135,7 +123,7 @@ def _data_parallel(directory: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("processes")
-    saved(model_on_disk(directory / "model"), directory / "one")
+    saved_session(model_on_disk(directory / "model"), directory / "one")
     return directory
 
 
