@@ -33,9 +33,6 @@ class HeadShard:
         torch.distributed.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim=dim)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HeadShard:
-        return self
-
 
 def head_shard(model: torch.nn.Module) -> HeadShard | None:
     """Under tensor parallelism this process's place; else None."""
