@@ -81,10 +81,10 @@ class LayerState(CacheLayerMixin):
         dtype, device = key_states.dtype, key_states.device
 
         def store(side: str, head_dim: int) -> PageStore:
-            where = f"layer {self.index}: {side}"
-            plan = getattr(self.plan, side)
-            if self.shared.shard is not None:
-                plan = plan.of_heads(partial(self.shared.shard.own, num_heads=num_heads))
+            where, plan, shard = f"layer {self.index}: {side}", getattr(self.plan, side), self.shared.shard
+            if shard is not None:
+                where = f"layer {self.index}, the heads of process {shard.rank} of {shard.size}: {side}"
+                plan = plan.of_heads(partial(shard.own, num_heads=num_heads))
             rotary = None if side == "v" else self.shared.rotary[self.index] if self.shared.rotary else RotaryLayout()
             return self.store_type(plan, num_heads, head_dim, self.shared.page_size, dtype, device, where, rotary)
 

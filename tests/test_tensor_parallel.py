@@ -69,7 +69,10 @@ def everything(directory: Path, written: dict[str, list[dict[str, Any]]], **load
             parts = [model(part, **with_cache(cache)).logits for part in prompt(2, 30).split([26, 1, 1, 2], dim=1)]
         found[f"logits: {name}"] = torch.cat(parts[1:], dim=1)
         found[f"notes: {name}"] = cache.report().notes
-    return found
+    cache = QuantizedPagedCache.from_model(model, scales=LayerScales(torch.ones(3), torch.ones(3)))
+    with torch.no_grad(), pytest.raises(ValueError, match="k_scale has shape") as refused:
+        model(prompt(), **with_cache(cache))
+    return {**found, "refused": str(refused.value)}
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +117,10 @@ def test_large_key_biases_are_seen_by_all(results: Any) -> None:
     names = [name for name in alone if name.startswith("notes")]
     assert any("layer 1" in note for note in alone["notes: checkpoint"])
     assert [[found[name] for name in names] for found in shared] == [[alone[name] for name in names]] * 2
+
+
+def test_scales_of_another_model_are_refused_with_whose_heads_they_do_not_fit(results: Any) -> None:
+    alone, shared = results
+    assert "layer 0: k_scale has shape [3], but this model needs [1] (per tensor), [4]" in alone["refused"]
+    for rank, found in enumerate(shared):
+        assert f"layer 0, the heads of process {rank} of 2: k_scale has shape [3]" in found["refused"]
