@@ -179,7 +179,9 @@ def _replace(
         return QuantizedEncoderDecoderCache(decoder, encoder)
     if type(made) is not DynamicCache:
         return made
-    static = max_cache_length if _will_compile(model, generation_config, generation_mode) else None
+    static = None
+    if _will_compile(model, generation_config, generation_mode):
+        static = _length_to_reserve(model, generation_config, max_cache_length, batch_size)
     cache = QuantizedPagedCache.for_generation(model, generation_config.cache_config, max_cache_length, static)
     _describe_prompt(model, model_kwargs, cache)
     _share_prompts(model, generation_config, cache, batch_size)
@@ -264,9 +266,14 @@ def _describe_prompt(model: Any, model_kwargs: dict[str, Any], cache: QuantizedP
 
 def _share_prompts(model: Any, generation_config: Any, cache: QuantizedPagedCache, batch_size: int) -> None:
     """Tell a new cache that the beams of a prompt, or the several answers to it, all begin with that prompt."""
-    copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    copies = _copies(generation_config)
     if copies > 1 and not _rows_differ(model):
         cache.shared.copies, cache.shared.num_prompts = copies, batch_size
+
+
+def _copies(generation_config: Any) -> int:
+    """How many sequences begin with the same prompt."""
+    return max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
 
 
 def _rows_differ(model: Any) -> bool:
@@ -333,6 +340,24 @@ def _will_compile(model: Any, generation_config: Any, generation_mode: Any) -> b
     # Not every model works over such a cache, and transformers says of some that they do.
     fused = is_fused(model.config.get_text_config(decoder=True))
     return fused and model._can_compile_fullgraph and model.device.type in _COMPILED_DEVICES
+
+
+# Of each model the most tokens that were reserved at fixed addresses, by the number of sequences.
+_reserved: WeakKeyDictionary[Any, dict[int, int]] = WeakKeyDictionary()
+
+
+def _length_to_reserve(model: Any, generation_config: Any, max_cache_length: int, batch_size: int) -> int:
+    """As many tokens as the longest call before: a length of its own may be another graph, and is another CUDA graph.
+
+    transformers does so with static caches. Kernels only read the tokens there are; attention that gets dense values
+    would get them for the whole capacity.
+    """
+    if not is_fused(model.config.get_text_config(decoder=True)):
+        return max_cache_length
+    num_sequences = batch_size * _copies(generation_config)
+    lengths = _reserved.setdefault(model, {})
+    lengths[num_sequences] = max(max_cache_length, lengths.get(num_sequences, 0))
+    return lengths[num_sequences]
 
 
 def _padding_mask(model_kwargs: dict[str, Any]) -> Any:

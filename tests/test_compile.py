@@ -184,6 +184,30 @@ def test_other_lengths_need_no_graph_each() -> None:
     assert counters["stats"]["unique_graphs"] <= 3
 
 
+@pytest.mark.parametrize("num_prompts", [1, 2])
+def test_shorter_calls_use_the_graph_of_the_longest(num_prompts: int) -> None:
+    """They reserve what it reserved; other numbers of sequences, which have graphs of their own, do not."""
+    model, several = tiny_llama("kvquant"), prompt().repeat(num_prompts, 1)
+    torch._dynamo.reset()
+    counters.clear()
+    capacities = []
+    for num_new in (33, 5, 20):
+        expected = model.generate(several, max_new_tokens=num_new, do_sample=False)
+        got = model.generate(
+            several, max_new_tokens=num_new, do_sample=False, compile_config=compile_config("eager"),
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        assert torch.equal(got.sequences, expected)
+        capacities.append(got.past_key_values.get_max_length())
+    assert len(set(capacities)) == 1
+    assert counters["stats"]["unique_graphs"] == 1
+    other = model.generate(
+        prompt().repeat(3, 1), max_new_tokens=5, do_sample=False, compile_config=compile_config("eager"),
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert other.past_key_values.get_max_length() < capacities[0]
+
+
 FIRST_FORWARD = """
 import torch
 import transformers
