@@ -117,10 +117,12 @@ def bytes_held(model: PreTrainedModel, formats: dict[str, dict[str, Any]], conte
     """Bytes of each cache with a window in it, in the model's dtype; caches that cannot be made are left out."""
     found = {}
     for candidate in candidates(model, formats):
-        with contextlib.suppress(ImportError):
+        try:
             cache = candidate.make(context)
-            model(torch.zeros(1, context - 1, dtype=torch.long), **with_cache(cache))
-            found[candidate.name] = held_bytes(cache)
+        except (ImportError, ValueError):  # a package that is not installed, a backend that came with a later version
+            continue
+        model(torch.zeros(1, context - 1, dtype=torch.long), **with_cache(cache))
+        found[candidate.name] = held_bytes(cache)
     return found
 
 

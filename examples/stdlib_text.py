@@ -64,7 +64,10 @@ def document_files() -> list[str]:
 
 
 def _read(name: str) -> str:
-    return (stdlib_directory() / name).read_text(encoding="utf-8", errors="replace").strip() + "\n"
+    path = stdlib_directory() / name
+    if not path.exists():  # a module of older versions that has become a package
+        path = path.with_suffix("") / "__init__.py"
+    return path.read_text(encoding="utf-8", errors="replace").strip() + "\n"
 
 
 def training_text() -> list[str]:

@@ -165,7 +165,8 @@ class PagedLayer(LayerState):
         self._held_valid = None
         key, value = key[:, :, : self.num_prompt], value[:, :, : self.num_prompt]  # drafts may be rejected
         valid = None if valid is None else valid[:, : self.num_prompt]
-        if valid is not None and not valid.any():  # the tokens of a padded prompt that comes in pieces follow
+        # The tokens of a padded prompt that comes in pieces follow. A graph cannot ask; padding alone equalizes nothing.
+        if valid is not None and not torch.compiler.is_compiling() and not valid.any():
             return
         for store, tensor in ((self.k, key), (self.v, value)):
             if store.needs_tokens:

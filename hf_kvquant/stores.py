@@ -135,7 +135,6 @@ class PageStore:
 
     # -- scales ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def observe(self, x: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Take what the plan needs from the first real tokens `[B, H, T, D]`; `valid` `[B, T]` is False for padding."""
         largest = channel_absmax(x, valid)

@@ -146,15 +146,16 @@ def test_families_compile(model_type: str, attention: str) -> None:
     assert counters["stats"]["unique_graphs"] >= 1
 
 
-def _step_by_step(model: PreTrainedModel, call: Any, dtype: str) -> torch.Tensor:
+def _step_by_step(model: PreTrainedModel, call: Any, dtype: str, scales: str = "auto") -> torch.Tensor:
     """Logits of a prompt, single tokens, and several at once."""
-    cache, ids = QuantizedPagedCache.from_model(model, max_cache_len=64, kv_cache_dtype=dtype), prompt(2, 30)
+    cache = QuantizedPagedCache.from_model(model, max_cache_len=64, kv_cache_dtype=dtype, scales=scales)
+    ids = prompt(2, 30)
     parts = (ids[:, :20], *ids[:, 20:25].split(1, dim=1), ids[:, 25:])
     with torch.no_grad():
         return torch.cat([call(part, **with_cache(cache)).logits for part in parts], dim=1)
 
 
-@pytest.mark.parametrize(("dtype", "fullgraph"), [("fp8", True), ("model", True), ("fp8", False), ("int8", False)])
+@pytest.mark.parametrize(("dtype", "fullgraph"), [("fp8", True), ("model", True), ("int8", True), ("fp8", False)])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_forward_that_is_compiled_before_the_prompt(name: str, dtype: str, fullgraph: bool) -> None:
     model = MODELS[name]("kvquant")
@@ -165,11 +166,31 @@ def test_a_forward_that_is_compiled_before_the_prompt(name: str, dtype: str, ful
     assert torch.equal(got, expected)
 
 
-def test_a_prompt_that_scales_are_taken_from_is_in_no_full_graph() -> None:
+def test_a_padded_prompt_that_is_compiled() -> None:
+    """int8 takes its equalizer from the tokens that are none of the padding, in the graph."""
+    model, ids = tiny_llama("kvquant"), prompt(2, 30)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    torch._dynamo.reset()
+    logits = []
+    for call in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        cache = QuantizedPagedCache.from_model(model, max_cache_len=64, kv_cache_dtype="int8")
+        with torch.no_grad():
+            call(ids[:, :20], attention_mask=mask[:, :20], **with_cache(cache))
+            logits.append(call(ids[:, 20:], attention_mask=mask, **with_cache(cache)).logits)
+    assert torch.equal(*logits)
+
+
+def test_a_prompt_that_is_the_first_batch_of_scales_is_in_no_full_graph() -> None:
+    """Whether it has numbers to take scales from decides what is done next."""
     model = tiny_llama("kvquant")
     torch._dynamo.reset()
+    expected = _step_by_step(model, model, "int8", "first_batch")
+    got = _step_by_step(model, torch.compile(model, backend="eager"), "int8", "first_batch")
+    assert torch.equal(got, expected)
+    torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        _step_by_step(model, torch.compile(model, backend="eager", fullgraph=True), "int8")
+        _step_by_step(model, torch.compile(model, backend="eager", fullgraph=True), "int8", "first_batch")
 
 
 def test_other_lengths_need_no_graph_each() -> None:
