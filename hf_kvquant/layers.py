@@ -165,7 +165,7 @@ class PagedLayer(LayerState):
         self._held_valid = None
         key, value = key[:, :, : self.num_prompt], value[:, :, : self.num_prompt]  # drafts may be rejected
         valid = None if valid is None else valid[:, : self.num_prompt]
-        # The tokens of a padded prompt that comes in pieces follow. A graph cannot ask; padding alone equalizes nothing.
+        # The tokens of a padded prompt in pieces are to come. A graph cannot ask, and padding alone equalizes nothing.
         if valid is not None and not torch.compiler.is_compiling() and not valid.any():
             return
         for store, tensor in ((self.k, key), (self.v, value)):
