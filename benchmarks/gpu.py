@@ -25,13 +25,14 @@ import torch
 
 from hf_kvquant.evaluation.memory import free
 
-from . import bandwidth, capacity, decode, generation, gpu_tests, prefill, small, tiles, write
+from . import bandwidth, calls, capacity, decode, generation, gpu_tests, prefill, small, tiles, write
 from .results import Results
 
 # Parts of a call, in the order of their worth. A name with `:quick` takes fewer rows.
 GROUPS = {
     "first": "tests",
-    "second": "bandwidth,tiles:quick,decode:quick,generate-1B:quick,generate:quick,prefill:quick,write:quick",
+    "second": "bandwidth,tiles:quick,decode:quick,generate-1B:quick,generate:quick,calls:quick,prefill:quick,"
+    "write:quick",
     "third": "tiles,decode,small,capacity,prefill,write",
 }
 
@@ -48,6 +49,7 @@ def main() -> None:
         "prefill": prefill.measure,
         "generate": lambda results, **how: generation.measure(results, "8B", **how),
         "generate-1B": lambda results, **how: generation.measure(results, "1B", **how),
+        "calls": calls.measure,
         "capacity": capacity.measure,
     }
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])

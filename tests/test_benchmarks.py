@@ -18,7 +18,7 @@ from helpers import tiny_llama
 from hf_kvquant import QuantizedPagedCache
 
 ROOT = Path(__file__).parent.parent
-PARTS = ["bandwidth", "decode", "small", "write", "prefill", "generate", "capacity"]
+PARTS = ["bandwidth", "decode", "small", "write", "prefill", "generate", "calls", "capacity"]
 # Packages and devices that are not here.
 EXPECTED_ERRORS = ("not installed", "not available", "on GPUs only")
 
