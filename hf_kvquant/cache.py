@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 from transformers.utils import logging
 
 from . import sessions
+from .broken import take_back_broken_step
 from .checkpoints import CheckpointScales
 from .config import KVQuantConfig
 from .fixed import FixedLayer
@@ -289,6 +290,7 @@ class QuantizedPagedCache(DynamicCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens. Raises RuntimeError where a window has moved on."""
         num_tokens = tokens_to_take_back(tokens_to_remove, self.get_seq_length)
+        num_tokens = max(num_tokens - take_back_broken_step(self, is_between_calls=False), 0)
         self._settle()
         # Whoever may refuse comes first, so that a refusal leaves the cache as it was.
         for table in self._tables:

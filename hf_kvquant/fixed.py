@@ -112,7 +112,6 @@ class FixedLayer(PagedLayer):
         if self._held is None or num_new <= self.table.most_at_once:
             return super().attend(query, num_new, attn_mask, exact, **options)
         key, value = self._held
-        self._held = None
         self._observe(key, value, None)
         outputs = []
         for start in range(0, num_new, self.table.most_at_once):
@@ -122,6 +121,7 @@ class FixedLayer(PagedLayer):
             self._write(key[:, :, rows], value[:, :, rows], self._page_table, seq_lens)
             mask = None if attn_mask is None else attn_mask[:, :, rows]
             outputs.append(self._attend(query[:, :, rows], seq_lens, num_new, mask, exact, behind, **options))
+        self._held = None
         return torch.cat(outputs, dim=2)
 
     def read(self, side: str, num_new: int, exact: ExactStep | None = None) -> torch.Tensor:

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMode, configuration_utils
 from transformers.utils import logging
 
+from .broken import take_back_broken_step
 from .cache import QuantizedPagedCache
 from .config import KVQuantConfig
 from .encoder_decoder import QuantizedEncoderDecoderCache
@@ -81,9 +82,11 @@ def _extended(prepare_cache: Any) -> Any:
         for cache in given:
             if isinstance(cache, QuantizedPagedCache):
                 _warn_of_other_options(cache, generation_config)
+                if not generation_config.is_assistant:  # which may go through some layers only
+                    take_back_broken_step(cache)
                 cache.shared.speculates = generation_mode == GenerationMode.ASSISTED_GENERATION
                 _describe_prompt(self, model_kwargs, cache)
-                _take_adapters_prefix(self, cache)
+                _take_adapters_prefix(self)
                 _keep_in_inputs(type(self))
         if given and asked and generation_config.is_assistant:
             # An assistant is called again and again with the cache of its first call; the name was meant for that one.
@@ -187,7 +190,7 @@ def _replace(
     _share_prompts(model, generation_config, cache, batch_size)
     if generation_config.is_assistant:
         cache.activate_past_recording()
-    _take_adapters_prefix(model, cache)
+    _take_adapters_prefix(model)
     _keep_in_inputs(type(model))
     return cache
 
@@ -225,8 +228,8 @@ def _keep_in_inputs(model_class: Any) -> None:
     setattr(model_class, _INPUTS, prepare_inputs)
 
 
-def _take_adapters_prefix(model: Any, cache: QuantizedPagedCache) -> None:
-    """Keep `cache` where an adapter (prefix tuning) wants to put its learned keys and values in place of an empty one.
+def _take_adapters_prefix(model: Any) -> None:
+    """Keep our cache where an adapter (prefix tuning) wants its learned keys and values in place of an empty one.
 
     For the length of a `generate` such an adapter wraps the model's `prepare_inputs_for_generation`, and hands over a
     dynamic cache of its own in the first step. What it holds goes into ours.
@@ -238,6 +241,10 @@ def _take_adapters_prefix(model: Any, cache: QuantizedPagedCache) -> None:
     @functools.wraps(wrapped)
     def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
         inputs = wrapped(*args, **kwargs)
+        # That of this call: other threads may come by here, and an interrupt leaves this in place.
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        if not isinstance(cache, QuantizedPagedCache):
+            return inputs
         for name in CACHE_NAMES:
             prefix = inputs.get(name)
             if type(prefix) is not DynamicCache:

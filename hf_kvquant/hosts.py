@@ -65,15 +65,15 @@ def without_data_parallelism(model: Any) -> Any:
 
 @contextmanager
 def evaluating(*models: torch.nn.Module) -> Iterator[None]:
-    """The models in evaluation mode; afterwards each is in the mode that it was in."""
-    were_training = [model.training for model in models]
+    """The models in evaluation mode; afterwards each of their modules is in the mode that it was in."""
+    were_training = [module for model in models for module in model.modules() if module.training]
     for model in models:
         model.eval()
     try:
         yield
     finally:
-        for model, was_training in zip(models, were_training, strict=True):
-            model.train(was_training)
+        for module in were_training:
+            module.training = True
 
 
 def attention_paths(model: PreTrainedModel, num_layers: int) -> list[list[str]]:

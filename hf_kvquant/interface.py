@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import sys
+import threading
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -53,13 +54,15 @@ def adds_masks(config: PreTrainedConfig) -> bool:
 
 
 _asking: dict[type, list[bool]] = {}
+_lock = threading.Lock()
 
 
 @torch.compiler.assume_constant_result  # which older compilers do not take for a function of a configuration itself
 def _asks_for_attention(kind: type[PreTrainedConfig]) -> list[bool]:
     """Of the classes next to the model's that put keys into a cache, which ask for the configured attention."""
     if kind not in _asking:
-        _asking[kind] = _look_up(kind)
+        with _lock:  # sources are parsed, which CPython 3.11 cannot do in several threads
+            _asking[kind] = _look_up(kind)
     return _asking[kind]
 
 

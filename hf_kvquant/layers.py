@@ -47,12 +47,11 @@ class PagedLayer(LayerState):
         drafts_follow = was_empty and 0 < prompt_length < num_new and self.record_past
         self.num_prompt = prompt_length if drafts_follow else num_new
 
-        raw = (key_states, value_states)
+        self._held = raw = (key_states, value_states)  # until they are written: they are counted already
         exact = self._keep_exact(*raw, was_empty)
-        if self.k.needs_tokens or self.v.needs_tokens or self._must_hold(num_new, was_empty):
-            self._held = raw
-        else:
+        if not (self.k.needs_tokens or self.v.needs_tokens or self._must_hold(num_new, was_empty)):
             self._write(*raw, self._page_table, self._seq_lens)
+            self._held = None
         is_all = was_empty and self._returns_prompt
         key = PagedKV(self, "key", key_states, is_all, was_empty or key_states.requires_grad, exact)
         value = PagedKV(self, "value", value_states, is_all, was_empty or value_states.requires_grad, exact)
@@ -153,9 +152,9 @@ class PagedLayer(LayerState):
         if self._held is None:
             return
         key, value = self._held
-        self._held = None
         self._observe(key, value, valid)
         self._write(key, value, self._page_table, self._seq_lens)
+        self._held = None
 
     def _observe(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None) -> None:
         if not self.needs_tokens:

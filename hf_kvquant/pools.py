@@ -30,16 +30,13 @@ class PageUser(Protocol):
         """Where indices are wanted."""
 
     def resize(self, num_pages: int) -> None:
-        """Make room for pages 0 ... num_pages - 1; those that existed stay, new ones are zero."""
+        """Have pages 0 ... num_pages - 1; those that existed stay, new ones are zero. Fewer are had without memory."""
 
     def clear(self, pages: torch.Tensor) -> None:
         """Zero these pages."""
 
     def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copy page sources[i] to targets[i]."""
-
-    def keep(self, pages: torch.Tensor, num_pages: int) -> None:
-        """Page pages[i] becomes page i, of `num_pages` in all."""
 
 
 class PageReferrer(Protocol):
@@ -117,23 +114,37 @@ class PagePool:
         if need <= self.size:
             return
         size = self._target_size(need)
-        for user in self.users:
-            user.resize(size)
+        try:
+            for user in self.users:
+                user.resize(size)
+        except BaseException:  # no memory, or an interrupt: as before
+            for user in self.users:
+                user.resize(self.size)
+            raise
         self.size = size
 
     def shrink(self) -> None:
         """Give memory back when much more is allocated than used; pages are renumbered."""
         in_use = self.references() > 0
-        kept = np.flatnonzero(in_use)
-        size = self._target_size(len(kept))
-        if self.size <= size or self.size <= len(kept) * _SLACK:
+        num_kept = int(np.count_nonzero(in_use))
+        size = self._target_size(num_kept)
+        if self.size <= size or self.size <= num_kept * _SLACK:
             return
-        numbers = np.cumsum(in_use) - 1
-        for user, index in self._indexed(kept):
-            user.keep(index[0], size)
+        # The last pages move into the holes between the first, and stay where they were as well until all tables have
+        # followed: a failure on the way loses nothing.
+        moved, holes = num_kept + np.flatnonzero(in_use[num_kept:]), np.flatnonzero(~in_use[:num_kept])
+        try:
+            self.copy(moved, holes)
+        except torch.OutOfMemoryError:
+            return
+        numbers = np.arange(self.size)
+        numbers[moved] = holes
         for table in self.tables:
             table.renumber(numbers)
-        self.size, self._fresh = size, len(kept)
+        self.size = size
+        for user in self.users:
+            user.resize(size)
+        self._fresh = min(self._fresh, size)
 
     def clear(self, pages: np.ndarray) -> None:
         """Zero these pages, which will be written."""

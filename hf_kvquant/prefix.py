@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .broken import take_back_broken_step
 from .cache import QuantizedPagedCache
 from .growing import GrowingLayer
 from .hosts import input_device, with_cache, without_data_parallelism, without_wrapper
@@ -44,7 +45,8 @@ class PrefixCache:
     What a request computes on top of a kept beginning reads it from the 8-bit pages, as in a later turn of a chat;
     computed at once, a prompt attends to itself unrounded. Keys and values are those of the model as it was: `clear()`
     after its weights, its adapters or its position embedding change. Forks share a pool of pages: use one `PrefixCache`
-    and the caches that come from it from one thread at a time.
+    and the caches that come from it from one thread at a time. For requests in several threads call it under a lock, and
+    give each `copy.deepcopy` of its cache, made under the lock too.
 
     Args:
         model: a decoder-only transformers model.
@@ -140,6 +142,7 @@ class PrefixCache:
         owner = cache.shared.model
         if owner is None or owner() is not without_wrapper(self.model) or cache.kvquant != self._empty.kvquant:
             raise ValueError("this cache is another model's, or has other options; keep one that cache_for() has made")
+        take_back_broken_step(cache)
         length = int(cache.get_seq_length())
         if not length:
             raise ValueError("the cache holds no tokens")

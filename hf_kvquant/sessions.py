@@ -28,6 +28,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from transformers.utils import logging
 
 from ._version import __version__
+from .broken import take_back_broken_step
 from .config import KVQuantConfig
 from .growing import GrowingLayer
 from .hosts import layer_devices
@@ -66,6 +67,7 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
             f"the model has made {len(cache.layers)} layers of the cache's {cache.num_model_layers} while it ran; a "
             "new cache would not have them, so this one cannot be saved"
         )
+    take_back_broken_step(cache)
     model = cache.shared.model() if cache.shared.model is not None else None
     part = cache.shared.part
     tensors: dict[str, torch.Tensor] = {}

@@ -91,10 +91,15 @@ class PageStore:
             return
 
         def resized(store: torch.Tensor) -> torch.Tensor:
-            larger = _zeros(store, num_pages)
-            kept = min(num_pages, store.shape[0])
-            larger[:kept] = store[:kept]
-            return larger
+            num_kept = min(num_pages, len(store))
+            try:
+                other = _zeros(store, num_pages)
+            except torch.OutOfMemoryError:
+                if num_kept < num_pages:
+                    raise
+                return store[:num_kept]  # there is no room to move to: nothing is given back yet
+            other[:num_kept] = store[:num_kept]
+            return other
 
         self._each(resized)
 
@@ -104,19 +109,17 @@ class PageStore:
     def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         self._each(lambda store: store.index_copy_(0, targets, store[sources]))
 
-    def keep(self, pages: torch.Tensor, num_pages: int) -> None:
-        def kept(store: torch.Tensor) -> torch.Tensor:
-            smaller = _zeros(store, num_pages)
-            smaller[: len(pages)] = store[pages]
-            return smaller
-
-        self._each(kept)
-
     def with_pages(self, pages: torch.Tensor) -> PageStore:
         """A store of its own with copies of these pages, numbered anew, and the same scales."""
+
+        def copied(store: torch.Tensor) -> torch.Tensor:
+            other = _zeros(store, len(pages))
+            other[:] = store[pages]
+            return other
+
         other = copy.copy(self)
         other.paged = replace(self.at_rest)
-        other.keep(pages, len(pages))
+        other._each(copied)
         return other
 
     def select_rows(self, indices: torch.Tensor, batch_size: int) -> None:
@@ -128,10 +131,10 @@ class PageStore:
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         with mutable_everywhere():
             paged = self.at_rest
-            pages = change(paged.pages)
-            if paged.token_scale is not None:
-                paged.token_scale = change(paged.token_scale)
-            paged.pages = pages
+            pages, token_scale = change(paged.pages), paged.token_scale
+            if token_scale is not None:
+                token_scale = change(token_scale)
+            paged.pages, paged.token_scale = pages, token_scale
 
     # -- scales ----------------------------------------------------------------------------------------------------
 

@@ -351,6 +351,7 @@ def test_on_a_gpu(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("what", ["interrupt", "end"])
 def test_interrupting_keeps_what_was_seen(what: str, recwarn: pytest.WarningsRecorder) -> None:
     model = tiny_llama("sdpa", attention_dropout=0.5).train()
+    frozen = model.model.norm.eval()
     sequences = ragged()
 
     def stream() -> Iterator[torch.Tensor]:
@@ -364,6 +365,7 @@ def test_interrupting_keeps_what_was_seen(what: str, recwarn: pytest.WarningsRec
     assert found.num_tokens == 81
     assert any("interrupted after 81 tokens" in note for note in found.notes) == (what == "interrupt")
     assert model.training
+    assert [module for module in model.modules() if not module.training] == [frozen]
 
     def at_once() -> Iterator[torch.Tensor]:
         raise KeyboardInterrupt

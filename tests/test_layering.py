@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
         {"layers"},
         {"growing", "fixed"},
         {"hybrid"},
+        {"broken"},
         {"sessions"},
         {"cache"},
         {"encoder_decoder", "prefix"},

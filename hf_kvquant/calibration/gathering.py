@@ -24,7 +24,6 @@ from ..sharding import head_shard
 from .estimating import Estimate
 from .statistics import Statistics
 
-_WATCHED = "kvquant_calibration"  # the name of attention that is watched
 # How many times as large as others channels or heads may be where they share an int8 scale: beyond that those others
 # have fewer than four bits.
 CROWDED = 16
@@ -147,15 +146,15 @@ class Gatherer:
                 self.see(layer, "q", query)
             return kvquant_attention(module, query, key, *args, **kwargs)
 
-        before = attention_by_part(self._model)
-        ALL_ATTENTION_FUNCTIONS[_WATCHED] = attention
-        AttentionMaskInterface.register(_WATCHED, kvquant_mask)  # for good: else transformers makes no masks
+        before, name = attention_by_part(self._model), f"watched_{id(self)}"  # other models may be calibrated as well
+        ALL_ATTENTION_FUNCTIONS[name] = attention
+        AttentionMaskInterface.register(name, kvquant_mask)  # transformers makes masks for what is registered
         try:
-            self._model.set_attn_implementation(_WATCHED)
+            self._model.set_attn_implementation(name)
             yield
         finally:
             self._model.set_attn_implementation(before)
-            del ALL_ATTENTION_FUNCTIONS[_WATCHED]
+            del ALL_ATTENTION_FUNCTIONS[name], AttentionMaskInterface._global_mapping[name]
 
     def is_crowded(self, layer: int, granularity: str) -> bool:
         """Whether numbers of very different size share a scale: outlier channels, or loud and quiet heads."""

@@ -60,6 +60,7 @@ def _has_vnni() -> bool:
 
 def load(instructions: str) -> ctypes.CDLL:
     """The kernels for `instructions`: those that came with the package, else a build, cached. Raises BuildError."""
+    _share_openmp()
     for flags in _flag_sets(instructions):
         with suppress(OSError):
             return ctypes.CDLL(str(_PREBUILT / _file_name(flags)))
@@ -78,6 +79,21 @@ def load(instructions: str) -> ctypes.CDLL:
         except OSError as problem:
             error = BuildError(str(problem))
     raise error
+
+
+def _share_openmp() -> None:
+    """Have the kernels find the OpenMP library that torch has loaded, where torch keeps its symbols to itself.
+
+    torch for 64-bit ARM does, and may have renamed the file: kernels would start threads of their own beside torch's,
+    and those that ask for no library by name would not load.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    package = Path(torch.__file__).parent
+    for directory in (package / "lib", package.with_name("torch.libs")):
+        for path in directory.glob("libgomp*.so*"):
+            with suppress(OSError):  # it is not loaded
+                ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_GLOBAL)
 
 
 def outlook() -> str:
@@ -104,18 +120,23 @@ def _load_from(directory: Path, instructions: str) -> ctypes.CDLL:
         for path, _ in builds:
             with suppress(OSError):  # another process was faster
                 return ctypes.CDLL(str(path))
-        message = ""
+        failure: Exception = BuildError("nothing to build")
         for path, flags in builds:
-            message = _compile(path, flags)
-            if not message:
+            if message := _compile(path, flags):
+                failure = BuildError(message)
+                continue
+            try:
                 return ctypes.CDLL(str(path))
-    raise BuildError(message)
+            except OSError as problem:  # a library that it was linked with is not there, or nothing may be run
+                failure = problem
+    raise failure
 
 
 def _flag_sets(instructions: str) -> list[tuple[str, ...]]:
     """With threads, and without for compilers that lack OpenMP.
 
-    The OpenMP library that torch has loaded is the one that gets used: its symbols are global, or its name the same.
+    The OpenMP library that torch has loaded is the one that gets used: its symbols are global (`_share_openmp`), or its
+    name the same.
     """
     flags = (*_FLAGS, *_INSTRUCTIONS[instructions])
     openmp: tuple[str, ...] = ("-fopenmp",)

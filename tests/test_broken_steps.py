@@ -1,0 +1,247 @@
+"""A step breaks off, or memory runs out, in the middle: what the cache then holds is right, or using it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from helpers import prompt, tiny_llama
+from test_cache import sliding_model
+from transformers import PreTrainedModel
+
+from hf_kvquant import PrefixCache, QuantizedPagedCache, huge_pages, ops
+
+NUM_LAYERS, NUM_NEW = 3, 14
+
+
+def full(attention: str = "kvquant") -> PreTrainedModel:
+    return tiny_llama(attention, num_hidden_layers=NUM_LAYERS)
+
+
+def sliding(attention: str = "kvquant") -> PreTrainedModel:
+    """One layer with a window, one without: two page tables."""
+    model = sliding_model()
+    model.set_attn_implementation(attention)
+    return model
+
+
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {"full": full, "sliding": sliding}
+
+
+@contextmanager
+def interrupted(model: Any, layer: int, call: int) -> Iterator[None]:
+    """Ctrl-C before the attention of `layer` in its `call`-th step."""
+    num_calls = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == call:
+            raise KeyboardInterrupt
+
+    handle = model.model.layers[layer].self_attn.register_forward_pre_hook(hook)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        handle.remove()
+
+
+class Seen:
+    """A streamer that remembers."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        """Nothing is left to be said."""
+
+
+def generate(model: Any, ids: torch.Tensor, cache: Any, num_new: int = NUM_NEW, **options: Any) -> torch.Tensor:
+    return model.generate(ids, past_key_values=cache, max_new_tokens=num_new, do_sample=False, **options)
+
+
+def broken(model: Any, cache: Any, layer: int, call: int) -> torch.Tensor:
+    """The text `[1, T]` as far as it is known when `generate` over `cache` breaks off."""
+    seen = Seen()
+    with interrupted(model, layer, call):
+        generate(model, prompt(1), cache, streamer=seen)
+    return torch.tensor([seen.tokens])
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "growing": {},
+    "fixed": {"max_cache_len": 64},
+    "recent": {"recent_tokens": 4, "sink_tokens": 2},
+    "offload": {"offload": True},
+}
+
+
+@pytest.mark.parametrize(("layer", "call"), [(0, 5), (1, 5), (-1, 5), (-1, 1)])
+@pytest.mark.parametrize("attention", ["kvquant", "sdpa"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_generate_goes_on(name: str, options: str, attention: str, layer: int, call: int) -> None:
+    model = MODELS[name](attention)
+    given = {"kv_cache_dtype": "model", **OPTIONS[options]}
+    expected = generate(model, prompt(1), QuantizedPagedCache.from_model(model, **given))
+    cache = QuantizedPagedCache.from_model(model, **given)
+    known = broken(model, cache, layer, call)
+    got = generate(model, known, cache, expected.shape[1] - known.shape[1])
+    assert torch.equal(got, expected)
+    lacked = layer != 0
+    assert any("broke off" in note for note in cache.report().notes) == lacked
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_further_turn_after_it(name: str) -> None:
+    """What the next turn brings is not taken for what the step has left undone."""
+    model = MODELS[name]()
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="model")
+    known = torch.cat([broken(model, cache, 1, 5), prompt(1, 9, seed=3)], dim=1)
+    got = generate(model, known, cache)
+    whole = QuantizedPagedCache.from_model(model, kv_cache_dtype="model")
+    assert torch.equal(got, generate(model, known, whole))
+
+
+@pytest.mark.parametrize("way", ["crop", "fork", "save"])
+def test_operations_after_it(way: str, tmp_path: Path) -> None:
+    model = full()
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="model")
+    known = broken(model, cache, 1, 5)
+    length = known.shape[1] - 1
+    if way == "crop":
+        cache.crop(-1)  # of the first layer's tokens, the one that the others lack
+    elif way == "fork":
+        cache = cache.fork()
+    else:
+        cache.save_pretrained(tmp_path)
+        cache = QuantizedPagedCache.from_pretrained(tmp_path, model)
+    if way != "fork":  # which stays as it is until it is used
+        assert [layer.get_seq_length() for layer in cache.layers] == [length] * NUM_LAYERS
+    expected = generate(model, prompt(1), QuantizedPagedCache.from_model(model, kv_cache_dtype="model"))
+    assert torch.equal(generate(model, known, cache, expected.shape[1] - known.shape[1]), expected)
+
+
+def test_what_is_kept_of_it_is_whole() -> None:
+    model = full()
+    prefixes = PrefixCache(model, 1 << 30, kv_cache_dtype="model", page_size=4)
+    cache = prefixes.cache_for(prompt(1))
+    known = broken(model, cache, 2, 5)
+    assert prefixes.keep(known, cache)
+    request = torch.cat([known, prompt(1, 9, seed=3)], dim=1)
+    got = generate(model, request, prefixes.cache_for(request))
+    assert prefixes.hits == 1
+    assert torch.equal(got, generate(model, request, QuantizedPagedCache.from_model(model, kv_cache_dtype="model")))
+
+
+def test_a_state_that_has_moved_on_is_refused() -> None:
+    """Of linear attention; every layer of this model has one beside its keys and values."""
+    model = families.build("falcon_h1")
+    model.set_attn_implementation("kvquant")
+    cache = QuantizedPagedCache.from_model(model)
+    known = broken(model, cache, 1, 5)
+    with pytest.raises(RuntimeError, match=r"broke off.*reset\(\)"):
+        generate(model, known, cache)
+    cache.reset()
+    whole = QuantizedPagedCache.from_model(model)
+    assert torch.equal(generate(model, prompt(1), cache), generate(model, prompt(1), whole))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 64}], ids=["growing", "fixed"])
+def test_tokens_that_were_counted_and_not_written_are_written(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last layer nothing tells that they are not there."""
+    model = full()
+    cache, whole = (QuantizedPagedCache.from_model(model, kv_cache_dtype="model", **options) for _ in range(2))
+    write, pages = ops.write_kv, []
+
+    def failing(key: Any, value: Any, k: Any, *args: Any) -> None:
+        pages.append(k)
+        if len(pages) == 2 * NUM_LAYERS:  # the last layer's second step
+            raise KeyboardInterrupt
+        write(key, value, k, *args)
+
+    ids = prompt(1, 30)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=whole)
+        model(ids[:, 20:21], past_key_values=whole)
+        expected = model(ids[:, 21:], past_key_values=whole).logits
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "write_kv", failing)
+            model(ids[:, :20], past_key_values=cache)
+            with pytest.raises(KeyboardInterrupt):
+                model(ids[:, 20:21], past_key_values=cache)
+        assert torch.equal(model(ids[:, 21:], past_key_values=cache).logits, expected)
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def no_memory(monkeypatch: pytest.MonkeyPatch, allocation: int) -> Iterator[list[int]]:
+    """The `allocation`-th tensor of pages cannot be had; yields how many were asked for."""
+    empty, asked = huge_pages.empty, [0]
+
+    def failing(*args: Any) -> torch.Tensor:
+        asked[0] += 1
+        if asked[0] == allocation:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return empty(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huge_pages, "empty", failing)
+        yield asked
+
+
+def logits(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("allocation", range(1, 2 * NUM_LAYERS + 1))
+def test_giving_memory_back_needs_none(allocation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = full()
+    ids, following = prompt(2, 160), prompt(2, 4, seed=3)
+
+    def filled() -> QuantizedPagedCache:
+        cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="model")
+        logits(model, ids, cache)
+        return cache
+
+    expected = filled()
+    expected.crop(-64)
+    cache = filled()
+    fork = cache.fork()
+    fork.crop(-96)
+    del cache  # its pages are those that go
+    with no_memory(monkeypatch, allocation) as asked:
+        fork.crop(-1)
+    assert asked[0] >= allocation
+    expected.crop(-33)
+    assert torch.equal(logits(model, following, fork), logits(model, following, expected))
+
+
+@pytest.mark.parametrize("allocation", range(1, 2 * NUM_LAYERS + 1))
+def test_a_pool_that_cannot_grow_is_as_before(allocation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others whose pages lie in it go on."""
+    model = full()
+    base, twin = (QuantizedPagedCache.from_model(model, kv_cache_dtype="model") for _ in range(2))
+    for cache in (base, twin):
+        logits(model, prompt(1, 50), cache)
+    fork = base.fork()
+    with no_memory(monkeypatch, allocation) as asked, pytest.raises(torch.OutOfMemoryError):
+        logits(model, prompt(1, 200, seed=3), fork)
+    assert asked[0] >= allocation
+    del fork  # else the base takes a page of its own, and the pool grows again
+    following = prompt(1, 4, seed=4)
+    assert torch.equal(logits(model, following, base), logits(model, following, twin))
