@@ -200,7 +200,7 @@ def _keep_in_inputs(model_class: Any) -> None:
 
     Some begin anew in the middle of a text (where a long rotary embedding takes over), by leaving the cache out:
     transformers would go on with one of its own, so ours is emptied and stays. And where speculation begins over a
-    cache that holds tokens, transformers gives the model all tokens again.
+    cache that holds tokens, or any call over one that holds all, transformers gives the model all tokens again.
     """
     method = getattr(model_class, _INPUTS)
     if getattr(method, "_is_kvquant", False):
@@ -211,10 +211,13 @@ def _keep_in_inputs(model_class: Any) -> None:
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         if not isinstance(cache, QuantizedPagedCache):
             return method(self, input_ids, *args, **kwargs)
-        if cache.shared.speculates and kwargs.get("is_first_iteration"):
-            num_held = int(cache.get_seq_length())
-            if kwargs.get("next_sequence_length") is None and 0 < num_held < input_ids.shape[1]:
-                kwargs["next_sequence_length"] = input_ids.shape[1] - num_held
+        if kwargs.get("is_first_iteration"):
+            num_coming = _num_coming(cache, input_ids.shape[1], kwargs.get("next_sequence_length"))
+            if num_coming is not None:
+                if num_coming == 0:  # as after a call that broke off behind the last layer: the last one comes again
+                    cache.crop(-1)
+                    num_coming = 1
+                kwargs["next_sequence_length"] = num_coming
         inputs = method(self, input_ids, *args, **kwargs)
         if all(inputs.get(name) is None for name in CACHE_NAMES):
             if cache.batch_size > 0:
@@ -226,6 +229,14 @@ def _keep_in_inputs(model_class: Any) -> None:
 
     prepare_inputs._is_kvquant = True  # type: ignore[attr-defined]
     setattr(model_class, _INPUTS, prepare_inputs)
+
+
+def _num_coming(cache: QuantizedPagedCache, num_tokens: int, asked: Any) -> Any:
+    """How many tokens of a text are to be computed, None for all; transformers does not ask where it speculates."""
+    if asked is not None or not cache.shared.speculates:
+        return asked
+    num_held = int(cache.get_seq_length())
+    return num_tokens - num_held if 0 < num_held <= num_tokens else None
 
 
 def _take_adapters_prefix(model: Any) -> None:

@@ -45,8 +45,8 @@ class PrefixCache:
     What a request computes on top of a kept beginning reads it from the 8-bit pages, as in a later turn of a chat;
     computed at once, a prompt attends to itself unrounded. Keys and values are those of the model as it was: `clear()`
     after its weights, its adapters or its position embedding change. Forks share a pool of pages: use one `PrefixCache`
-    and the caches that come from it from one thread at a time. For requests in several threads call it under a lock, and
-    give each `copy.deepcopy` of its cache, made under the lock too.
+    and the caches that come from it from one thread at a time. For requests in several threads use it under a lock, and
+    give each request a `copy.deepcopy` of its cache, made under the lock too.
 
     Args:
         model: a decoder-only transformers model.

@@ -34,8 +34,8 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {"full": full, "sliding": sl
 
 
 @contextmanager
-def interrupted(model: Any, layer: int, call: int) -> Iterator[None]:
-    """Ctrl-C before the attention of `layer` in its `call`-th step."""
+def interrupted(module: Any, call: int) -> Iterator[None]:
+    """Ctrl-C before `module` is called for the `call`-th time."""
     num_calls = 0
 
     def hook(*_: Any) -> None:
@@ -44,7 +44,7 @@ def interrupted(model: Any, layer: int, call: int) -> Iterator[None]:
         if num_calls == call:
             raise KeyboardInterrupt
 
-    handle = model.model.layers[layer].self_attn.register_forward_pre_hook(hook)
+    handle = module.register_forward_pre_hook(hook)
     try:
         with pytest.raises(KeyboardInterrupt):
             yield
@@ -69,11 +69,15 @@ def generate(model: Any, ids: torch.Tensor, cache: Any, num_new: int = NUM_NEW, 
     return model.generate(ids, past_key_values=cache, max_new_tokens=num_new, do_sample=False, **options)
 
 
-def broken(model: Any, cache: Any, layer: int, call: int) -> torch.Tensor:
-    """The text `[1, T]` as far as it is known when `generate` over `cache` breaks off."""
+def broken(model: Any, cache: Any, layer: int | None, call: int, **options: Any) -> torch.Tensor:
+    """The text `[1, T]` as far as it is known when `generate` over `cache` breaks off before a layer's attention.
+
+    Without a layer it is before the logits.
+    """
+    module = model.lm_head if layer is None else model.model.layers[layer].self_attn
     seen = Seen()
-    with interrupted(model, layer, call):
-        generate(model, prompt(1), cache, streamer=seen)
+    with interrupted(module, call):
+        generate(model, prompt(1), cache, streamer=seen, **options)
     return torch.tensor([seen.tokens])
 
 
@@ -85,11 +89,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("layer", "call"), [(0, 5), (1, 5), (-1, 5), (-1, 1)])
+@pytest.mark.parametrize(("layer", "call"), [(0, 5), (1, 5), (-1, 5), (-1, 1), (None, 5), (None, 1)])
 @pytest.mark.parametrize("attention", ["kvquant", "sdpa"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", MODELS)
-def test_generate_goes_on(name: str, options: str, attention: str, layer: int, call: int) -> None:
+def test_generate_goes_on(name: str, options: str, attention: str, layer: int | None, call: int) -> None:
     model = MODELS[name](attention)
     given = {"kv_cache_dtype": "model", **OPTIONS[options]}
     expected = generate(model, prompt(1), QuantizedPagedCache.from_model(model, **given))
@@ -97,8 +101,18 @@ def test_generate_goes_on(name: str, options: str, attention: str, layer: int, c
     known = broken(model, cache, layer, call)
     got = generate(model, known, cache, expected.shape[1] - known.shape[1])
     assert torch.equal(got, expected)
-    lacked = layer != 0
+    lacked = layer not in (0, None)
     assert any("broke off" in note for note in cache.report().notes) == lacked
+
+
+@pytest.mark.parametrize("layer", [1, None])
+def test_speculation_goes_on(layer: int | None) -> None:
+    model = full()
+    expected = generate(model, prompt(1), QuantizedPagedCache.from_model(model, kv_cache_dtype="model"))
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="model")
+    known = broken(model, cache, layer, 5)
+    got = generate(model, known, cache, expected.shape[1] - known.shape[1], prompt_lookup_num_tokens=2)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
