@@ -23,7 +23,7 @@ Qualities = dict[str, Quality]
 
 
 def readme_table(record: dict[str, Any]) -> str:
-    """Bytes, and perplexity over the unquantized cache's, of a few caches, with what it was measured on."""
+    """Bytes, and divergence from the unquantized cache, of a few caches, with what it was measured on."""
     plain, twins = _parted(record)
     first = next(iter(plain.values()))
     header = ["cache", "bytes held", *plain]
@@ -31,11 +31,10 @@ def readme_table(record: dict[str, Any]) -> str:
         header.append("worst of their outlier twins")
     lines = []
     for cache in (cache for cache in _SHORT if cache in first):
-        increases = [_increase(qualities, cache) for qualities in plain.values()]
         line = [
             _full_name(cache),
             f"{first[cache].bytes_held / first[DENSE].bytes_held:.2f}x",
-            *map(_percent, increases),
+            *(divergence(qualities[cache]) for qualities in plain.values()),
         ]
         if twins:
             line.append(_worst(twins, cache))
@@ -43,10 +42,11 @@ def readme_table(record: dict[str, Any]) -> str:
     setup = _setup(record)
     return (
         Table(header, lines).markdown()
-        + f"\nPerplexity over that of `DynamicCache`, windows of {setup['context']:,} tokens of unseen text in growing "
-        "chunks, the repository's models in fp32 (trained to be small, one of each kind); bytes as held for a model in "
-        "bf16. Outlier twins compute the same function, with a few channels or heads of K or V made large and the "
-        f"weights that read them small. {provenance(setup)}.\n"
+        + "\nKL divergence of the predictions from those over `DynamicCache`, nats a token; windows of "
+        f"{setup['context']:,} tokens of unseen text in growing chunks, the repository's models in fp32 (trained to be "
+        "small, one of each kind); bytes as held for a model in bf16. Outlier twins compute the same function, with a "
+        "few channels or heads of K or V made large and the weights that read them small. transformers' caches with "
+        f"their defaults. {provenance(setup)}.\n"
     )
 
 
@@ -114,8 +114,8 @@ def _increase(qualities: Qualities, cache: str) -> float | None:
 
 
 def _worst(twins: dict[str, Qualities], cache: str) -> str:
-    found = {name: _increase(qualities, cache) for name, qualities in twins.items()}
-    return _percent(max((value for value in found.values() if value is not None), default=None))
+    found = [qualities[cache] for qualities in twins.values() if cache in qualities]
+    return divergence(max(found, key=lambda quality: quality.chunks.kl_divergence)) if found else ""
 
 
 def _percent(value: float | None, unit: str = " %") -> str:

@@ -40,9 +40,9 @@ def demo_table(result: dict[str, Any]) -> str:
     versions = result["versions"]
     lines.append(
         f"\nThe repository's own model (2.8 M parameters, head_dim 64, bf16) on {result['threads']} cores of an "
-        f"{result['cpu']}, after {result['prompt_tokens']} + {result['new_tokens']} tokens; perplexity and top-1 "
-        f"(most likely next token as with DynamicCache) over {result['text_tokens']:,} tokens of text it has not seen. "
-        f"torch {versions['torch']}, "
+        f"{result['cpu']}, after {result['prompt_tokens']} + {result['new_tokens']} tokens, reading the first ones "
+        "included; perplexity and top-1 (most likely next token as with DynamicCache) over "
+        f"{result['text_tokens']:,} tokens of text it has not seen. torch {versions['torch']}, "
         f"transformers {versions['transformers']}, commit {result['git_commit'][:7]}."
     )
     return "\n".join(lines) + "\n"

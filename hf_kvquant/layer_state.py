@@ -60,7 +60,8 @@ class LayerState(CacheLayerMixin):
         self.dense_reasons: dict[str, None] = {}
         self.exact: ExactTokens | None = None
         if plan.recent_tokens or plan.sink_tokens and window is None:
-            self.exact = ExactTokens(plan.recent_tokens, in_place=self.is_compileable)
+            num_recent = plan.recent_tokens if window is None else min(plan.recent_tokens, window)  # all it sees
+            self.exact = ExactTokens(num_recent, in_place=self.is_compileable)
         # Tokens that attention has to see before they are written.
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
         self._held_valid: torch.Tensor | None = None  # [B, T] of them as attention has told, False for padding

@@ -196,6 +196,21 @@ def test_the_report_and_the_bytes_say_it(kind: str) -> None:
     assert "sink_tokens" not in str(plain.report())
 
 
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+def test_a_layer_with_a_window_keeps_no_more_than_that(kind: str) -> None:
+    """Nobody sees more; the layer without one keeps all."""
+    model = sliding_model(window=12)
+    options = {} if kind == "growing" else {"max_cache_len": 64}
+    few, many = (QuantizedPagedCache.from_model(model, recent_tokens=number, **options) for number in (12, 30))
+    for cache in (few, many):
+        model.generate(prompt(), past_key_values=cache, max_new_tokens=12, do_sample=False)
+    sliding, full = zip(
+        *((cache.layers[0].exact_nbytes, cache.layers[1].exact_nbytes) for cache in (few, many)), strict=True
+    )
+    assert sliding[0] == sliding[1]
+    assert full[0] < full[1]
+
+
 def test_layers_that_are_not_quantized_keep_nothing_twice() -> None:
     cache = make_cache(num_layers=2, skip_layers=(0,), sink_tokens=3, recent_tokens=6)
     assert cache.layers[0].exact is None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import need_fake_quantization, prompt, tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_kvquant import OutOfPagesError, QuantizedPagedCache
@@ -115,6 +116,28 @@ def test_where_compressed_tensors_hands_on_a_wrapper_of_the_cache() -> None:
     for error in (*found.key, *found.value, *found.attention):
         assert error is not None
         assert 1e-3 < error < 0.05
+
+
+class RoundedLayer(QuantizedLayer):
+    """A quantized layer of transformers that keeps quarters."""
+
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        return (tensor * 4).round()
+
+    def _dequantize(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor / 4
+
+
+def test_of_caches_of_transformers_too_the_newest_tokens_count_as_they_are_stored() -> None:
+    """Their `update` gives new tokens back as they came, and quantizes them, or not, for the next one."""
+    model = tiny_llama("sdpa")
+    cache = Cache(layers=[RoundedLayer(residual_length=8) for _ in range(2)])
+    dense, ids = DynamicCache(config=model.config), prompt(1, sum(PIECES))[0]
+    found = layer_errors(model, ids.split(PIECES), cache)
+    model(ids[None], past_key_values=dense)
+    for layer, of_dense in enumerate(dense.layers):
+        for put, error in ((of_dense.keys, found.key[layer]), (of_dense.values, found.value[layer])):
+            assert error == pytest.approx(relative(put, (put * 4).round() / 4), rel=1e-4)
 
 
 def test_caches_are_left_as_they_were() -> None:

@@ -97,15 +97,26 @@ def held_bytes(cache: Cache) -> int:
     """Bytes that a cache holds: for ours also pages that are not in use yet, for theirs every tensor."""
     if isinstance(cache, QuantizedPagedCache):
         return cache.nbytes_allocated
-    return sum(_tensor_bytes(list(vars(layer).values())) for layer in cache.layers)
+    storages: dict[int, int] = {}
+    for layer in cache.layers:
+        _add_storages(list(vars(layer).values()), storages)
+    return sum(storages.values())
 
 
-def _tensor_bytes(value: Any) -> int:
-    """Bytes of the tensors in `value`: quantized data comes as containers, or as tensors around others."""
+def _add_storages(value: Any, storages: dict[int, int]) -> None:
+    """Address -> bytes of the memory behind the tensors in `value`, of which they may be a part.
+
+    Quantized data comes as containers, or as tensors around others.
+    """
     if isinstance(value, torch.Tensor):
-        if not hasattr(value, "__tensor_flatten__"):
-            return value.nbytes
-        return sum(_tensor_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        if hasattr(value, "__tensor_flatten__"):
+            value = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+        else:
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return
     if isinstance(value, dict):
         value = list(value.values())
-    return sum(map(_tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _add_storages(item, storages)

@@ -61,8 +61,10 @@ def layer_errors(model: PreTrainedModel, pieces: Sequence[torch.Tensor], cache: 
         for beside in watched.values():
             beside.remove()
         del cache.update, dense.update  # type: ignore[method-assign]
-    # Under our attention `update` does not return dense tensors, but iterating does.
-    contents = dict(enumerate(cache)) if isinstance(cache, QuantizedPagedCache) else held
+    # What the next token would get. Under our attention `update` does not return dense tensors, but iterating does.
+    contents: dict[int, Any] = (
+        dict(enumerate(cache)) if isinstance(cache, QuantizedPagedCache) else {i: _read(cache, i, put[i]) for i in held}
+    )
     layers = [index if index in held else None for index in range(len(dense.layers))]
     sides = [[None if i is None else _stored_error(put[i][side], contents[i][side]) for i in layers] for side in (0, 1)]
     attention = [None if i is None else watched[i].squares.relative_error() for i in layers]
@@ -130,6 +132,11 @@ def _returned_last(cache: Cache) -> dict[int, Any]:
 
     cache.update = watched  # type: ignore[method-assign]
     return returned
+
+
+def _read(cache: Cache, layer: int, put: Sequence[torch.Tensor]) -> Any:
+    """Keys and values `[B, H, T, D]` of a cache of transformers, all of them from where they are stored."""
+    return cache.update(put[0][..., :0, :], put[1][..., :0, :], layer)
 
 
 def _stored_error(put: torch.Tensor, got: torch.Tensor) -> float | None:
