@@ -70,9 +70,9 @@ class KVQuantConfig:
         set_(self, "q_dtype", _parse_q_dtype(self.q_dtype))
         set_(self, "equalize", _parse_equalize(self.equalize))
         set_(self, "skip_layers", _parse_skip_layers(self.skip_layers))
+        made_for = _format_of(self.scales)
         set_(self, "scales", _parse_scales(self.scales))
         _check_scales(self.scales)
-        made_for = getattr(self.scales, "kv_cache_dtype", None)  # a calibration knows its format
         if made_for is not None and self.kv_cache_dtype == "auto":
             set_(self, "kv_cache_dtype", made_for)
         elif made_for is not None and made_for != self.kv_cache_dtype:
@@ -178,8 +178,21 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def _format_of(scales: Any) -> str | None:
+    """A calibration, and what its `to_dict` wrote, knows its format."""
+    saved = _is_calibration(scales)
+    found = scales["kv_cache_dtype"] if saved else getattr(scales, "kv_cache_dtype", None)
+    return None if found is None else get_format(found).name
+
+
+def _is_calibration(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) == {"kv_cache_dtype", "layers"}
+
+
 def _parse_scales(value: Any) -> Any:
     """`value` with `LayerScales` where it holds what `to_dict` wrote, or JSON made of that."""
+    if _is_calibration(value):
+        return _parse_scales(value["layers"])
     if isinstance(value, Mapping) and ("k_scale" in value or "v_scale" in value):
         return LayerScales.from_dict(value)
     if isinstance(value, Mapping) and any(isinstance(entry, Mapping) for entry in value.values()):

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from transformers.cache_utils import EncoderDecoderCache
+from transformers.utils import logging
 
 from .cache import QuantizedPagedCache
 from .report import CacheReport
 
+logger = logging.get_logger(__name__)
+
 
 class QuantizedEncoderDecoderCache(EncoderDecoderCache):
     """transformers' pair of caches; what they hold is reported together. Made by `generate`."""
+
+    def __init__(self, *caches: Any) -> None:
+        super().__init__(*caches)
+        if len(caches) == 1:
+            logger.warning_once(
+                "The model has made its cache anew from dense keys and values (RAG does after every step of beams): "
+                "they are in the model's dtype from here on."
+            )
 
     @property
     def _paged(self) -> dict[str, QuantizedPagedCache]:

@@ -96,8 +96,8 @@ def _extended(prepare_cache: Any) -> Any:
         is_ignored = not given and not wanted and chosen is None and not generation_config.is_assistant
         if is_ignored and generation_config.cache_config:
             logger.warning_once(
-                "`cache_config` is ignored: it takes cache_implementation='kvquant' or a kvquant attention to make the "
-                "8-bit cache."
+                "`cache_config` is ignored: the 8-bit cache is made by cache_implementation='kvquant', or by a kvquant "
+                "attention, which this model does not have (not every model takes one)."
             )
         if given or not wanted or not self._supports_default_dynamic_cache():
             return prepare_cache(self, generation_config, *arguments)
@@ -178,7 +178,7 @@ def _replace(
         decoder = _replace(model, decoder, generation_config, *arguments)
         if type(encoder) is DynamicCache and encoder_length is not None:
             encoder = _cross_attention_cache(model, generation_config.cache_config, encoder_length)
-            _share_prompts(model, generation_config, encoder, batch_size)
+            _share_prompts(model, generation_config, generation_mode, encoder, batch_size)
         return QuantizedEncoderDecoderCache(decoder, encoder)
     if type(made) is not DynamicCache:
         return made
@@ -187,7 +187,7 @@ def _replace(
         static = _length_to_reserve(model, generation_config, max_cache_length, batch_size)
     cache = QuantizedPagedCache.for_generation(model, generation_config.cache_config, max_cache_length, static)
     _describe_prompt(model, model_kwargs, cache)
-    _share_prompts(model, generation_config, cache, batch_size)
+    _share_prompts(model, generation_config, generation_mode, cache, batch_size)
     if generation_config.is_assistant:
         cache.activate_past_recording()
     _take_adapters_prefix(model)
@@ -282,10 +282,15 @@ def _describe_prompt(model: Any, model_kwargs: dict[str, Any], cache: QuantizedP
         cache.shared.copies = 1  # what comes now may differ between sequences that began with the same prompt
 
 
-def _share_prompts(model: Any, generation_config: Any, cache: QuantizedPagedCache, batch_size: int) -> None:
-    """Tell a new cache that the beams of a prompt, or the several answers to it, all begin with that prompt."""
+def _share_prompts(
+    model: Any, generation_config: Any, generation_mode: Any, cache: QuantizedPagedCache, batch_size: int
+) -> None:
+    """Tell a new cache that the beams of a prompt, or the several answers to it, all begin with that prompt.
+
+    A `generate` of a model's own (RAG's) knows no mode, and counts its sequences in its own way.
+    """
     copies = _copies(generation_config)
-    if copies > 1 and not _rows_differ(model):
+    if copies > 1 and generation_mode is not None and not _rows_differ(model):
         cache.shared.copies, cache.shared.num_prompts = copies, batch_size
 
 

@@ -7,6 +7,8 @@ import inspect
 import re
 import sys
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -67,11 +69,19 @@ def _asks_for_attention(kind: type[PreTrainedConfig]) -> list[bool]:
 
 
 def _look_up(kind: type[PreTrainedConfig]) -> list[bool]:
-    classes = [mapping[kind] for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING) if kind in mapping]
-    classes = [c for entry in classes for c in (entry if isinstance(entry, (tuple, list)) else (entry,))]
+    classes = [cls for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING) for cls in _classes(mapping, kind)]
     if not all(cls._can_set_attn_implementation() for cls in classes):
         return [False]
     return [asks for module in {cls.__module__ for cls in classes} for asks in _asks_in(module)] or [True]
+
+
+def _classes(mapping: Any, kind: type[PreTrainedConfig]) -> Sequence[Any]:
+    """Of the models that a mapping of transformers has for a configuration; it names some that cannot be imported."""
+    try:
+        found = mapping.get(kind, ())
+    except (ValueError, AttributeError):
+        return ()
+    return found if isinstance(found, (tuple, list)) else (found,)
 
 
 def _asks_in(module: str) -> list[bool]:

@@ -116,3 +116,8 @@ def test_numbers_that_differ_between_layers(model_type: str, tmp_path: Path) -> 
 def test_whose_attention_runs_is_in_the_source(model_type: str, takes_ours: bool, adds: bool) -> None:
     config = CONFIG_MAPPING[model_type]()
     assert (uses_attention_interface(config), adds_masks(config)) == (takes_ours, adds)
+
+
+def test_a_model_that_transformers_names_and_does_not_export() -> None:
+    """Its mapping raises then; the model is taken to follow its configuration, as remote code is."""
+    assert uses_attention_interface(CONFIG_MAPPING["voxtral_realtime_text"]())

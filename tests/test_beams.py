@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import families
@@ -11,8 +12,10 @@ import torch
 from helpers import prompt, tiny_llama
 from test_cache import CountSyncs, contents, make_cache, sliding_model
 from torch._dynamo.utils import counters
+from transformers import DPRConfig, DPRQuestionEncoder, RagTokenForGeneration
 
 from hf_kvquant import QuantizedPagedCache
+from hf_kvquant.encoder_decoder import QuantizedEncoderDecoderCache
 
 UNQUANTIZED = {"kv_cache_dtype": "model", "page_size": 4}
 
@@ -135,6 +138,34 @@ def test_encoder_decoders(model_type: str) -> None:
     cross = out.past_key_values.cross_attention_cache
     assert cross.batch_size == 6
     assert cross.layers[0].table.pages_in_use == 2 * 8
+
+
+@pytest.mark.parametrize(("num_docs", "num_beams"), [(2, 2), (3, 2)])
+def test_a_model_that_counts_its_sequences_in_its_own_way(num_docs: int, num_beams: int) -> None:
+    """RAG reads a prompt beside several documents, each in as many rows as there are beams."""
+    torch.manual_seed(0)
+    options = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = DPRQuestionEncoder(DPRConfig(**options, intermediate_size=32))
+    model = RagTokenForGeneration(question_encoder=encoder, generator=families.build("bart")).eval()
+    model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=0, decoder_start_token_id=3)
+    model.config.decoder_start_token_id = 3
+    given = {
+        "context_input_ids": prompt(2 * num_docs, 9, vocab_size=90),
+        "context_attention_mask": torch.ones(2 * num_docs, 9, dtype=torch.long),
+        "doc_scores": torch.randn(2, num_docs),
+        "n_docs": num_docs, "num_beams": num_beams, "num_return_sequences": num_beams, "max_length": 10,
+    }  # fmt: skip
+    got = model.generate(**given, cache_implementation="kvquant", cache_config=UNQUANTIZED)
+    assert torch.equal(got, model.generate(**given))
+
+
+def test_a_pair_that_a_model_makes_of_dense_tensors_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """As RAG does where beams change places."""
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    layer = tuple(torch.randn(2, 2, 5, 16) for _ in range(4))
+    cache = QuantizedEncoderDecoderCache([layer, layer])
+    assert cache.get_seq_length() == 5
+    assert "in the model's dtype from here on" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])

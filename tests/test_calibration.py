@@ -659,3 +659,18 @@ def test_options_that_do_not_exist(model: PreTrainedModel, options: dict[str, An
 def test_an_encoder_decoder_needs_both_inputs() -> None:
     with pytest.raises(ValueError, match="decoder_input_ids"):
         calibrate(families.build("t5"), prompt(), progress=False)
+
+
+def test_a_generation_configuration_keeps_a_calibration(tmp_path: Path) -> None:
+    """With the format that it was made for."""
+    model = tiny_llama("kvquant")
+    calibration = calibrate(model, ragged(), kv_cache_dtype="fp8", granularity="head", progress=False)
+    model.generation_config.cache_config = {"scales": calibration, "page_size": 4}
+    expected = model.generate(prompt(), max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="kvquant")
+    got = loaded.generate(prompt(), max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    assert torch.equal(got.sequences, expected.sequences)
+    for one, other in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        assert one.plan.k.format == other.plan.k.format == "fp8_e4m3"
+        assert torch.equal(one.k.paged.scale, other.k.paged.scale)

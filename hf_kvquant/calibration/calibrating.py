@@ -63,6 +63,11 @@ class Calibration(Sequence["LayerScales | None"]):
     def __len__(self) -> int:
         return len(self.layers)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Format and scales, ready for JSON, as a saved generation configuration has them; `scales=` takes it back."""
+        layers = [None if scales is None else scales.to_dict() for scales in self.layers]
+        return {"kv_cache_dtype": self.kv_cache_dtype, "layers": layers}
+
 
 def calibrate(
     model: PreTrainedModel,
