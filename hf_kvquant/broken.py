@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .growing import GrowingLayer
+from .hosts import attention_paths
 from .hybrid import HybridFixedLayer, HybridGrowingLayer
 from .layers import PagedLayer
 
@@ -24,8 +26,8 @@ def take_back_broken_step(cache: QuantizedPagedCache, is_between_calls: bool = T
     """Take back the tokens of a step that has not come to all layers of `cache`; returns how many.
 
     Args:
-        is_between_calls: whether the cache is that of a whole model, so that a last layer without tokens lacks them,
-            and there is time to ask a device for lengths.
+        is_between_calls: whether the cache is a whole model's, which a last layer without tokens may lack them in, and
+            there is time to ask a device for lengths.
 
     Raises RuntimeError if they cannot be taken back.
     """
@@ -39,13 +41,13 @@ def take_back_broken_step(cache: QuantizedPagedCache, is_between_calls: bool = T
         lengths = _lengths_of_growing(growing)
     elif is_between_calls:
         lengths = _lengths_of_fixed(filled)
-    if is_between_calls and layers[-1].is_empty:
+    if is_between_calls and layers[-1].is_empty and _is_first_step(cache, filled[0], layers[-1]):
         lengths |= {0, *(int(layer.get_seq_length()) for layer in filled)}
     if len(lengths) < 2:
         return 0
     before, after = min(lengths), max(lengths)
     note = f"a step broke off before it came to all layers; its {after - before} token(s) are taken back"
-    if not before:
+    if before <= cache.shared.num_virtual:  # what an adapter has put there belongs to the first step
         cache.reset()
     else:
         _check(cache, lengths)
@@ -66,9 +68,21 @@ def _lengths_of_growing(layers: Sequence[GrowingLayer]) -> set[int]:
 
 
 def _lengths_of_fixed(layers: Sequence[PagedLayer]) -> set[int]:
-    """How many tokens layers have, if the first have more than the others."""
+    """How many tokens layers have, if the first have one step more than the others."""
     lengths = torch.stack([layer.get_seq_length().cpu() for layer in layers]).tolist()
-    return set(lengths) if lengths == sorted(lengths, reverse=True) else set()
+    is_a_step = lengths == sorted(lengths, reverse=True) and lengths[0] - lengths[-1] == layers[0].num_prompt
+    return set(lengths) if is_a_step else set()
+
+
+def _is_first_step(cache: QuantizedPagedCache, first: PagedLayer, last: PagedLayer) -> bool:
+    """Whether `last`, which is empty, may only lack the step that has come to the first layer.
+
+    Some models have no such layer (cut short), and in some it attends to something else that is not there (images).
+    """
+    if int(first.get_seq_length()) != first.num_prompt + cache.shared.num_virtual:
+        return False
+    model = cache.shared.model() if cache.shared.model is not None else None
+    return isinstance(model, PreTrainedModel) and bool(attention_paths(model, len(cache.layers))[last.index])
 
 
 def _check(cache: QuantizedPagedCache, lengths: set[int]) -> None:

@@ -55,6 +55,7 @@ class FixedLayer(PagedLayer):
             store.resize(self.table.pool_size)
         if not torch.compiler.is_compiling():
             self.mark_addresses()
+            self.shared.reservation.num_layers += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = super().__deepcopy__(memo)

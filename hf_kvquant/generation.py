@@ -29,6 +29,7 @@ from .hosts import CACHE_NAME, CACHE_NAMES
 from .interface import is_fused
 from .options import options_for
 from .policy import asks_for_files
+from .shared import Reservation
 
 CACHE_IMPLEMENTATION = "kvquant"
 _COMPILED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -186,6 +187,8 @@ def _replace(
     if _will_compile(model, generation_config, generation_mode):
         static = _length_to_reserve(model, generation_config, max_cache_length, batch_size)
     cache = QuantizedPagedCache.for_generation(model, generation_config.cache_config, max_cache_length, static)
+    if static is not None:
+        _remember_length(model, generation_config, static, batch_size, cache)
     _describe_prompt(model, model_kwargs, cache)
     _share_prompts(model, generation_config, generation_mode, cache, batch_size)
     if generation_config.is_assistant:
@@ -215,8 +218,7 @@ def _keep_in_inputs(model_class: Any) -> None:
             num_coming = _num_coming(cache, input_ids.shape[1], kwargs.get("next_sequence_length"))
             if num_coming is not None:
                 if num_coming == 0:  # as after a call that broke off behind the last layer: the last one comes again
-                    cache.crop(-1)
-                    num_coming = 1
+                    num_coming = _take_last_back(cache)
                 kwargs["next_sequence_length"] = num_coming
         inputs = method(self, input_ids, *args, **kwargs)
         if all(inputs.get(name) is None for name in CACHE_NAMES):
@@ -229,6 +231,16 @@ def _keep_in_inputs(model_class: Any) -> None:
 
     prepare_inputs._is_kvquant = True  # type: ignore[attr-defined]
     setattr(model_class, _INPUTS, prepare_inputs)
+
+
+def _take_last_back(cache: QuantizedPagedCache) -> int | None:
+    """How many tokens of a text that `cache` holds are to be computed after all: one, or all of them (None)."""
+    try:
+        cache.crop(-1)
+    except RuntimeError:  # a window or a linear-attention state has moved on
+        cache.reset()
+        return None
+    return 1
 
 
 def _num_coming(cache: QuantizedPagedCache, num_tokens: int, asked: Any) -> Any:
@@ -265,6 +277,7 @@ def _take_adapters_prefix(model: Any) -> None:
                 for index, layer in enumerate(prefix.layers):
                     if layer.is_initialized:
                         cache.update(layer.keys, layer.values, index)
+                cache.shared.num_virtual = int(cache.get_seq_length())
             del inputs[name]  # perhaps an old name of it
             inputs[CACHE_NAME] = cache
         return inputs
@@ -365,22 +378,39 @@ def _will_compile(model: Any, generation_config: Any, generation_mode: Any) -> b
     return fused and model._can_compile_fullgraph and model.device.type in _COMPILED_DEVICES
 
 
-# Of each model the most tokens that were reserved at fixed addresses, by the number of sequences.
-_reserved: WeakKeyDictionary[Any, dict[int, int]] = WeakKeyDictionary()
+# Of each model, by the number of sequences and the length: what was reserved at fixed addresses, and for how many
+# layers it was to be.
+_reserved: WeakKeyDictionary[Any, dict[int, dict[int, tuple[Reservation, int]]]] = WeakKeyDictionary()
+_MOST_AHEAD = 2  # times as long a reservation as a call needs
 
 
 def _length_to_reserve(model: Any, generation_config: Any, max_cache_length: int, batch_size: int) -> int:
-    """As many tokens as the longest call before: a length of its own may be another graph, and is another CUDA graph.
+    """As many tokens as an earlier call had reserved, if that is enough and not too much.
 
-    transformers does so with static caches. Kernels only read the tokens there are; attention that gets dense values
-    would get them for the whole capacity.
+    A length of its own may be another graph, and is another CUDA graph; transformers keeps the longest for static
+    caches. Kernels only read the tokens there are; attention that gets dense values would get them for the whole
+    capacity.
     """
     if not is_fused(model.config.get_text_config(decoder=True)):
         return max_cache_length
-    num_sequences = batch_size * _copies(generation_config)
-    lengths = _reserved.setdefault(model, {})
-    lengths[num_sequences] = max(max_cache_length, lengths.get(num_sequences, 0))
-    return lengths[num_sequences]
+    if options_for(model, generation_config.cache_config).num_pages is not None:
+        return max_cache_length
+    lengths = _reserved.get(model, {}).get(batch_size * _copies(generation_config), {})
+    fitting = [
+        length
+        for length, (reservation, num_layers) in lengths.items()
+        if reservation.num_layers >= num_layers and max_cache_length <= length <= _MOST_AHEAD * max_cache_length
+    ]
+    return min(fitting, default=max_cache_length)
+
+
+def _remember_length(
+    model: Any, generation_config: Any, length: int, batch_size: int, cache: QuantizedPagedCache
+) -> None:
+    lengths = _reserved.setdefault(model, {}).setdefault(batch_size * _copies(generation_config), {})
+    reservation, num_layers = lengths.get(length, (Reservation(), 1))
+    if reservation.num_layers < num_layers:
+        lengths[length] = (cache.shared.reservation, len(cache._paged_layers))
 
 
 def _padding_mask(model_kwargs: dict[str, Any]) -> Any:

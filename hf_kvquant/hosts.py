@@ -66,14 +66,17 @@ def without_data_parallelism(model: Any) -> Any:
 @contextmanager
 def evaluating(*models: torch.nn.Module) -> Iterator[None]:
     """The models in evaluation mode; afterwards each of their modules is in the mode that it was in."""
-    were_training = [module for model in models for module in model.modules() if module.training]
+    before = [(model, model.training) for model in models]
+    of_modules = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
     try:
         yield
     finally:
-        for module in were_training:
-            module.training = True
+        for model, was_training in before:
+            model.train(was_training)  # which may do more than set this
+        for module, was_training in of_modules:
+            module.training = was_training
 
 
 def attention_paths(model: PreTrainedModel, num_layers: int) -> list[list[str]]:

@@ -62,8 +62,9 @@ class LayerState(CacheLayerMixin):
         if plan.recent_tokens or plan.sink_tokens and window is None:
             num_recent = plan.recent_tokens if window is None else min(plan.recent_tokens, window)  # all it sees
             self.exact = ExactTokens(num_recent, in_place=self.is_compileable)
-        # Tokens that attention has to see before they are written.
+        # Tokens that are counted and not yet written; some wait until attention has seen them.
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._exact_lacks: bool | None = None  # whether `exact` lacks them: True if they are the first
         self._held_valid: torch.Tensor | None = None  # [B, T] of them as attention has told, False for padding
         self._assigned = Assignment()
 

@@ -47,8 +47,11 @@ class PagedLayer(LayerState):
         drafts_follow = was_empty and 0 < prompt_length < num_new and self.record_past
         self.num_prompt = prompt_length if drafts_follow else num_new
 
-        self._held = raw = (key_states, value_states)  # until they are written: they are counted already
+        # Until they are written, and kept exactly: they are counted already.
+        self._held = raw = (key_states, value_states)
+        self._exact_lacks = was_empty
         exact = self._keep_exact(*raw, was_empty)
+        self._exact_lacks = None
         if not (self.k.needs_tokens or self.v.needs_tokens or self._must_hold(num_new, was_empty)):
             self._write(*raw, self._page_table, self._seq_lens)
             self._held = None
@@ -152,6 +155,9 @@ class PagedLayer(LayerState):
         if self._held is None:
             return
         key, value = self._held
+        if self._exact_lacks is not None:
+            self._keep_exact(key, value, self._exact_lacks)
+            self._exact_lacks = None
         self._observe(key, value, valid)
         self._write(key, value, self._page_table, self._seq_lens)
         self._held = None
@@ -254,7 +260,7 @@ class PagedLayer(LayerState):
         self.follow_reset()
 
     def follow_reset(self) -> None:
-        self._held = self._held_valid = None
+        self._held = self._held_valid = self._exact_lacks = None
         self._assigned.forget()
         self.is_empty = True
         if self.exact is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedConfig
@@ -13,6 +13,13 @@ from .interface import is_fused
 from .pages import PageTable
 from .rotary import RotaryLayout
 from .sharding import HeadShard
+
+
+@dataclass
+class Reservation:
+    """How many layers have got the pages at fixed addresses that were asked for."""
+
+    num_layers: int = 0
 
 
 @dataclass
@@ -32,6 +39,8 @@ class SharedState:
             come in pieces, or with drafts behind it.
         speculates: whether `generate` has other tokens checked than those that it will keep.
         model: whose cache it is, if that is known.
+        num_virtual: tokens at the start that are an adapter's, and in no text.
+        reservation: what has been reserved.
         replaced: table of the layer whose contents were replaced last, for others that become as long.
     """
 
@@ -46,6 +55,8 @@ class SharedState:
     prompt_length: int = 0
     speculates: bool = False
     model: weakref.ref[torch.nn.Module] | None = None
+    num_virtual: int = 0
+    reservation: Reservation = field(default_factory=Reservation)
     replaced: PageTable | None = None
 
     def copies_of(self, length: int, num_new: int, batch_size: int) -> int:
@@ -61,6 +72,7 @@ class SharedState:
     def forget_prompt(self) -> None:
         """What comes next is not what `generate` has described."""
         self.padding_mask, self.copies, self.num_prompts, self.prompt_length = None, 1, 0, 0
+        self.num_virtual = 0
 
     def copy(self) -> SharedState:
         """For a copy of the cache: the same model's, so it has to see the configuration that the model goes by."""

@@ -15,6 +15,7 @@ from test_cache import sliding_model
 from transformers import PreTrainedModel
 
 from hf_kvquant import PrefixCache, QuantizedPagedCache, huge_pages, ops
+from hf_kvquant.exact import ExactTokens
 
 NUM_LAYERS, NUM_NEW = 3, 14
 
@@ -52,6 +53,11 @@ def interrupted(module: Any, call: int) -> Iterator[None]:
         handle.remove()
 
 
+def logits(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, past_key_values=cache).logits
+
+
 class Seen:
     """A streamer that remembers."""
 
@@ -84,7 +90,6 @@ def broken(model: Any, cache: Any, layer: int | None, call: int, **options: Any)
 OPTIONS: dict[str, dict[str, Any]] = {
     "growing": {},
     "fixed": {"max_cache_len": 64},
-    "recent": {"recent_tokens": 4, "sink_tokens": 2},
     "offload": {"offload": True},
 }
 
@@ -198,6 +203,52 @@ def test_tokens_that_were_counted_and_not_written_are_written(
         assert torch.equal(model(ids[:, 21:], past_key_values=cache).logits, expected)
 
 
+def test_tokens_that_were_counted_and_not_kept_exactly_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = full()
+    options = {"kv_cache_dtype": "int8", "recent_tokens": 8, "sink_tokens": 3}
+    cache, whole = (QuantizedPagedCache.from_model(model, **options) for _ in range(2))
+    append, calls = ExactTokens.append, []
+
+    def failing(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2 * NUM_LAYERS:
+            raise KeyboardInterrupt
+        return append(*args)
+
+    ids = prompt(1, 30)
+    for part in (ids[:, :20], ids[:, 20:21]):
+        logits(model, part, whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(ExactTokens, "append", failing)
+        logits(model, ids[:, :20], cache)
+        with pytest.raises(KeyboardInterrupt):
+            logits(model, ids[:, 20:21], cache)
+    assert torch.equal(logits(model, ids[:, 21:], cache), logits(model, ids[:, 21:], whole))
+
+
+def test_a_model_that_was_cut_short_is_not_broken(tmp_path: Path) -> None:
+    """Its cache has layers that nothing will ever come to."""
+    model = full()
+    model.model.layers = model.model.layers[:2]
+    cache, whole = (QuantizedPagedCache.from_model(model, kv_cache_dtype="model") for _ in range(2))
+    text = generate(model, prompt(1), cache, num_new=1)
+    cache.save_pretrained(tmp_path)
+    assert cache.get_seq_length() == text.shape[1] - 1
+    got = generate(model, text, cache)
+    assert torch.equal(got, generate(model, text, whole))
+    assert not any("broke off" in note for note in cache.report().notes)
+
+
+@pytest.mark.parametrize("name", ["bamba", "qwen3_next"])
+def test_a_state_of_all_tokens_is_computed_anew(name: str) -> None:
+    """It cannot be taken back by the one token that would do."""
+    model = families.build(name)
+    model.set_attn_implementation("kvquant")
+    cache, whole = (QuantizedPagedCache.from_model(model, kv_cache_dtype="model") for _ in range(2))
+    known = broken(model, cache, None, 5)
+    assert torch.equal(generate(model, known, cache), generate(model, known, whole))
+
+
 # -- memory --------------------------------------------------------------------------------------------------------
 
 
@@ -215,11 +266,6 @@ def no_memory(monkeypatch: pytest.MonkeyPatch, allocation: int) -> Iterator[list
     with monkeypatch.context() as patch:
         patch.setattr(huge_pages, "empty", failing)
         yield asked
-
-
-def logits(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, past_key_values=cache).logits
 
 
 @pytest.mark.parametrize("allocation", range(1, 2 * NUM_LAYERS + 1))

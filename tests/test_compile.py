@@ -18,7 +18,7 @@ from test_cache import sliding_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
 
-from hf_kvquant import QuantizedPagedCache, generation
+from hf_kvquant import OutOfPagesError, QuantizedPagedCache, generation
 from hf_kvquant.hosts import with_cache
 
 MODELS = {"llama": tiny_llama, "sliding": lambda attention: sliding_model(window=12)}
@@ -205,28 +205,36 @@ def test_other_lengths_need_no_graph_each() -> None:
     assert counters["stats"]["unique_graphs"] <= 3
 
 
+def _capacity(model: PreTrainedModel, num_prompts: int, num_new: int, **options: Any) -> int:
+    """Tokens that a compiled `generate` has reserved for a sequence; its tokens are those without compiling."""
+    ids = prompt(length=21).repeat_interleave(num_prompts, 0)[:num_prompts]
+    given = {"max_new_tokens": num_new, "do_sample": False, **options}
+    got = model.generate(ids, compile_config=compile_config("eager"), return_dict_in_generate=True, **given)
+    assert torch.equal(got.sequences, model.generate(ids, **given))
+    return got.past_key_values.get_max_length()
+
+
 @pytest.mark.parametrize("num_prompts", [1, 2])
-def test_shorter_calls_use_the_graph_of_the_longest(num_prompts: int) -> None:
-    """They reserve what it reserved; other numbers of sequences, which have graphs of their own, do not."""
-    model, several = tiny_llama("kvquant"), prompt().repeat(num_prompts, 1)
+def test_shorter_calls_use_the_graph_of_a_longer_one(num_prompts: int) -> None:
+    """They reserve what it reserved."""
+    model = tiny_llama("kvquant")
     torch._dynamo.reset()
     counters.clear()
-    capacities = []
-    for num_new in (33, 5, 20):
-        expected = model.generate(several, max_new_tokens=num_new, do_sample=False)
-        got = model.generate(
-            several, max_new_tokens=num_new, do_sample=False, compile_config=compile_config("eager"),
-            return_dict_in_generate=True,
-        )  # fmt: skip
-        assert torch.equal(got.sequences, expected)
-        capacities.append(got.past_key_values.get_max_length())
-    assert len(set(capacities)) == 1
+    assert [_capacity(model, num_prompts, num_new) for num_new in (33, 12, 20)] == [53] * 3
     assert counters["stats"]["unique_graphs"] == 1
-    other = model.generate(
-        prompt().repeat(3, 1), max_new_tokens=5, do_sample=False, compile_config=compile_config("eager"),
-        return_dict_in_generate=True,
-    )  # fmt: skip
-    assert other.past_key_values.get_max_length() < capacities[0]
+
+
+def test_what_is_not_reserved_for_shorter_calls() -> None:
+    """More than twice what they need, what another number of sequences had, and what could not be had."""
+    model = tiny_llama("kvquant")
+    assert _capacity(model, 1, 33) == 53
+    assert _capacity(model, 1, 2) == 22
+    assert _capacity(model, 2, 20) == 40
+    few = {"cache_config": {"num_pages": 3}}  # of 16 tokens
+    assert _capacity(model, 1, 20, **few) == 40
+    with pytest.raises(OutOfPagesError):
+        _capacity(model, 1, 40, **few)
+    assert _capacity(model, 1, 34) == 54
 
 
 FIRST_FORWARD = """

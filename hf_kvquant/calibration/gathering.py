@@ -146,7 +146,7 @@ class Gatherer:
                 self.see(layer, "q", query)
             return kvquant_attention(module, query, key, *args, **kwargs)
 
-        before, name = attention_by_part(self._model), f"watched_{id(self)}"  # other models may be calibrated as well
+        before, name = attention_by_part(self._model), f"kvquant_calibration_{id(self)}"  # not another's
         ALL_ATTENTION_FUNCTIONS[name] = attention
         AttentionMaskInterface.register(name, kvquant_mask)  # transformers makes masks for what is registered
         try:
