@@ -82,7 +82,10 @@ def _is_first_step(cache: QuantizedPagedCache, first: PagedLayer, last: PagedLay
     if int(first.get_seq_length()) != first.num_prompt + cache.shared.num_virtual:
         return False
     model = cache.shared.model() if cache.shared.model is not None else None
-    return isinstance(model, PreTrainedModel) and bool(attention_paths(model, len(cache.layers))[last.index])
+    if not isinstance(model, PreTrainedModel):
+        return False
+    paths = attention_paths(model, len(cache.layers))[last.index]
+    return any("Cross" not in type(model.get_submodule(path)).__name__ for path in paths)
 
 
 def _check(cache: QuantizedPagedCache, lengths: set[int]) -> None:

@@ -239,6 +239,18 @@ def test_a_model_that_was_cut_short_is_not_broken(tmp_path: Path) -> None:
     assert not any("broke off" in note for note in cache.report().notes)
 
 
+def test_a_last_layer_for_images_that_are_not_there_is_not_broken() -> None:
+    text = families.build("mllama").config.text_config
+    own = {name: value for name, value in text.to_dict().items() if name not in ("layer_types", "model_type")}
+    model = families.build("mllama", {"text_config": {**own, "cross_attention_layers": [text.num_hidden_layers - 1]}})
+    cache, whole = (QuantizedPagedCache.from_model(model, kv_cache_dtype="model") for _ in range(2))
+    ids = prompt(1, 15)
+    logits(model, ids[:, :12], cache)
+    assert cache.layers[-1].is_empty
+    assert torch.equal(generate(model, ids, cache), generate(model, ids, whole))
+    assert not any("broke off" in note for note in cache.report().notes)
+
+
 @pytest.mark.parametrize("name", ["bamba", "qwen3_next"])
 def test_a_state_of_all_tokens_is_computed_anew(name: str) -> None:
     """It cannot be taken back by the one token that would do."""
