@@ -398,7 +398,7 @@ def _length_to_reserve(model: Any, generation_config: Any, max_cache_length: int
     lengths = _reserved.get(model, {}).get(batch_size * _copies(generation_config), {})
     fitting = [
         length
-        for length, (reservation, num_layers) in lengths.items()
+        for length, (reservation, num_layers) in list(lengths.items())  # other threads may add to them
         if reservation.num_layers >= num_layers and max_cache_length <= length <= _MOST_AHEAD * max_cache_length
     ]
     return min(fitting, default=max_cache_length)
