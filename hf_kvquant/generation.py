@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMode, configuration_utils
 from transformers.utils import logging
 
+from . import reservations
 from .broken import take_back_broken_step
 from .cache import QuantizedPagedCache
 from .config import KVQuantConfig
@@ -29,7 +30,6 @@ from .hosts import CACHE_NAME, CACHE_NAMES
 from .interface import is_fused
 from .options import options_for
 from .policy import asks_for_files
-from .shared import Reservation
 
 CACHE_IMPLEMENTATION = "kvquant"
 _COMPILED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -183,12 +183,14 @@ def _replace(
         return QuantizedEncoderDecoderCache(decoder, encoder)
     if type(made) is not DynamicCache:
         return made
-    static = None
+    static, num_sequences = None, batch_size * _copies(generation_config)
     if _will_compile(model, generation_config, generation_mode):
-        static = _length_to_reserve(model, generation_config, max_cache_length, batch_size)
+        static = max_cache_length
+        if _may_reserve_more(model, generation_config):
+            static = reservations.length_to_reserve(model, num_sequences, max_cache_length)
     cache = QuantizedPagedCache.for_generation(model, generation_config.cache_config, max_cache_length, static)
     if static is not None:
-        _remember_length(model, generation_config, static, batch_size, cache)
+        reservations.remember(model, num_sequences, static, cache.shared.reservation, len(cache._paged_layers))
     _describe_prompt(model, model_kwargs, cache)
     _share_prompts(model, generation_config, generation_mode, cache, batch_size)
     if generation_config.is_assistant:
@@ -378,39 +380,10 @@ def _will_compile(model: Any, generation_config: Any, generation_mode: Any) -> b
     return fused and model._can_compile_fullgraph and model.device.type in _COMPILED_DEVICES
 
 
-# Of each model, by the number of sequences and the length: what was reserved at fixed addresses, and for how many
-# layers it was to be.
-_reserved: WeakKeyDictionary[Any, dict[int, dict[int, tuple[Reservation, int]]]] = WeakKeyDictionary()
-_MOST_AHEAD = 2  # times as long a reservation as a call needs
-
-
-def _length_to_reserve(model: Any, generation_config: Any, max_cache_length: int, batch_size: int) -> int:
-    """As many tokens as an earlier call had reserved, if that is enough and not too much.
-
-    A length of its own may be another graph, and is another CUDA graph; transformers keeps the longest for static
-    caches. Kernels only read the tokens there are; attention that gets dense values would get them for the whole
-    capacity.
-    """
-    if not is_fused(model.config.get_text_config(decoder=True)):
-        return max_cache_length
-    if options_for(model, generation_config.cache_config).num_pages is not None:
-        return max_cache_length
-    lengths = _reserved.get(model, {}).get(batch_size * _copies(generation_config), {})
-    fitting = [
-        length
-        for length, (reservation, num_layers) in list(lengths.items())  # other threads may add to them
-        if reservation.num_layers >= num_layers and max_cache_length <= length <= _MOST_AHEAD * max_cache_length
-    ]
-    return min(fitting, default=max_cache_length)
-
-
-def _remember_length(
-    model: Any, generation_config: Any, length: int, batch_size: int, cache: QuantizedPagedCache
-) -> None:
-    lengths = _reserved.setdefault(model, {}).setdefault(batch_size * _copies(generation_config), {})
-    reservation, num_layers = lengths.get(length, (Reservation(), 1))
-    if reservation.num_layers < num_layers:
-        lengths[length] = (cache.shared.reservation, len(cache._paged_layers))
+def _may_reserve_more(model: Any, generation_config: Any) -> bool:
+    """Whether more than is needed costs no time, as it does where attention gets dense values, and is allowed."""
+    fused = is_fused(model.config.get_text_config(decoder=True))
+    return fused and options_for(model, generation_config.cache_config).num_pages is None
 
 
 def _padding_mask(model_kwargs: dict[str, Any]) -> Any:

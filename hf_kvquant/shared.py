@@ -11,15 +11,9 @@ from transformers import PreTrainedConfig
 
 from .interface import is_fused
 from .pages import PageTable
+from .reservations import Reservation
 from .rotary import RotaryLayout
 from .sharding import HeadShard
-
-
-@dataclass
-class Reservation:
-    """How many layers have got the pages at fixed addresses that were asked for."""
-
-    num_layers: int = 0
 
 
 @dataclass

@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
     ({"_version", "formats", "huge_pages", "scales", "tables"}, {"config"}),
     ({"checkpoints", "ops"},),
     (
-        {"rotary", "hosts", "interface", "pools", "policy", "query", "sharding"},
+        {"rotary", "hosts", "interface", "pools", "policy", "query", "reservations", "sharding"},
         {"pages", "static_pages", "stores", "identity", "reading", "risks"},
         {"offload", "exact", "options"},
         {"parts"},
