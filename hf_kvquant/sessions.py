@@ -93,7 +93,7 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
         entry["q"] = _query_entry(layer.plan.q)
         layer.settle(None)
         if isinstance(layer, GrowingLayer) and layer.length != layer.table.length:
-            layer.leave_table()  # a step broke off before it came to this layer
+            layer.leave_table()  # a step broke off before it came here, and in several processes it is not taken back
         table = layer.table
         pages, numbers = np.unique(table.rows, return_inverse=True)
         numbers = numbers.reshape(table.rows.shape)
