@@ -94,12 +94,13 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    ("device", "kernels"), [("cpu", cpu.outlook()), ("meta", "plain torch, which is slow"), ("cuda", "Triton kernels")]
+    ("device", "kernels"), [("cpu", None), ("meta", "plain torch, which is slow"), ("cuda", "Triton kernels")]
 )
-def test_doctor_names_the_kernels(device: str, kernels: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_names_the_kernels(device: str, kernels: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    cpu.use()  # built now, so that nothing else builds them while the doctor looks
     output = run(capsys, "doctor", TINY, "--device", device)
     assert f"(llama, bfloat16) on {device}" in output
-    assert f"kernels: {kernels}" in output
+    assert f"kernels: {kernels or cpu.outlook()}" in output
 
 
 @pytest.mark.parametrize(
