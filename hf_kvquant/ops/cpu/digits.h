@@ -38,6 +38,8 @@ struct Ahead {
     INLINE void fetch() {
         const int64_t place = uint64_t(tokens) / PLACES;
         UNROLL for (int i = 0; i < PLACES; i++) __builtin_prefetch(row[i * place] + offset);
+        if (FETCHES_TWICE && offset + 64 <= dim)
+            UNROLL for (int i = 0; i < PLACES; i++) prefetch_to_second_cache(row[i * place + tokens] + offset);
         offset += 64;
         row += offset >= dim;
         offset = offset >= dim ? 0 : offset;

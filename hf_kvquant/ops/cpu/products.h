@@ -13,17 +13,44 @@ constexpr int TILE = 64;        // tokens that stay in the first cache while row
 constexpr int CHUNK = 128;      // tokens of a tile of numbers
 constexpr int ROWS = 4;         // rows of a kernel in registers
 constexpr int VECTORS = W == 8 ? 2 : 4;
-constexpr int PADDING = 160;    // readable entries behind arrays of rows
+constexpr int PADDING = 288;    // readable entries behind arrays of rows
 
 template <class T>
 INLINE void prefetch(const T* row, int64_t count) {
     for (int64_t offset = 0; offset < count * int64_t(sizeof(T)); offset += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(row) + offset);
 }
+INLINE void prefetch_to_second_cache(const void* line) { __builtin_prefetch(line, 0, 2); }
+
+// AMD's processors have few lines under way to the first cache and more to the second. So a line is asked for twice
+// there, a tile earlier for the second cache: 4 to 14 % faster on Zen 4, where Intel's Ice Lake gains nothing.
+bool is_amd() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+}
+const bool FETCHES_TWICE = is_amd();
+
 // The next tile is fetched while rows go over one. Its tokens come from several places in turn: where a processor sees
 // neighbours fetched it goes on by itself, but takes a while to begin.
 constexpr int PLACES = 4;
 INLINE int64_t next_token(int64_t token) { return TILE + token % PLACES * (TILE / PLACES) + token / PLACES; }
+
+// N tokens of the next tile.
+template <int N, class T>
+INLINE void prefetch_next(const T* const* rows, int64_t token, int64_t count) {
+    UNROLL for (int j = 0; j < N; j++) prefetch(rows[next_token(token + j)], count);
+    if (!FETCHES_TWICE) return;
+    const int64_t size = count * int64_t(sizeof(T));
+    UNROLL for (int j = 0; j < N; j++) {
+        const char* row = reinterpret_cast<const char*>(rows[TILE + next_token(token + j)]);
+        // A last line that is not whole is the next token's first.
+        for (int64_t offset = 0; offset + 64 <= size; offset += 64) prefetch_to_second_cache(row + offset);
+    }
+}
 
 // out[r][t] = q[r] . rows[t], for N rows; `rows` is readable, and `out` writable, up to a multiple of four.
 template <class C, int N>
@@ -33,8 +60,7 @@ void dots(const float* q, int64_t q_stride, const typename C::T* const* rows, in
     for (int64_t t = 0; t < count; t += 4) {
         f32 sums[N][4];
         UNROLL for (int r = 0; r < N; r++) UNROLL for (int j = 0; j < 4; j++) sums[r][j] = f32{};
-        if (fetches)
-            UNROLL for (int j = 0; j < 4; j++) prefetch(rows[next_token(t + j)], dim);
+        if (fetches) prefetch_next<4>(rows, t, dim);
         int64_t d = 0;
         if constexpr (S > 1)
             for (; d + S * W <= dim; d += S * W)
@@ -65,7 +91,7 @@ void accumulate(const float* weights, int64_t weight_stride, const typename C::T
         UNROLL for (int m = 0; m < M; m++) sums[r][m] = load<f32>(out + r * out_stride + column + m * W);
     for (int64_t i = 0; i < count; i++) {
         f32 x[M];
-        if (fetches) prefetch(rows[next_token(i)], columns);
+        if (fetches) prefetch_next<1>(rows, i, columns);
         if constexpr (C::STEP == M && M > 1)
             C::read_step(rows[i] + column, x);
         else
