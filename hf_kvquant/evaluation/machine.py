@@ -13,15 +13,19 @@ _CHECKOUT = Path(__file__).parents[2]
 
 
 def device_name(device: torch.device) -> str:
-    """The model name of a GPU or of the processor, where the system tells it."""
+    """The model name of a GPU or of the processor, where the system tells it.
+
+    Virtual machines call very different processors by one name, so family and model are given as well.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
 
 
 def git_commit() -> str | None:
