@@ -19,7 +19,7 @@ from hf_kvquant.evaluation.pictures import Picture
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO, GPU = RESULTS / "demo-cpu.json", RESULTS / "h200-2026-11-20.json"
-CPU = RESULTS / "bench-cpu-2026-11-20.json"
+CPU = RESULTS / "bench-cpu-2026-11-30.json"
 CPU_OPERATORS = (RESULTS / "cpu-xeon.json", RESULTS / "cpu-epyc.json")
 QUALITY = RESULTS / "quality-2026-11-20.json"
 
