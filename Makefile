@@ -44,6 +44,7 @@ readme: $(STAMP) ## write the README's tables and the pages and pictures of resu
 	@$(BIN)/python benchmarks/readme.py
 
 wheel: $(STAMP) ## a wheel for this kind of machine, with the CPU kernels built (dist/)
+	@rm -rf build
 	@$(BIN)/python -c "from hf_kvquant.ops.cpu import build; build.prebuild()"
 	@$(BIN)/pip wheel -q --no-deps --wheel-dir dist . --config-settings=--build-option=--plat-name=$$($(BIN)/python -c \
 	  "import sysconfig; print(sysconfig.get_platform().replace('-', '_').replace('.', '_'))")

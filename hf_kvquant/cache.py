@@ -79,7 +79,8 @@ class QuantizedPagedCache(DynamicCache):
         expected_length: int | None = None,
         key_biases: Mapping[int, float] | None = None,
     ) -> None:
-        self.kvquant = kvquant = kvquant or KVQuantConfig()
+        self.kvquant: KVQuantConfig = kvquant or KVQuantConfig()
+        kvquant = self.kvquant
         text_config = config.get_text_config(decoder=True)
         template = list(DynamicCache(config=text_config).layers)
         names = layer_type_names(text_config, template)
@@ -88,9 +89,9 @@ class QuantizedPagedCache(DynamicCache):
             logger.warning_once(f"{ROUNDED_QUERIES}.")
         if warned := [note for note in plan_notes if SAFER in note]:
             logger.warning_once(f"{warned[0]}; `report()` has all notes ({len(warned)} such).")
-        self.notes = [*notes, *(checkpoint.notes if checkpoint is not None else ()), *plan_notes]
+        self.notes: list[str] = [*notes, *(checkpoint.notes if checkpoint is not None else ()), *plan_notes]
         self._layer_types = names
-        self.shared = SharedState(text_config, kvquant.page_size)
+        self.shared: SharedState = SharedState(text_config, kvquant.page_size)
         capacity = kvquant.max_cache_len
         others = template if capacity is None else _fixed_layers(text_config, capacity)
         tables = PageTables(kvquant.page_size, kvquant.num_pages, expected_length)
@@ -226,8 +227,8 @@ class QuantizedPagedCache(DynamicCache):
         self.layers[self._offloaded[following % len(self._offloaded)]].prefetch()
         return result
 
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """Tokens a sequence has seen."""
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens a sequence has seen; at fixed addresses a tensor, as transformers' static caches have it."""
         return super().get_seq_length(self._layer_to_ask(layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -389,7 +390,7 @@ class QuantizedPagedCache(DynamicCache):
         for layer in self._paged_layers:
             layer.settle(None)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
         """Keys, values and window (None for full attention) of every layer as dense tensors."""
         for layer in self.layers:
             if not isinstance(layer, PagedLayer):

@@ -49,16 +49,16 @@ class KVQuantConfig:
     Raises ValueError or TypeError that list what is accepted.
     """
 
-    kv_cache_dtype: str | tuple[str, str] = "auto"
+    kv_cache_dtype: str | Sequence[str] = "auto"
     scales: Any = "auto"
     granularity: str = "tensor"
-    equalize: bool | str | tuple[str, ...] = "auto"
+    equalize: bool | str | Sequence[str] = "auto"
     margin: float = 1.5
     page_size: int = 16
     num_pages: int | None = None
     max_cache_len: int | None = None
     offload: bool = False
-    skip_layers: tuple[int | str, ...] = ()
+    skip_layers: Sequence[int | str] = ()
     sink_tokens: int = 0
     recent_tokens: int = 0
     q_dtype: str | None = None

@@ -94,7 +94,7 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def _stable_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    is_quantized = getattr(model, "hf_quantizer", None) is not None
+    is_quantized = _quantization_entries(model) is not None
     # Offloading parts weights that are tied, so all their names count, and the one of an output layer is none of an
     # embedding.
     modules = model.named_modules(remove_duplicate=False)
@@ -117,12 +117,23 @@ def _is_of_adapter(name: str, adapted: Collection[str]) -> bool:
 
 def _quantization(model: torch.nn.Module) -> str:
     """A digest of how weights are quantized, without what is about loading or the cache; "" if they are not."""
-    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    if config is None:
+    entries = _quantization_entries(model)
+    if entries is None:
         return ""
-    about_loading: dict[str, Any] = getattr(config, "get_loading_attributes", dict)()
-    entries = {name: value for name, value in config.to_dict().items() if name not in {*about_loading, *_LOADING}}
     return _short(re.sub(" at 0x[0-9a-f]+", "", json.dumps(entries, sort_keys=True, default=str)).encode())
+
+
+def _quantization_entries(model: torch.nn.Module) -> dict[str, Any] | None:
+    """What a model's configuration says of quantized weights; None if there are none."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return None
+    config = getattr(quantizer, "quantization_config", None)
+    entries = config.to_dict() if config is not None else {}
+    if entries.get("config_groups") == {}:  # compressed-tensors, for the cache alone
+        return None
+    about_loading: dict[str, Any] = getattr(config, "get_loading_attributes", dict)()
+    return {name: value for name, value in entries.items() if name not in {*about_loading, *_LOADING}}
 
 
 def _held_here(weight: Any) -> tuple[torch.Tensor | None, str]:

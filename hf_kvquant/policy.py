@@ -195,7 +195,8 @@ def _choose_formats(config: KVQuantConfig, checkpoint: CheckpointScales | None) 
         # 1.0 is a scale of fp8; int8 would store whole numbers only.
         default = "fp8_e4m3" if config.scales == "unit" else "int8"
         choice = (checkpoint.kv_cache_dtype if checkpoint is not None else None) or default
-    return (choice, choice) if isinstance(choice, str) else choice
+    k, v = (choice, choice) if isinstance(choice, str) else choice
+    return k, v
 
 
 def _skipped_layers(config: KVQuantConfig, layer_types: Sequence[str]) -> set[int]:

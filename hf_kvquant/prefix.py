@@ -69,7 +69,7 @@ class PrefixCache:
         self._empty = QuantizedPagedCache.from_model(model, **options)
         if self._empty.kvquant.max_cache_len is not None:
             raise ValueError("max_cache_len reserves pages at fixed addresses, which are not shared; leave it out")
-        self.model = without_data_parallelism(model)
+        self.model: PreTrainedModel = without_data_parallelism(model)
         self.max_bytes = max_bytes
         self.hits = 0
         self.misses = 0

@@ -290,6 +290,6 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    with pytest.raises(ImportError, match=re.escape("pip install hf-kvquant[report]")):
+    with pytest.raises(ImportError, match=re.escape("pip install 'hf-kvquant[report]'")):
         write_report(files, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -104,7 +104,7 @@ def style(name: str) -> AbstractContextManager[None]:
     Raises ImportError naming the extra to install where matplotlib is missing.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("pictures are drawn by matplotlib; install it with `pip install hf-kvquant[report]`")
+        raise ImportError("pictures are drawn by matplotlib; install it with `pip install 'hf-kvquant[report]'`")
     import matplotlib
 
     return matplotlib.rc_context({**_RC, "svg.hashsalt": name})
