@@ -31,7 +31,7 @@ from hf_kvquant.layers import PagedLayer
 from hf_kvquant.ops import cpu
 from hf_kvquant.planning import plan_memory
 from hf_kvquant.skeleton import layer_shapes, model_skeleton
-from hf_kvquant.tables import size
+from hf_kvquant.tables import size, table
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-python-lm"
 
@@ -236,6 +236,18 @@ def test_inspect_a_file_apart_from_its_model(base: Path, tmp_path: Path, capsys:
     other = tmp_path / "other"
     tiny_llama(num_hidden_layers=1).save_pretrained(other)
     assert "ignored: model.layers.1.self_attn" in run(capsys, "inspect", tmp_path / "file", "--model", other)
+
+
+def test_names_in_files_command_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "\x1b]0;title\x07größe.layers.{}.self_attn.k_scale"
+    save_file({name.format(layer): torch.tensor([0.5]) for layer in range(2)}, tmp_path / "model.safetensors")
+    lines = run(capsys, "inspect", tmp_path).splitlines() + str(inspect_scales(tmp_path)).splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert [line for line in lines if line.startswith("1 ") and "\\x1b]0;title\\x07größe.layers.1.self_attn" in line]
+    assert table([("a", "b"), ("x\ny", "z")]).splitlines() == ["a     b", "x\\ny  z"]
+    said = fails(capsys, "report", tmp_path / "\x1b[31m.json", "--output", tmp_path / "out")
+    assert "\\x1b[31m.json" in said
+    assert "\x1b" not in said
 
 
 # -- doctor ------------------------------------------------------------------------------------------------------------

@@ -266,6 +266,20 @@ def test_pictures_stay_in_the_directory_and_apart(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "r-a.json", "r.json"]
 
 
+def test_no_text_of_a_file_is_more_than_text(tmp_path: Path) -> None:
+    content = benchmark().to_dict()
+    for row in content["rows"]:
+        row["cache"] = "\x1b[31m\ud800 größe"
+    content["notes"] = ["one\x07", "two"]
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    for path in write_report([tmp_path / "r.json"], tmp_path / "out"):
+        if path.suffix != ".png":
+            text = path.read_text(encoding="utf-8")
+            assert all(letter.isprintable() or letter == "\n" for letter in text)
+            assert "\\x1b[31m\\ud800 größe" in text
+    assert "one\\x07" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..tables import printable
 from .capacity import Capacity
 from .page import page
 from .parts import demo_sections, part_sections
@@ -57,7 +58,7 @@ def write_report(files: Sequence[str | os.PathLike[str]], output: str | os.PathL
 def sections_of(file: Path, name: str) -> list[Section]:
     """What is measured in a file; `name` begins the names of its pictures. Raises ValueError for files of no kind."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = _printable(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a JSON file: {error}") from error
     make = _maker(content)
@@ -69,6 +70,17 @@ def sections_of(file: Path, name: str) -> list[Section]:
         raise ValueError(
             f"{file} is broken, or was written by another version of hf_kvquant: {type(error).__name__}: {error}"
         ) from error
+
+
+def _printable(content: Any) -> Any:
+    """Of JSON all texts as pages, pictures and terminals can have them."""
+    if isinstance(content, str):
+        return printable(content)
+    if isinstance(content, list):
+        return [_printable(value) for value in content]
+    if isinstance(content, dict):
+        return {printable(key): _printable(value) for key, value in content.items()}
+    return content
 
 
 def comparisons_of(record: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Comparison]]:
