@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from .attention import seen_tokens
-from .hosts import checkpoint_of
+from .hosts import checkpoint_of, config_number
 
 # Tokens of a batch by the model's names; those that are cached first.
 _TOKEN_FIELDS = ("decoder_input_ids", "input_ids", "inputs_embeds")
@@ -79,7 +79,6 @@ def batches_of(
         if not _is_row_of_ids(first):
             yield from _given_batches(samples, num_samples)
             return
-        samples = (sample["input_ids"] for sample in samples)
     elif isinstance(first, torch.Tensor) and first.ndim == 2 and not isinstance(data, torch.Tensor):
         yield from _given_batches(({"input_ids": sample} for sample in samples), num_samples)
         return
@@ -172,8 +171,9 @@ class _Tokens:
         return self._given_tokenizer
 
     def sequences(self, samples: Iterable[Any]) -> Iterator[torch.Tensor]:
-        for sample in samples:
+        for number, sample in enumerate(samples, start=1):
             ids = self._ids(sample)
+            self._check(ids, number)
             start_id = getattr(self._given_tokenizer, "bos_token_id", None)
             starts_with_bos = len(ids) > 0 and start_id is not None and int(ids[0]) == start_id
             for start in range(0, len(ids), self._max_length):
@@ -181,6 +181,17 @@ class _Tokens:
                 if start and starts_with_bos:  # every text that a model gets begins with it
                     piece = torch.cat([ids[:1], piece[: self._max_length - 1]])
                 yield piece
+
+    def _check(self, ids: torch.Tensor, number: int) -> None:
+        """Raise ValueError for ids that the model has no embedding of: on a GPU these would end the process."""
+        size = config_number(self._model.config.get_text_config(decoder=True), "vocab_size")
+        if size is None or not len(ids):
+            return
+        if strange := [index for index in (int(ids.min()), int(ids.max())) if not 0 <= index < size]:
+            raise ValueError(
+                f"sample {number} of the data has the token id {strange[0]}, but the model's vocabulary has {size:,} "
+                f"tokens, 0 to {size - 1}; take a tokenizer, or ids, of this model"
+            )
 
     def _ids(self, sample: Any) -> torch.Tensor:
         """Token ids `[T]` of a text, a conversation, a row of a data set, or of ids."""
@@ -212,6 +223,8 @@ class _Tokens:
 
 
 def _content(row: Mapping[str, Any]) -> Any:
+    if _is_row_of_ids(row):
+        return row["input_ids"]
     for name in (*_CHAT_FIELDS, *_TEXT_FIELDS):
         if row.get(name):
             return row[name]
@@ -281,7 +294,7 @@ def _read_file(path: Path) -> Iterator[Any]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
 
 

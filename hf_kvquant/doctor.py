@@ -16,7 +16,7 @@ from .interface import uses_attention_interface
 from .layers import PagedLayer
 from .ops import cpu
 from .skeleton import LayerShape, layer_shapes, model_skeleton, run_skeleton
-from .tables import pair, size, table
+from .tables import pair, printable, size, table
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Diagnosis:
             f"attention: {self.attention}",
             f"kernels: {self.kernels}",
         ]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return printable("\n".join(lines + [f"note: {note}" for note in self.notes]))
 
 
 def diagnose(

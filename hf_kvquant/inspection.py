@@ -14,7 +14,7 @@ from .policy import large_scale
 from .reading import read_scales
 from .scales import LayerScales, granularity_of
 from .skeleton import model_skeleton
-from .tables import pair, table
+from .tables import pair, printable, table
 
 _FIELDS = ("k_scale", "v_scale", "q_scale", "k_zero", "v_zero")
 # A factor between scales of one model that calibration does not give.
@@ -77,7 +77,7 @@ class Inspection:
             lines.append(table(rows))
         lines += [f"suspicious: {line}" for line in self.suspicious]
         lines += [f"note: {line}" for line in self.notes]
-        return "\n".join(lines + [f"ignored: {name}" for name in self.ignored])
+        return printable("\n".join(lines + [f"ignored: {name}" for name in self.ignored]))
 
 
 def inspect_scales(

@@ -17,7 +17,7 @@ from .hosts import longest_sequence
 from .layers import PagedLayer
 from .policy import SidePlan
 from .skeleton import LayerShape, layer_shapes, model_skeleton
-from .tables import size, table
+from .tables import printable, size, table
 
 # What the cache can be stored as, and what decides its size about it.
 _FORMATS = {
@@ -91,7 +91,7 @@ class MemoryPlan:
                 cells = ("any" if tokens is None else f"{tokens:,}" for tokens in contexts)
                 fits.append((f"largest context at batch {batch}", *cells))
             lines.append(table(fits))
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return printable("\n".join(lines + [f"note: {note}" for note in self.notes]))
 
 
 def plan_memory(

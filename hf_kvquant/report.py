@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .tables import pair, size, table
+from .tables import pair, printable, size, table
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class CacheReport:
             f"total: {size(self.nbytes)} in use, {size(self.nbytes_allocated)} allocated; "
             f"{size(self.model_dtype_bytes)} in the model's dtype{share}"
         )
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return printable("\n".join(lines + [f"note: {note}" for note in self.notes]))
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:

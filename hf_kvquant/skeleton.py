@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -17,6 +21,12 @@ from transformers.cache_utils import (
 )
 
 from .hosts import config_number, layer_type_names, with_cache
+
+# Numbers of layers in a configuration, and how many there may be: many times those of the deepest models.
+_NUM_LAYERS = re.compile(r"(^|_)(layers?|depth)$")
+_MAX_LAYERS = 2**12
+_POSITIVE = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+_OBJECTS = ("quantization_config", "text_config")
 
 
 @dataclass(frozen=True)
@@ -56,19 +66,13 @@ def model_skeleton(
 ) -> PreTrainedModel:
     """The model of a directory or hub id on the meta device: modules and shapes, no weights.
 
-    Raises ValueError if there is no configuration, or none that transformers knows.
+    Raises ValueError if there is no configuration, none that transformers knows, or none that makes a model.
     """
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{source} has no configuration that transformers can read: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # it is about weights, which are not loaded
+    config = read_configuration(source, revision)
     dtype = config.get_text_config(decoder=True).dtype or config.dtype or torch.float32
-    names = [name for name in getattr(config, "architectures", None) or () if hasattr(transformers, name)]
-    model_class = getattr(transformers, names[0]) if names else AutoModelForCausalLM
+    model_class = _model_class(source, config)
     make = model_class.from_config if model_class is AutoModelForCausalLM else model_class._from_config
-    with torch.device("meta"):
+    with building(source), torch.device("meta"):
         # With the plainest attention and the usual dtype every model can be traced.
         model: PreTrainedModel = make(config, dtype=torch.bfloat16, attn_implementation=attention)
     model.config._name_or_path = str(source)
@@ -77,6 +81,69 @@ def model_skeleton(
     for part in (model.config, model.config.get_text_config(decoder=True)):
         part.dtype = dtype
     return model.eval()
+
+
+def read_configuration(source: str | os.PathLike[str], revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a directory or hub id, without what it says about quantized weights.
+
+    Raises ValueError if there is none that transformers knows, and if it asks for more layers than any model has.
+    """
+    try:
+        # As it is in the file: some kinds of configuration make lists as long as they have layers.
+        content, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        _check_content(content)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
+        if not isinstance(config.get_text_config(decoder=True), PreTrainedConfig):
+            raise ValueError(f"it has a text_config, which a {config.model_type} does not take")
+    except Exception as error:  # code of any configuration, some of which computes with what it finds
+        raise ValueError(f"{source} has no configuration that transformers can read: {_reason(error)}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # it is about weights, which are not loaded
+    return config
+
+
+@contextmanager
+def building(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Make whatever a model's code raises while it is built a ValueError that names where its configuration is."""
+    try:
+        yield
+    except Exception as error:  # code of any model, some of which divides by what it is told
+        raise ValueError(f"no model can be built by the configuration of {source}: {_reason(error)}") from error
+
+
+def _check_content(content: dict[str, Any]) -> None:
+    """Raise ValueError for what (a part of) config.json cannot have, and for more layers than can be built."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            _check_content(value)
+        elif name in _OBJECTS and value is not None:
+            raise ValueError(f"{name} is a {type(value).__name__}, not an object")
+        elif isinstance(value, int) and name in _POSITIVE and value < 1:
+            raise ValueError(f"{name} is {value}; it must be positive")
+        elif isinstance(value, int) and _NUM_LAYERS.search(name) and value > _MAX_LAYERS:
+            raise ValueError(f"{name} is {value:,}; more than {_MAX_LAYERS:,} are not built")
+
+
+def _model_class(source: str | os.PathLike[str], config: PreTrainedConfig) -> Any:
+    """The first of its architectures that transformers has; without one, whatever generates text.
+
+    Raises ValueError if what transformers has of that name is no model.
+    """
+    for name in getattr(config, "architectures", None) or ():
+        if not isinstance(name, str):
+            raise ValueError(f"architectures in the configuration of {source} has {name!r}, which is no name")
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+        if found is not None:
+            raise ValueError(f"architectures in the configuration of {source} has {name!r}, which is no model")
+    return AutoModelForCausalLM
+
+
+def _reason(error: Exception) -> str:
+    """In a line, without the addresses in torch's own code that some of its messages end with."""
+    message = " ".join(str(error).partition("\nException raised from")[0].split())
+    return message if isinstance(error, (OSError, ValueError)) and message else f"{type(error).__name__}: {message}"
 
 
 def layer_shapes(model: PreTrainedModel) -> tuple[list[LayerShape], list[str]]:

@@ -607,6 +607,8 @@ def test_data_that_cannot_be_read(tmp_path: Path, model: PreTrainedModel, monkey
     monkeypatch.setitem(sys.modules, "datasets", None)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "x"}\n{"text"')
+    deep = tmp_path / "deep.json"
+    deep.write_text(100_000 * "[")
     cases: list[tuple[Any, type[Exception], str]] = [
         ("some/texts", ValueError, "pip install datasets"),
         (tmp_path / "none.txt", ValueError, r"none.txt is not a file"),
@@ -626,6 +628,15 @@ def test_data_that_cannot_be_read(tmp_path: Path, model: PreTrainedModel, monkey
         ([[{"from": "human", "content": "y"}]], ValueError, "fields from, content; it needs role and content"),
         ([{"input_ids": [[3, 4], [5, 6]]}], ValueError, r"input_ids .list. has no tensor of tokens"),
         ([{"input_ids": []}, {"input_ids": []}], ValueError, "no token was seen"),
+        ([{"input_ids": [5]}, {"question": "?"}], ValueError, "fields question has no text"),
+        (
+            [[3, 1023], [3, 1024]],
+            ValueError,
+            "sample 2 of the data has the token id 1024, but the model's vocabulary has 1,024 tokens",
+        ),
+        ([{"input_ids": [3, -5, 7]}], ValueError, "sample 1 of the data has the token id -5"),
+        (torch.tensor([99_999_999_999]), ValueError, "sample 1 of the data has the token id 99999999999"),
+        (deep, ValueError, "deep.json: not JSON"),
         ([1.5, 2.5], TypeError, "type float is neither text"),
         (3, TypeError, "type int"),
         ({"input_ids": torch.ones(1, 2)}, TypeError, "type dict"),

@@ -31,7 +31,7 @@ from hf_kvquant.layers import PagedLayer
 from hf_kvquant.ops import cpu
 from hf_kvquant.planning import plan_memory
 from hf_kvquant.skeleton import layer_shapes, model_skeleton
-from hf_kvquant.tables import size
+from hf_kvquant.tables import size, table
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-python-lm"
 
@@ -238,6 +238,18 @@ def test_inspect_a_file_apart_from_its_model(base: Path, tmp_path: Path, capsys:
     assert "ignored: model.layers.1.self_attn" in run(capsys, "inspect", tmp_path / "file", "--model", other)
 
 
+def test_names_in_files_command_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "\x1b]0;title\x07größe.layers.{}.self_attn.k_scale"
+    save_file({name.format(layer): torch.tensor([0.5]) for layer in range(2)}, tmp_path / "model.safetensors")
+    lines = run(capsys, "inspect", tmp_path).splitlines() + str(inspect_scales(tmp_path)).splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert [line for line in lines if line.startswith("1 ") and "\\x1b]0;title\\x07größe.layers.1.self_attn" in line]
+    assert table([("a", "b"), ("x\ny", "z")]).splitlines() == ["a     b", "x\\ny  z"]
+    said = fails(capsys, "report", tmp_path / "\x1b[31m.json", "--output", tmp_path / "out")
+    assert "\\x1b[31m.json" in said
+    assert "\x1b" not in said
+
+
 # -- doctor ------------------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +281,40 @@ def test_the_doctor_asks_for_an_accelerator_that_is_there(
 def test_doctor_refuses_what_the_cache_refuses(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown storage format 'int3'" in fails(capsys, "doctor", base, "--kv-cache-dtype", "int3")
     assert "has no KV scales" in fails(capsys, "doctor", base, "--scales", "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["Trainer"]}, "'Trainer', which is no model"),
+        ({"architectures": [5]}, "has 5, which is no name"),
+        ({"architectures": ["WhisperModel"]}, "no model can be built by the configuration"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be positive"),
+        ({"num_key_value_heads": 0}, "no model can be built by the configuration"),
+        ({"hidden_size": -8}, "hidden_size is -8; it must be positive"),
+        ({"intermediate_size": -8}, "negative dimension -8"),
+        ({"vocab_size": 10**30}, "no model can be built by the configuration"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1; it must be positive"),
+        ({"num_hidden_layers": "x"}, "expected int, got str"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000; more than 4,096 are not built"),
+        ({"model_type": "qwen2", "num_hidden_layers": 10**12}, "more than 4,096"),
+        ({"text_config": {"num_hidden_layers": 2}}, "it has a text_config, which a llama does not take"),
+        ({"text_config": "x"}, "text_config is a str, not an object"),
+        ({"quantization_config": [1]}, "quantization_config is a list, not an object"),
+    ],
+)
+def test_doctor_names_a_configuration_that_makes_no_model(
+    base: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **changes}))
+    said = fails(capsys, "doctor", base)
+    assert said.startswith("hf-kvquant: ")
+    assert said.count("\n") == 1
+    assert str(base) in said
+    assert message in said
+    if "architectures" not in changes:  # what generates is chosen by the kind of configuration
+        fails(capsys, "bench", base, "--random-weights")
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_cache_dtype": "fp8", "scales": "unit", "skip_layers": [0]}])

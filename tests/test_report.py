@@ -245,6 +245,41 @@ def test_tables_in_markdown() -> None:
     assert table.markdown() == "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n"
 
 
+def of_parts(**speeds: float) -> dict[str, Any]:
+    """What a benchmark saves: parts by name, of one row with so many tokens a second each."""
+    row = {"cache": "DynamicCache", "batch": 1, "context": 64}
+    return {
+        "about": {"device": "Some GPU", "versions": {"torch": "1"}, "date": "2026-01-02T03:04:05"},
+        "parts": {name: {"title": "t", "rows": [{**row, "tok_s": speed}]} for name, speed in speeds.items()},
+    }
+
+
+def test_pictures_stay_in_the_directory_and_apart(tmp_path: Path) -> None:
+    """Whatever parts are called, and files whose names end as others' parts do."""
+    (tmp_path / "r.json").write_text(json.dumps(of_parts(**{"/../../x": 1.0, "x": 2.0, "a/b": 3.0, "..": 4.0})))
+    (tmp_path / "r-a.json").write_text(json.dumps(of_parts(b=5.0)))
+    (tmp_path / "out" / "r-").mkdir(parents=True)  # through which a path could lead elsewhere
+    _, *pictures = write_report([tmp_path / "r.json", tmp_path / "r-a.json"], tmp_path / "out")
+    names = ["r-x", "r-x-2", "r-a-b", "r-measurement", "r-a-b-2"]
+    assert pictures == [tmp_path / "out" / f"{name}.{kind}" for name in names for kind in ("svg", "png")]
+    assert len({picture.read_bytes() for picture in pictures}) == len(pictures)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "r-a.json", "r.json"]
+
+
+def test_no_text_of_a_file_is_more_than_text(tmp_path: Path) -> None:
+    content = benchmark().to_dict()
+    for row in content["rows"]:
+        row["cache"] = "\x1b[31m\ud800 größe"
+    content["notes"] = ["one\x07", "two"]
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    for path in write_report([tmp_path / "r.json"], tmp_path / "out"):
+        if path.suffix != ".png":
+            text = path.read_text(encoding="utf-8")
+            assert all(letter.isprintable() or letter == "\n" for letter in text)
+            assert "\\x1b[31m\\ud800 größe" in text
+    assert "one\\x07" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +295,8 @@ def test_tables_in_markdown() -> None:
         ('{"setup": {}, "notes": [], "rows": [{"quality": {}}]}', "is broken"),
         ('{"models": [{}]}', "is broken"),
         ('{"parts": {"a": 1}, "about": {}}', "is broken"),
+        pytest.param('{"rows": ' + 100_000 * "[", "is not a JSON file", id="deep"),
+        (json.dumps(of_parts(generate=0.0)), "is broken"),
     ],
 )
 def test_files_of_other_kinds_are_named(

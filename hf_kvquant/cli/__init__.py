@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from transformers.utils import logging
 
 from .arguments import parser
 from .commands import COMMANDS
+from .saying import remark
 
 __all__ = ["main"]
 
@@ -25,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             COMMANDS[options.command](options)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"hf-kvquant: {error}", file=sys.stderr)
+        remark(f"hf-kvquant: {error}")
         return 1
     except KeyboardInterrupt:
-        print("hf-kvquant: interrupted", file=sys.stderr)
+        remark("hf-kvquant: interrupted")
         return 130
     finally:
         logging.set_verbosity(verbosity)
@@ -36,4 +36,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    remark(f"warning: {message}")

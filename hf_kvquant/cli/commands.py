@@ -30,10 +30,14 @@ from ..inspection import inspect_scales
 from ..planning import plan_memory
 from ..reading import read_scales
 from ..skeleton import model_skeleton
+from .saying import remark, say
 
 
 def _show(result: Any, as_json: bool) -> None:
-    print(json.dumps(result.to_dict(), indent=2) if as_json else result)
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))  # which has escapes of its own
+    else:
+        say(result)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -104,7 +108,7 @@ def _check_data(options: argparse.Namespace, model: PreTrainedModel, length: int
 
 def _eval(options: argparse.Namespace) -> None:
     def tell(row: ComparisonRow) -> None:
-        print(f"{row.cache}: {row.failed or 'done'}", file=sys.stderr)
+        remark(f"{row.cache}: {row.failed or 'done'}")
 
     measured = {
         "formats": options.formats,
@@ -120,13 +124,13 @@ def _eval(options: argparse.Namespace) -> None:
     _check_data(options, skeleton, options.context)
     load = partial(_load, options, attn_implementation=options.attention)
     speculation = options.speculation if isinstance(options.speculation, bool) else load(options.speculation)
-    print(compare(load(), options.data, **measured, speculation=speculation, on_row=tell))
+    say(compare(load(), options.data, **measured, speculation=speculation, on_row=tell))
 
 
 def _bench(options: argparse.Namespace) -> None:
     def tell(row: BenchRow | CapacityRow) -> None:
         if not sys.stderr.isatty():  # there is a progress bar
-            print(f"{row}: {row.failed or 'done'}", file=sys.stderr)
+            remark(f"{row}: {row.failed or 'done'}")
 
     device = _place(options)
     measured = {
@@ -142,12 +146,12 @@ def _bench(options: argparse.Namespace) -> None:
         check_generating(_skeleton(options), **measured)
     model = _random_model(options, device) if options.random_weights else _load(options)
     name = f"{options.model}{', random weights' if options.random_weights else ''}"
-    print((measure_capacity if options.largest else bench)(model, **measured, name=name, on_row=tell))
+    say((measure_capacity if options.largest else bench)(model, **measured, name=name, on_row=tell))
 
 
 def _report(options: argparse.Namespace) -> None:
     page, *pictures = write_report(options.files, options.output)
-    print(f"{page}; beside it {len(pictures)} files of its pictures")
+    say(f"{page}; beside it {len(pictures)} files of its pictures")
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -180,8 +184,8 @@ def _calibrate(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
         )
     for note in scales.notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(f"{scales.num_tokens:,} tokens seen")
+        remark(f"note: {note}")
+    say(f"{scales.num_tokens:,} tokens seen")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they came before
         written = write_scales(scales, options.model, options.output, layout=options.layout, revision=options.revision)
@@ -194,7 +198,7 @@ def _convert(options: argparse.Namespace) -> None:
     if scales is None:
         raise ValueError(f"{options.source} has no KV scales")
     for note in scales.notes:
-        print(f"note: {note}", file=sys.stderr)
+        remark(f"note: {note}")
     if scales.dynamic:
         raise ValueError(f"{options.source} asks for dynamic scales; there are none to convert")
     written = write_scales(
@@ -204,7 +208,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _tell_written(written: WrittenScales) -> None:
-    print(f"{written.path}: scales written as {written.layout} ({', '.join(written.files)})")
+    say(f"{written.path}: scales written as {written.layout} ({', '.join(written.files)})")
 
 
 COMMANDS = {

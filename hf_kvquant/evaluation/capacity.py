@@ -16,7 +16,7 @@ from transformers.utils.logging import tqdm
 
 from ..hosts import disable_fake_quantization, input_device, longest_sequence, without_wrapper
 from ..pools import OutOfPagesError
-from ..tables import table
+from ..tables import printable, table
 from .attempt import attempt
 from .caches import DEFAULT_FORMATS, DENSE, Candidate, Formats
 from .generating import (
@@ -124,7 +124,7 @@ class Capacity:
         lines = [table(self.table())]
         lines += [f"{what}: not measured: {why}" for what, why in self.failures()]
         lines += [f"{self.caption()}; on {self.setup['machine']}", *(f"note: {note}" for note in self.notes)]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def measure_capacity(

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import charts
 from .caches import DENSE
-from .pictures import Picture
+from .pictures import Picture, plain
 from .sections import Section, Table
 
 Row = Mapping[str, Any]
@@ -27,7 +27,7 @@ def part_sections(result: Mapping[str, Any], name: str) -> list[Section]:
         where = f"{about['device']}; {versions}, commit {commit}, {about['date'][:10]}"
         rows = with_ratios([row for row in content["rows"] if "error" not in row])
         pictures = speed_bars(
-            rows, f"{name}-{part}", f"{part}: tokens/s over {DENSE}'s", f"{content['title']}. {where}"
+            rows, f"{name}-{plain(part)}", f"{part}: tokens/s over {DENSE}'s", f"{content['title']}. {where}"
         )
         notes = failures(content["rows"])
         sections.append(Section(part, f"{content['title']}. {where}.", tables_by_kind(rows), pictures, notes))

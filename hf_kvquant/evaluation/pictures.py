@@ -206,3 +206,15 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     apart = [total / count + index * gap for total, count in groups for index in range(int(count))]
     apart = [max(place, index * gap) for index, place in enumerate(apart)]
     return [min(place, 1 - index * gap) for index, place in zip(reversed(range(len(apart))), apart, strict=True)]
+
+
+def plain(text: str) -> str:
+    """A text as part of a file's name: letters, digits and dashes."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "measurement"
+
+
+def unused(text: str, taken: set[str]) -> str:
+    """A file's name of `text` that is not taken yet."""
+    name = plain(text)
+    numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
+    return name if name not in taken else next(other for other in numbered if other not in taken)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..skeleton import building, read_configuration
 
 
 def random_model(
@@ -22,14 +24,12 @@ def random_model(
         device: where they are made.
         revision: branch, tag or commit, if the source is a hub id.
 
-    Raises OSError and ValueError for a source without a configuration that transformers knows.
+    Raises ValueError for a source without a configuration that transformers knows, or none that makes a model.
     """
-    config = AutoConfig.from_pretrained(source, revision=revision)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # it is about weights in files
+    config = read_configuration(source, revision)
     chosen = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
     config._name_or_path = ""
-    with torch.random.fork_rng(), torch.device(device):
+    with building(source), torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=chosen)
     return model.eval().requires_grad_(False)

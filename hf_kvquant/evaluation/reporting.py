@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..tables import printable
 from .capacity import Capacity
 from .page import page
 from .parts import demo_sections, part_sections
+from .pictures import plain, unused
 from .quality_section import quality_section
 from .rows import Comparison
 from .sections import Section, capacity_section, speed_section
@@ -43,8 +44,11 @@ def write_report(files: Sequence[str | os.PathLike[str]], output: str | os.PathL
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / "report.html"]
     written[0].write_text(page("Key-value caches, measured", sections), encoding="utf-8")
+    taken: set[str] = set()
     for picture in (picture for section in sections for picture in section.pictures):
-        svg, png = (directory / f"{picture.name}.{kind}" for kind in ("svg", "png"))
+        name = unused(picture.name, taken)
+        taken.add(name)
+        svg, png = (directory / f"{name}.{kind}" for kind in ("svg", "png"))
         svg.write_text(picture.svg(), encoding="utf-8")
         png.write_bytes(picture.png())
         written += [svg, png]
@@ -54,18 +58,29 @@ def write_report(files: Sequence[str | os.PathLike[str]], output: str | os.PathL
 def sections_of(file: Path, name: str) -> list[Section]:
     """What is measured in a file; `name` begins the names of its pictures. Raises ValueError for files of no kind."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = _printable(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a JSON file: {error}") from error
     make = _maker(content)
     if make is None:
         raise ValueError(f"{file} holds no measurements that are known; they can be {_KINDS}")
     try:
         return make(content, name)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
         raise ValueError(
             f"{file} is broken, or was written by another version of hf_kvquant: {type(error).__name__}: {error}"
         ) from error
+
+
+def _printable(content: Any) -> Any:
+    """Of JSON all texts as pages, pictures and terminals can have them."""
+    if isinstance(content, str):
+        return printable(content)
+    if isinstance(content, list):
+        return [_printable(value) for value in content]
+    if isinstance(content, dict):
+        return {printable(key): _printable(value) for key, value in content.items()}
+    return content
 
 
 def comparisons_of(record: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Comparison]]:
@@ -80,7 +95,7 @@ def comparisons_of(record: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], C
 def record_sections(record: Mapping[str, Any], name: str) -> list[Section]:
     """Of a record of several models' comparisons."""
     return [
-        quality_section(comparison, f"{name}-{_plain(entry['name'])}", entry["name"], entry["description"])
+        quality_section(comparison, f"{name}-{plain(entry['name'])}", entry["name"], entry["description"])
         for entry, comparison in comparisons_of(record)
     ]
 
@@ -104,15 +119,3 @@ def _maker(content: Any) -> Callable[[Any, str], list[Section]] | None:
         "largest": lambda found, name: [capacity_section(Capacity.from_dict(found))],
     }
     return next((make for key, make in kinds.items() if key in rows[0]), None)
-
-
-def _plain(text: str) -> str:
-    """A text as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "measurement"
-
-
-def unused(text: str, taken: set[str]) -> str:
-    """A file's name of `text` that is not taken yet."""
-    plain = _plain(text)
-    numbered = (f"{plain}-{number}" for number in range(2, len(taken) + 3))
-    return plain if plain not in taken else next(name for name in numbered if name not in taken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ def read_rows(path: Path, setup: Mapping[str, Any], row_of: Callable[[Mapping[st
         found = json.loads(path.read_text(encoding="utf-8"))
         differing = [name for name in setup if found["setup"][name] != setup[name]]
         rows = [] if differing else [row_of(row) for row in found["rows"]]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is not a saved measurement ({error!r}); name another file, or remove it") from error
     if differing:
         raise ValueError(
@@ -47,9 +48,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
     Raises ValueError for numbers that are none (NaN, infinity).
     """
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+    file = beside.open("x", encoding="utf-8")  # a new file: nothing is written through a link that lies there
     try:
-        beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        with file:
+            file.write(text)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..tables import table
+from ..tables import printable, table
 from .acceptance import Acceptance
 from .quality import Quality
 from .retrieval import Retrieval
@@ -79,4 +79,4 @@ class Comparison:
         )
         further = (retrieval_cells(self.rows), acceptance_cells(self.rows))
         parts += [f"\n{table(cells)}" for cells in further if cells]
-        return "\n".join(parts + [f"note: {note}" for note in self.notes])
+        return printable("\n".join(parts + [f"note: {note}" for note in self.notes]))

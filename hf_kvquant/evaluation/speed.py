@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..tables import size, table
+from ..tables import printable, size, table
 from .caches import DENSE
 from .timing import Run
 
@@ -177,4 +177,4 @@ class Benchmark:
         lines = [table(self.table())]
         lines += [f"{what}: not measured: {why}" for what, why in self.failures()]
         lines += [f"{self.caption()}; on {self.setup['machine']}", *(f"note: {note}" for note in self.notes)]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
