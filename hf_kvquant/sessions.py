@@ -422,9 +422,7 @@ class SavedCache:
             return None
         _check(entry, _QUERY, where)
         if entry["format"] != self.header["options"].get("q_dtype") or entry["format"] != k_format:
-            raise ValueError(
-                f"{where}.format is {entry['format']!r}, neither the option q_dtype's nor that of the keys"
-            )
+            raise ValueError(f"{where}.format is {entry['format']!r}, not that of the keys and of the option q_dtype")
         if entry["scale"] is None:
             return QueryPlan(entry["format"], entry["source"])
         _check(entry["scale"], [float], f"{where}.scale")
@@ -441,7 +439,7 @@ class SavedCache:
         num_first, least = entry["num_first"], layer.exact.num_recent + (SLACK if layer.exact.in_place else 0)
         if num_first < 0 or num_first % layer.shared.page_size:
             raise ValueError(f"{where}.num_first is {num_first}; it must be whole pages of {layer.shared.page_size}")
-        held = []
+        held: list[torch.Tensor] = []
         for side, store in (("k", layer.k), ("v", layer.v)):
             tensor = self.file.get_tensor(f"{where}.{side}.exact")
             size = tensor.shape[2] if tensor.ndim == 4 else 0
@@ -496,8 +494,7 @@ def _check(entry: Any, shape: Any, where: str) -> None:
 
     A shape is a type, or several; `[shape]` for a list of any length; `{name: shape}` for a dict with these names.
     """
-    types = {dict: dict, list: list}.get(type(shape), shape)
-    types = types if isinstance(types, tuple) else (types,)
+    types = (type(shape),) if isinstance(shape, (dict, list)) else shape if isinstance(shape, tuple) else (shape,)
     if type(entry) not in types:  # not isinstance: True is no number here
         raise ValueError(f"{where} is {_short(entry)}, not {' or '.join(each.__name__ for each in types)}")
     path = f"{where}." if where else ""
