@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ from transformers.utils import logging
 from ._version import __version__
 from .broken import take_back_broken_step
 from .config import KVQuantConfig
+from .exact import SLACK
+from .formats import FORMATS
 from .growing import GrowingLayer
 from .hosts import layer_devices
 from .identity import compare_weights, config_facts, weights_facts
@@ -37,6 +40,7 @@ from .layers import PagedLayer
 from .pages import PageTable
 from .policy import QueryPlan, SidePlan
 from .pools import PagePool
+from .scales import GRANULARITIES
 from .sharding import part_of_model
 from .stores import PageStore, keep_in_place, mutable_everywhere
 
@@ -46,9 +50,24 @@ if TYPE_CHECKING:
 FILE = "kv_cache.safetensors"
 _HEADER = "hf_kvquant"
 _VERSION = 2
-_PLAN = ("format", "kind", "source", "equalize", "granularity", "margin")
 _PAGED, _SCALES = ("pages", "token_scale"), ("scale", "zero")
 
+# What the header holds, in the notation of `_check`.
+_PLAN = {"format": str, "kind": str, "source": str, "equalize": bool, "granularity": str, "margin": float}
+_SIDE = {"plan": _PLAN, "source": str, "needs_tokens": bool}
+_QUERY = {"format": str, "source": str, "scale": (list, type(None))}
+_PAGED_LAYER = {"table": int, "dtype": str, "clipped": [int], "k": _SIDE, "v": _SIDE, "q": (dict, type(None))}
+_WEIGHTS = {"weights": dict, "adapters": str, "quantization": str}
+_ENTRIES = {
+    "transformers": str,
+    "part": [int],
+    "options": dict,
+    "config": dict,
+    "weights": (dict, type(None)),
+    "notes": [str],
+    "tables": [{"length": int, "first_page": int}],
+    "layers": [{"kind": str, "state": dict}],
+}
 
 logger = logging.get_logger(__name__)
 
@@ -207,19 +226,51 @@ class SavedCache:
                     f"have written it, each its own file, and this is process {part[0]} of {part[1]}"
                 )
             raise ValueError(message) from error
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a cache that save_pretrained() has written: {error}") from error
+        if not isinstance(header, dict):
+            raise ValueError(f"{path} is not a cache that save_pretrained() has written: its header is no dict")
         if header.get("version") != _VERSION:
             raise ValueError(
                 f"{path} is of version {header.get('version')} (written by hf_kvquant {header.get('written_by')}), "
                 f"this hf_kvquant {__version__} reads version {_VERSION}; compute the text again"
             )
+        saved = cls(path, header, file)
+        with saved._naming_damage():
+            saved._check_header()
         if tuple(header["part"]) != part:
             raise ValueError(
                 f"{path} was written by process {header['part'][0]} of {header['part'][1]}, and this is process "
                 f"{part[0]} of {part[1]}, with other heads or layers; files keep the names that they were given"
             )
-        return cls(path, header, file)
+        return saved
+
+    @contextlib.contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        """Whatever goes wrong with what the file says is a ValueError that names the file."""
+        try:
+            yield
+        except torch.OutOfMemoryError:  # not the file's fault
+            raise
+        except (
+            ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError,
+        ) as error:  # fmt: skip
+            raise ValueError(
+                f"{self.path} is damaged, or was not written by save_pretrained(): {error}. Compute the text again"
+            ) from error
+
+    def _check_header(self) -> None:
+        """What can be known without the model's layers."""
+        _check(self.header, _ENTRIES, "")
+        if len(self.header["part"]) != 2:
+            raise ValueError(f"part is {self.header['part']}, not two numbers")
+        if (weights := self.header["weights"]) is not None:
+            _check(weights, _WEIGHTS, "weights")
+            for name, facts in weights["weights"].items():
+                if not isinstance(facts, list) or len(facts) != 4:
+                    raise ValueError(f"weights.weights.{name} is not a list of 4")
+        for options in (self.header["options"], self.options):
+            KVQuantConfig.parse(options)
 
     @property
     def _names(self) -> list[str]:
@@ -271,64 +322,148 @@ class SavedCache:
             raise ValueError(f"{self.path} holds layers of the kinds {saved}, but this model has {here}")
         tables: dict[int, PageTable] = {}
         devices = layer_devices(model, len(entries))
-        try:
-            with mutable_everywhere():
-                for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
-                    if "table" in entry:
-                        self._fill_layer(layer, f"layers.{index}", entry, devices[index], tables)
-                    self._fill_state(layer, f"layers.{index}.state", entry["state"], devices[index])
-        except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{self.path} is damaged: {error}") from error
+        with self._naming_damage(), mutable_everywhere():
+            for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
+                if "table" in entry:
+                    self._fill_layer(layer, f"layers.{index}", entry, devices[index], tables)
+                self._fill_state(layer, f"layers.{index}.state", entry["state"], devices[index])
         cache.kvquant = KVQuantConfig.parse(self.header["options"])
         cache.notes = list(dict.fromkeys([*self.header["notes"], *cache.notes, f"restored from {self.path}"]))
 
     def _fill_layer(
         self, layer: PagedLayer, where: str, entry: dict[str, Any], device: torch.device, tables: dict[int, PageTable]
     ) -> None:
+        if not isinstance(layer, PagedLayer):
+            raise ValueError(f"{where} has a table, but a {type(layer).__name__} has no pages")
+        _check(entry, _PAGED_LAYER, where)
+        rows = self._rows(entry["table"], layer)
         table = self.header["tables"][entry["table"]]
-        rows = self.file.get_tensor(f"tables.{entry['table']}").numpy()
+        num_pages = int(rows.max()) + 1
+        shapes = self._page_shapes(where, num_pages, layer.shared.page_size)
+        dtype = _dtype_of(entry["dtype"], f"{where}.dtype")
+        k, v = (self._plan(f"{where}.{side}", entry[side]) for side in "kv")
+        layer.plan = replace(layer.plan, k=k, v=v, q=self._query_plan(f"{where}.q", entry["q"], k.format))
         if isinstance(layer, GrowingLayer):
             layer.table = _table_for(layer, entry["table"], tables)
             layer.length = table["length"]
-        k, v = (self._plan(f"{where}.{side}", entry[side]["plan"]) for side in "kv")
-        layer.plan = replace(layer.plan, k=k, v=v, q=_query_plan(entry["q"]))
-        shapes = [self.file.get_slice(f"{where}.{side}.pages").get_shape() for side in "kv"]
-        dtype = getattr(torch, entry["dtype"].removeprefix("torch."))
         layer.lazy_initialization(
             *[
                 torch.empty(len(rows), heads, 0, head_dim, dtype=dtype, device=device)
                 for _, heads, _, head_dim in shapes
             ]
         )
-        held = -(-table["length"] // layer.shared.page_size) - table["first_page"]
-        if rows.shape[1] != held or rows.min() < 0 or rows.max() >= min(shape[0] for shape in shapes):
-            raise ValueError(f"{self.path} is damaged: {where} has pages {shapes} for tables of {rows.shape}")
         places = layer.table.restore(rows, table["length"], table["first_page"])  # type: ignore[union-attr]
         # Sequences that share a page in the file may have one each here.
         places, first = np.unique(places, return_index=True)
         pages = rows.ravel()[first]
         for side, store in (("k", layer.k), ("v", layer.v)):
-            self._fill_pages(store, f"{where}.{side}", torch.from_numpy(pages), torch.from_numpy(places))
+            self._fill_pages(store, f"{where}.{side}", num_pages, torch.from_numpy(pages), torch.from_numpy(places))
             store.source, store.needs_tokens = entry[side]["source"], entry[side]["needs_tokens"]
         if layer.exact is not None:
-            key, value = (self.file.get_tensor(f"{where}.{side}.exact").to(device) for side in "kv")
-            layer.exact.restore(key, value, entry["num_first"])
+            self._fill_exact(layer, where, entry, len(rows), device)
+        if len(entry["clipped"]) != 2 or min(entry["clipped"]) < 0:
+            raise ValueError(f"{where}.clipped is {entry['clipped']}, not two counts")
         layer.clipped += torch.tensor(entry["clipped"], device=device)
         layer.is_empty = False
 
-    def _plan(self, where: str, plan: dict[str, Any]) -> SidePlan:
-        scales = {name: self.file.get_tensor(f"{where}.{name}") for name in _SCALES if f"{where}.{name}" in self._names}
+    def _rows(self, number: int, layer: PagedLayer) -> np.ndarray:
+        """The pages `[B, N]` of the sequences of a table. Raises ValueError if no table of `layer` is like it."""
+        where, page_size = f"tables.{number}", layer.shared.page_size
+        if not 0 <= number < len(self.header["tables"]):
+            raise ValueError(f"layers.{layer.index}.table is {number}, but there are {len(self.header['tables'])}")
+        length, first_page = (self.header["tables"][number][name] for name in ("length", "first_page"))
+        if not 0 < length < 2**31:
+            raise ValueError(f"{where}.length is {length}; it must be positive and below 2**31")
+        # A window lets go of pages that no later token sees, but not before.
+        oldest = 0 if layer.window is None else max(min(length - layer.window + 1, length - 1), 0) // page_size
+        if not 0 <= first_page <= oldest:
+            raise ValueError(f"{where}.first_page is {first_page}; with {length} tokens it must be from 0 to {oldest}")
+        rows = self.file.get_tensor(where)
+        held = -(-length // page_size) - first_page
+        if rows.dtype != torch.int64 or rows.ndim != 2 or not len(rows) or rows.shape[1] != held:
+            raise ValueError(
+                f"{where} is {rows.dtype} {list(rows.shape)}, not torch.int64 [B, {held}], for {length} tokens"
+            )
+        used = rows.unique()
+        if used[0] != 0 or used[-1] != len(used) - 1:
+            raise ValueError(f"{where} has {len(used)} pages, numbered {used[0]} ... {used[-1]} and not from 0 on")
+        return rows.numpy()
+
+    def _page_shapes(self, where: str, num_pages: int, page_size: int) -> list[list[int]]:
+        """`[P, H, S, D]` of K and V."""
+        shapes = [self.file.get_slice(f"{where}.{side}.pages").get_shape() for side in "kv"]
+        for side, shape in zip("kv", shapes, strict=True):
+            # Pages without numbers take no bytes in the file, so there could be any number of them.
+            if len(shape) != 4 or min(shape) < 1 or (shape[0], shape[2]) != (num_pages, page_size):
+                raise ValueError(f"{where}.{side}.pages is {shape}, not [{num_pages}, H, {page_size}, D]")
+        if shapes[0][1] != shapes[1][1]:
+            raise ValueError(f"{where}.k.pages has {shapes[0][1]} heads and {where}.v.pages {shapes[1][1]}")
+        return shapes
+
+    def _plan(self, where: str, entry: dict[str, Any]) -> SidePlan:
+        names, plan = self._names, entry["plan"]
+        scales = {name: self.file.get_tensor(f"{where}.{name}") for name in _SCALES if f"{where}.{name}" in names}
+        _check_plan(plan, f"{where}.plan")
+        is_measured = plan["kind"] == "first_batch" or plan["equalize"]
+        if entry["needs_tokens"] and not is_measured:
+            raise ValueError(f"{where}.needs_tokens is true, but its scales are {plan['kind']}")
+        if ("scale" in scales) != (plan["kind"] == "static" or is_measured and not entry["needs_tokens"]):
+            raise ValueError(f"{where}.scale is {'not expected' if scales else 'missing'} by {where}.plan")
+        if "zero" in scales and plan["kind"] != "static":
+            raise ValueError(f"{where}.zero is not expected by {where}.plan")
+        for name, tensor in scales.items():
+            if tensor.dtype != torch.float32 or tensor.ndim != 2 or not tensor.numel():
+                raise ValueError(f"{where}.{name} is {tensor.dtype} {list(tensor.shape)}, not torch.float32 [H, D]")
+            _check_numbers(tensor, f"{where}.{name}", positive=name == "scale")
         return SidePlan(**plan, **{name: t[:, 0] if t.shape[1] == 1 else t for name, t in scales.items()})
 
-    def _fill_pages(self, store: PageStore, where: str, pages: torch.Tensor, places: torch.Tensor) -> None:
-        """Page `pages[i]` of the file becomes page `places[i]` of `store`."""
+    def _query_plan(self, where: str, entry: dict[str, Any] | None, k_format: str) -> QueryPlan | None:
+        if entry is None:
+            return None
+        _check(entry, _QUERY, where)
+        if entry["format"] != self.header["options"].get("q_dtype") or entry["format"] != k_format:
+            raise ValueError(f"{where}.format is {entry['format']!r}, not that of the keys and of the option q_dtype")
+        if entry["scale"] is None:
+            return QueryPlan(entry["format"], entry["source"])
+        _check(entry["scale"], [float], f"{where}.scale")
+        scale = torch.tensor(entry["scale"], dtype=torch.float32, device="cpu")
+        _check_numbers(scale, f"{where}.scale", positive=True)
+        return QueryPlan(entry["format"], entry["source"], scale)
+
+    def _fill_exact(
+        self, layer: PagedLayer, where: str, entry: dict[str, Any], batch_size: int, device: torch.device
+    ) -> None:
+        """The tokens that are kept in the model's dtype."""
+        assert layer.exact is not None  # noqa: S101 - asked before
+        _check(entry, {"num_first": int}, where)
+        num_first, least = entry["num_first"], layer.exact.num_recent + (SLACK if layer.exact.in_place else 0)
+        if num_first < 0 or num_first % layer.shared.page_size:
+            raise ValueError(f"{where}.num_first is {num_first}; it must be whole pages of {layer.shared.page_size}")
+        held: list[torch.Tensor] = []
+        for side, store in (("k", layer.k), ("v", layer.v)):
+            tensor = self.file.get_tensor(f"{where}.{side}.exact")
+            size = tensor.shape[2] if tensor.ndim == 4 else 0
+            fits = num_first + least <= size <= num_first + layer.exact.num_recent + SLACK
+            expected = (batch_size, layer.num_heads, size, store.head_dim)
+            if tensor.dtype != layer.dtype or tensor.shape != expected or not fits or held and size != held[0].shape[2]:
+                raise ValueError(
+                    f"{where}.{side}.exact is {tensor.dtype} {list(tensor.shape)}, not {layer.dtype} [{batch_size}, "
+                    f"{layer.num_heads}, {num_first} + {least} or more, {store.head_dim}]"
+                )
+            held.append(tensor.to(device))
+        layer.exact.restore(held[0], held[1], num_first)
+
+    def _fill_pages(
+        self, store: PageStore, where: str, num_pages: int, pages: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        """Page `pages[i]` of the file's `num_pages` becomes page `places[i]` of `store`."""
         for name in _PAGED:
             if (target := getattr(store.at_rest, name)) is not None:
                 saved = self.file.get_tensor(f"{where}.{name}")
-                if saved.dtype != target.dtype or saved.shape[1:] != target.shape[1:]:
+                expected = [num_pages, *target.shape[1:]]
+                if saved.dtype != target.dtype or list(saved.shape) != expected:
                     raise ValueError(
-                        f"{self.path} is damaged: {where}.{name} is {saved.dtype} {list(saved.shape)}, not "
-                        f"{target.dtype} [P, {', '.join(map(str, target.shape[1:]))}]"
+                        f"{where}.{name} is {saved.dtype} {list(saved.shape)}, not {target.dtype} {expected}"
                     )
                 target.index_copy_(0, places.to(target.device), saved[pages].to(target.device))
 
@@ -339,7 +474,9 @@ class SavedCache:
         for path, value in {**state, **tensors}.items():
             name, _, key = path.partition(".")
             if name not in names:
-                raise ValueError(f"{self.path} is damaged: {where} has {path}, which {type(layer).__name__} has not")
+                raise ValueError(f"{where} has {path}, which {type(layer).__name__} has not")
+            if path not in tensors and type(value) not in (bool, int, float, str):
+                raise ValueError(f"{where}.{path} is {value!r}, neither a number nor a text")
             if path in tensors:
                 value = self.file.get_tensor(value).to(device)
                 if not isinstance(layer, PagedLayer) and getattr(layer, "device", None) is None:
@@ -352,11 +489,57 @@ class SavedCache:
                 setattr(layer, name, value)
 
 
-def _query_plan(entry: dict[str, Any] | None) -> QueryPlan | None:
-    if entry is None:
-        return None
-    scale = entry["scale"]
-    return QueryPlan(entry["format"], entry["source"], None if scale is None else torch.tensor(scale, device="cpu"))
+def _check(entry: Any, shape: Any, where: str) -> None:
+    """Raises ValueError with the path of what is not of this shape.
+
+    A shape is a type, or several; `[shape]` for a list of any length; `{name: shape}` for a dict with these names.
+    """
+    types = (type(shape),) if isinstance(shape, (dict, list)) else shape if isinstance(shape, tuple) else (shape,)
+    if type(entry) not in types:  # not isinstance: True is no number here
+        raise ValueError(f"{where} is {_short(entry)}, not {' or '.join(each.__name__ for each in types)}")
+    path = f"{where}." if where else ""
+    if isinstance(shape, list):
+        for number, each in enumerate(entry):
+            _check(each, shape[0], f"{path}{number}")
+    elif isinstance(shape, dict):
+        for name, of_name in shape.items():
+            if name not in entry:
+                raise ValueError(f"{path}{name} is missing")
+            _check(entry[name], of_name, f"{path}{name}")
+
+
+def _short(entry: Any) -> str:
+    return f"a {type(entry).__name__}" if isinstance(entry, (dict, list)) else f"{entry!r:.80}"
+
+
+def _check_plan(plan: dict[str, Any], where: str) -> None:
+    if unknown := sorted(plan.keys() - _PLAN.keys()):
+        raise ValueError(f"{where} has {', '.join(unknown)}; known: {', '.join(_PLAN)}")
+    if plan["format"] not in FORMATS:
+        raise ValueError(f"{where}.format is {plan['format']!r}; known: {', '.join(FORMATS)}")
+    kinds = ("dynamic", "first_batch", "static") if FORMATS[plan["format"]].is_quantized else ("none",)
+    if plan["kind"] not in kinds:
+        raise ValueError(f"{where}.kind is {plan['kind']!r}, for {plan['format']} it is {', '.join(kinds)}")
+    if plan["equalize"] and plan["kind"] != "dynamic":
+        raise ValueError(f"{where}.equalize is for dynamic scales, not for {plan['kind']}")
+    if plan["granularity"] not in GRANULARITIES:
+        raise ValueError(f"{where}.granularity is {plan['granularity']!r}; known: {', '.join(GRANULARITIES)}")
+    if not 1.0 <= plan["margin"] < float("inf"):
+        raise ValueError(f"{where}.margin is {plan['margin']}; it must be a factor of at least 1.0")
+
+
+def _check_numbers(tensor: torch.Tensor, where: str, positive: bool) -> None:
+    """The rule of given scales (`LayerScales`), with the words of a file."""
+    if not tensor.numel() or not tensor.isfinite().all() or positive and not (tensor > 0).all():
+        kind = "finite and positive" if positive else "finite"
+        raise ValueError(f"{where} holds no numbers, or some that are not {kind}")
+
+
+def _dtype_of(name: str, where: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{where} is {name!r}, not a dtype of a model")
+    return dtype
 
 
 def _table_for(layer: GrowingLayer, number: int, tables: dict[int, PageTable]) -> PageTable:
@@ -366,4 +549,6 @@ def _table_for(layer: GrowingLayer, number: int, tables: dict[int, PageTable]) -
         if any(table is other for other in tables.values()):
             table = PageTable(table.page_size, table.window, PagePool(table.pool.num_pages))
         tables[number] = table
+    if tables[number].window != layer.window:
+        raise ValueError(f"layers.{layer.index}.table is {number}, which is that of layers with another window")
     return tables[number]

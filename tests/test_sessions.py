@@ -359,7 +359,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "scale": (
         lambda tensors, header: tensors.update({"layers.0.k.scale": torch.ones(3, 1)}),
-        r"layer 0: k_scale has shape \[3\]",
+        "damaged.*layers.0.k.scale is not expected",
     ),
     "layer kinds": (lambda tensors, header: header["layers"].pop(), "kinds"),
     "state": (lambda tensors, header: header["layers"][0]["state"].update(settle=1), "settle"),
@@ -377,6 +377,195 @@ def test_damaged_files_are_refused(what: str, tmp_path: Path) -> None:
     rewrite(tmp_path / sessions.FILE, change)
     with pytest.raises(ValueError, match=message):
         QuantizedPagedCache.from_pretrained(tmp_path, model)
+
+
+def put(name: str, change: Any) -> Any:
+    """A tensor is replaced by what `change` makes of it."""
+    return lambda tensors, header: tensors.update({name: change(tensors[name]).contiguous()})
+
+
+def say(path: str, value: Any) -> Any:
+    """An entry of the header is `value`."""
+
+    def change(tensors: Any, header: Any) -> None:
+        *parents, last = [int(name) if name.isdecimal() else name for name in path.split(".")]
+        entry = header
+        for name in parents:
+            entry = entry[name]
+        entry[last] = value
+
+    return change
+
+
+def many_pages_of_nothing(tensors: Any, header: Any) -> None:
+    """Pages without heads take no bytes: the file stays small whatever their number."""
+    for name in [name for name in tensors if name.startswith("layers") and name.endswith(("pages", "token_scale"))]:
+        tensors[name] = tensors[name].new_zeros((2, 0, *tensors[name].shape[2:]))
+
+
+LIES: dict[str, tuple[str, Any, str]] = {
+    "negative length": ("int8", say("tables.0", {"length": -20, "first_page": -4}), r"tables\.0\.length is -20"),
+    "no length": ("int8", say("tables.0", {"length": 0, "first_page": -3}), r"tables\.0\.length is 0"),
+    "length beyond 32 bits": ("int8", say("tables.0.length", 2**31), r"tables\.0\.length is 2147483648"),
+    "length between numbers": ("int8", say("tables.0.length", 36.5), r"tables\.0\.length is 36\.5, not int"),
+    "length yes": ("int8", say("tables.0.length", True), r"tables\.0\.length is True, not int"),
+    "pages gone without a window": ("int8", say("tables.0.first_page", 1), r"tables\.0\.first_page is 1"),
+    "negative first page": ("int8", say("tables.0.first_page", -1), r"tables\.0\.first_page is -1"),
+    "negative table": ("int8", say("layers.0.table", -1), r"layers\.0\.table is -1"),
+    "no such table": ("int8", say("layers.0.table", 7), r"layers\.0\.table is 7"),
+    "numbers of 32 bits": ("int8", put("tables.0", lambda rows: rows.int()), r"tables\.0 is torch\.int32"),
+    "numbers in three dimensions": (
+        "int8",
+        put("tables.0", lambda rows: rows[..., None]),
+        r"tables\.0 is torch\.int64",
+    ),
+    "no sequences": ("int8", put("tables.0", lambda rows: rows[:0]), r"tables\.0 is torch\.int64"),
+    "pages left out": ("int8", put("tables.0", lambda rows: rows * 2), r"tables\.0 has 6 pages"),
+    "page that nobody has": ("int8", put("tables.0", lambda rows: rows.clamp(max=4)), r"layers\.0\.k\.pages is \[6,"),
+    "no heads": ("int8", many_pages_of_nothing, r"layers\.0\.k\.pages is \[2, 0,"),
+    "heads of K and V": (
+        "int8",
+        put("layers.0.v.pages", lambda pages: pages[:, :1]),
+        r"layers\.0\.k\.pages has 2 heads and layers\.0\.v\.pages 1",
+    ),
+    "too few token scales": ("int8", put("layers.0.v.token_scale", lambda x: x[:2]), r"layers\.0\.v\.token_scale is"),
+    "scale NaN": ("int8", put("layers.0.k.scale", lambda x: x * float("nan")), r"layers\.0\.k\.scale holds"),
+    "scale infinite": ("int8", put("layers.0.v.scale", lambda x: x / 0), r"layers\.0\.v\.scale holds"),
+    "scale zero": ("int8", put("layers.1.k.scale", lambda x: x * 0), r"layers\.1\.k\.scale holds"),
+    "scale negative": ("int8", put("layers.1.v.scale", lambda x: -x), r"layers\.1\.v\.scale holds"),
+    "scale in doubles": (
+        "int8",
+        put("layers.0.k.scale", lambda x: x.double()),
+        r"layers\.0\.k\.scale is torch\.float64",
+    ),
+    "scale in a row": ("int8", put("layers.0.k.scale", lambda x: x.flatten()), r"layers\.0\.k\.scale is .*\[32\]"),
+    "scale of other heads": ("int8", put("layers.0.k.scale", lambda x: x[:1]), r"layer 0: k_scale has shape \[1, 16\]"),
+    "scale lost": ("int8", lambda tensors, header: tensors.pop("layers.0.k.scale"), r"layers\.0\.k\.scale is missing"),
+    "zero NaN": ("static", put("layers.0.k.zero", lambda x: x * float("nan")), r"layers\.0\.k\.zero holds"),
+    "static scale lost": (
+        "static",
+        lambda tensors, header: tensors.pop("layers.0.v.scale"),
+        r"layers\.0\.v\.scale is mis",
+    ),
+    "kind": ("int8", say("layers.0.k.plan.kind", "none"), r"layers\.0\.k\.plan\.kind is 'none'"),
+    "margin": ("int8", say("layers.0.k.plan.margin", float("nan")), r"layers\.0\.k\.plan\.margin is nan"),
+    "granularity": ("int8", say("layers.0.k.plan.granularity", "x"), r"layers\.0\.k\.plan\.granularity is 'x'"),
+    "waits for tokens": ("static", say("layers.0.k.needs_tokens", True), r"layers\.0\.k\.needs_tokens is true"),
+    "dtype": ("int8", say("layers.0.dtype", "torch.int8"), r"layers\.0\.dtype is 'torch.int8'"),
+    "no dtype": ("int8", say("layers.0.dtype", "torch.nn"), r"layers\.0\.dtype is 'torch.nn'"),
+    "clipped": ("int8", say("layers.0.clipped", [1]), r"layers\.0\.clipped is \[1\]"),
+    "query format": ("query", say("layers.0.q.format", "int8"), r"layers\.0\.q\.format is 'int8'"),
+    "query scale NaN": ("query", say("layers.0.q.scale", [float("nan")]), r"layers\.0\.q\.scale holds"),
+    "query scale zero": ("query", say("layers.0.q.scale", [0.0]), r"layers\.0\.q\.scale holds"),
+    "query scale empty": ("query", say("layers.0.q.scale", []), r"layers\.0\.q\.scale holds"),
+    "query scale nested": ("query", say("layers.0.q.scale", [[1.0]]), r"layers\.0\.q\.scale\.0 is a list"),
+    "first tokens": ("exact", say("layers.0.num_first", 10**9), r"layers\.0\.k\.exact is"),
+    "first tokens negative": ("exact", say("layers.0.num_first", -16), r"layers\.0\.num_first is -16"),
+    "first tokens of half a page": ("exact", say("layers.0.num_first", 8), r"layers\.0\.num_first is 8"),
+    "first tokens at fixed addresses": ("exact_fixed", say("layers.0.num_first", 0), r"layers\.0\.k\.exact is"),
+    "exact dtype": ("exact", put("layers.0.k.exact", lambda x: x.int()), r"layers\.0\.k\.exact is torch\.int32"),
+    "exact sequences": ("exact", put("layers.1.v.exact", lambda x: x[:1]), r"layers\.1\.v\.exact is"),
+    "exact tokens": ("exact", put("layers.0.v.exact", lambda x: x[:, :, :5]), r"layers\.0\.v\.exact is"),
+    "exact dimensions": ("exact", put("layers.0.k.exact", lambda x: x[0]), r"layers\.0\.k\.exact is"),
+    "options": ("int8", say("options.sink_tokens", "x"), "sink_tokens='x'"),
+    "unknown option": ("int8", say("options.code", "x"), "code"),
+    "part": ("int8", say("part", [0]), r"part is \[0\]"),
+    "facts of weights": ("int8", say("weights.weights", {"a": 1}), r"weights\.weights\.a is not a list"),
+}
+
+
+@pytest.mark.parametrize("what", LIES)
+def test_what_a_file_says_is_checked(what: str, tmp_path: Path) -> None:
+    options, change, message = LIES[what]
+    scales = LayerScales(torch.rand(2) + 0.01, torch.rand(2, 16) + 0.01, k_zero=torch.randn(2))
+    model = tiny_llama()
+    kinds = {**OPTIONS, "static": {"kv_cache_dtype": "fp8", "scales": scales}}
+    cache, _ = filled(model, **kinds[options])
+    cache.save_pretrained(tmp_path)
+    rewrite(tmp_path / sessions.FILE, change)
+    with pytest.raises(ValueError, match=rf"{sessions.FILE} is damaged, or was not written .*{message}"):
+        QuantizedPagedCache.from_pretrained(tmp_path, model)
+
+
+def test_a_window_lets_go_of_no_page_that_it_needs(tmp_path: Path) -> None:
+    model = sliding_model()
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8", page_size=4)
+    generate(model, prompt(2, 23), cache)
+    cache.save_pretrained(tmp_path)
+
+    def later(tensors: Any, header: Any) -> None:
+        for number, table in enumerate(header["tables"]):
+            if table["first_page"]:
+                table["first_page"] += 1
+                tensors[f"tables.{number}"] = tensors[f"tables.{number}"][:, 1:].contiguous()
+
+    rewrite(tmp_path / sessions.FILE, later)
+    with pytest.raises(
+        ValueError, match=r"damaged.*tables\.\d\.first_page is \d+; with 36 tokens it must be from 0 to"
+    ):
+        QuantizedPagedCache.from_pretrained(tmp_path, model)
+
+
+def test_layers_with_other_windows_have_other_tables(tmp_path: Path) -> None:
+    model = sliding_model()
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8")
+    generate(model, prompt(2, 2), cache, max_new_tokens=3)  # no page has left the window yet
+    cache.save_pretrained(tmp_path)
+
+    def share(tensors: Any, header: Any) -> None:
+        for entry in header["layers"]:
+            entry["table"] = 0
+
+    rewrite(tmp_path / sessions.FILE, share)
+    with pytest.raises(ValueError, match=r"damaged.*layers\.\d\.table is 0, .* another window"):
+        QuantizedPagedCache.from_pretrained(tmp_path, model)
+
+
+def entries_of(value: Any, path: tuple[Any, ...] = ()) -> Any:
+    """The paths of all entries of a header, but for those of the model's configuration and of single weights."""
+    if path:
+        yield path
+    if path == ("config",) or path[:2] == ("weights", "weights") and len(path) > 2:
+        return
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, entry in pairs:
+        yield from entries_of(entry, (*path, name))
+
+
+@pytest.mark.parametrize(
+    "value", [None, 5, "x", [], {}, -1, True, 10**400, "missing"], ids=lambda value: repr(value)[:8]
+)
+def test_whatever_stands_in_the_header_it_loads_or_is_refused_by_name(value: Any, tmp_path: Path) -> None:
+    model = tiny_llama()
+    cache, _ = filled(model, **OPTIONS["exact"], q_dtype="fp8")
+    cache.save_pretrained(tmp_path)
+    path = tmp_path / sessions.FILE
+    with safe_open(path, framework="pt") as file:
+        saved = json.loads(file.metadata()["hf_kvquant"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    for entry in [*entries_of(saved)]:
+        header = copy.deepcopy(saved)
+        parent = header
+        for name in entry[:-1]:
+            parent = parent[name]
+        if value == "missing":
+            del parent[entry[-1]]
+        else:
+            parent[entry[-1]] = value
+        save_file(tensors, path, {"hf_kvquant": json.dumps(header)})
+        refused = None
+        try:
+            QuantizedPagedCache.from_pretrained(tmp_path, model)
+        except ValueError as error:
+            refused = str(error)
+        assert refused is None or str(path) in refused, entry
+
+
+@pytest.mark.parametrize("header", ["[]", "5", "null", '"x"', "[" * 100_000], ids=lambda header: header[:4])
+def test_headers_that_are_no_dict(header: str, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / sessions.FILE, {"hf_kvquant": header})
+    with pytest.raises(ValueError, match="not a cache that save_pretrained"):
+        QuantizedPagedCache.from_pretrained(tmp_path, tiny_llama())
 
 
 def test_what_is_no_saved_cache(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def write_kernel(
     tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < num_tokens
     positions = tl.load(seq_lens_ptr + row) - num_tokens + tokens
+    inside &= positions >= 0  # division here rounds towards zero: others would lie before the pages
     columns = (positions // PAGE_SIZE) % num_columns
     pages = tl.load(page_table_ptr + row * table_stride + columns, mask=inside, other=0).to(tl.int64)
     slots = (pages * H + head) * PAGE_SIZE + positions % PAGE_SIZE  # of one head's tokens, counted over all pages
