@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from .attention import seen_tokens
-from .hosts import checkpoint_of, config_number
+from .hosts import checkpoint_of
 
 # Tokens of a batch by the model's names; those that are cached first.
 _TOKEN_FIELDS = ("decoder_input_ids", "input_ids", "inputs_embeds")
@@ -184,9 +184,10 @@ class _Tokens:
 
     def _check(self, ids: torch.Tensor, number: int) -> None:
         """Raise ValueError for ids that the model has no embedding of: on a GPU these would end the process."""
-        size = config_number(self._model.config.get_text_config(decoder=True), "vocab_size")
-        if size is None or not len(ids):
+        embedding = self._model.get_input_embeddings()
+        if type(embedding) is not torch.nn.Embedding or not len(ids):
             return
+        size = embedding.num_embeddings
         if strange := [index for index in (int(ids.min()), int(ids.max())) if not 0 <= index < size]:
             raise ValueError(
                 f"sample {number} of the data has the token id {strange[0]}, but the model's vocabulary has {size:,} "

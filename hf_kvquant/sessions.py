@@ -31,8 +31,7 @@ from transformers.utils import logging
 from ._version import __version__
 from .broken import take_back_broken_step
 from .config import KVQuantConfig
-from .exact import SLACK
-from .formats import FORMATS
+from .exact import SLACK, ExactTokens
 from .growing import GrowingLayer
 from .hosts import layer_devices
 from .identity import compare_weights, config_facts, weights_facts
@@ -40,7 +39,7 @@ from .layers import PagedLayer
 from .pages import PageTable
 from .policy import QueryPlan, SidePlan
 from .pools import PagePool
-from .scales import GRANULARITIES
+from .saved_header import ENTRIES, PAGED_LAYER, PLAN, QUERY, WEIGHTS, check, check_numbers, check_plan, dtype_of
 from .sharding import part_of_model
 from .stores import PageStore, keep_in_place, mutable_everywhere
 
@@ -51,23 +50,6 @@ FILE = "kv_cache.safetensors"
 _HEADER = "hf_kvquant"
 _VERSION = 2
 _PAGED, _SCALES = ("pages", "token_scale"), ("scale", "zero")
-
-# What the header holds, in the notation of `_check`.
-_PLAN = {"format": str, "kind": str, "source": str, "equalize": bool, "granularity": str, "margin": float}
-_SIDE = {"plan": _PLAN, "source": str, "needs_tokens": bool}
-_QUERY = {"format": str, "source": str, "scale": (list, type(None))}
-_PAGED_LAYER = {"table": int, "dtype": str, "clipped": [int], "k": _SIDE, "v": _SIDE, "q": (dict, type(None))}
-_WEIGHTS = {"weights": dict, "adapters": str, "quantization": str}
-_ENTRIES = {
-    "transformers": str,
-    "part": [int],
-    "options": dict,
-    "config": dict,
-    "weights": (dict, type(None)),
-    "notes": [str],
-    "tables": [{"length": int, "first_page": int}],
-    "layers": [{"kind": str, "state": dict}],
-}
 
 logger = logging.get_logger(__name__)
 
@@ -127,7 +109,7 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
         entry.update(table=tables[id(table)], dtype=str(layer.dtype), clipped=layer.clipped.tolist())
         for side, store in (("k", layer.k), ("v", layer.v)):
             _save_store(store, f"{where}.{side}", pages, np.unique(numbers[:, -1]), table.length, tensors)
-            plan = {name: getattr(store.plan, name) for name in _PLAN}
+            plan = {name: getattr(store.plan, name) for name in PLAN}
             entry[side] = {"plan": plan, "source": store.source, "needs_tokens": store.needs_tokens}
     if not tensors:
         raise ValueError("the cache is empty; there is nothing to save")
@@ -261,11 +243,11 @@ class SavedCache:
 
     def _check_header(self) -> None:
         """What can be known without the model's layers."""
-        _check(self.header, _ENTRIES, "")
+        check(self.header, ENTRIES, "")
         if len(self.header["part"]) != 2:
             raise ValueError(f"part is {self.header['part']}, not two numbers")
         if (weights := self.header["weights"]) is not None:
-            _check(weights, _WEIGHTS, "weights")
+            check(weights, WEIGHTS, "weights")
             for name, facts in weights["weights"].items():
                 if not isinstance(facts, list) or len(facts) != 4:
                     raise ValueError(f"weights.weights.{name} is not a list of 4")
@@ -335,12 +317,12 @@ class SavedCache:
     ) -> None:
         if not isinstance(layer, PagedLayer):
             raise ValueError(f"{where} has a table, but a {type(layer).__name__} has no pages")
-        _check(entry, _PAGED_LAYER, where)
+        check(entry, PAGED_LAYER, where)
         rows = self._rows(entry["table"], layer)
         table = self.header["tables"][entry["table"]]
         num_pages = int(rows.max()) + 1
         shapes = self._page_shapes(where, num_pages, layer.shared.page_size)
-        dtype = _dtype_of(entry["dtype"], f"{where}.dtype")
+        dtype = dtype_of(entry["dtype"], f"{where}.dtype")
         k, v = (self._plan(f"{where}.{side}", entry[side]) for side in "kv")
         layer.plan = replace(layer.plan, k=k, v=v, q=self._query_plan(f"{where}.q", entry["q"], k.format))
         if isinstance(layer, GrowingLayer):
@@ -360,7 +342,7 @@ class SavedCache:
             self._fill_pages(store, f"{where}.{side}", num_pages, torch.from_numpy(pages), torch.from_numpy(places))
             store.source, store.needs_tokens = entry[side]["source"], entry[side]["needs_tokens"]
         if layer.exact is not None:
-            self._fill_exact(layer, where, entry, len(rows), device)
+            self._fill_exact(layer, layer.exact, where, entry, len(rows), device)
         if len(entry["clipped"]) != 2 or min(entry["clipped"]) < 0:
             raise ValueError(f"{where}.clipped is {entry['clipped']}, not two counts")
         layer.clipped += torch.tensor(entry["clipped"], device=device)
@@ -403,7 +385,7 @@ class SavedCache:
     def _plan(self, where: str, entry: dict[str, Any]) -> SidePlan:
         names, plan = self._names, entry["plan"]
         scales = {name: self.file.get_tensor(f"{where}.{name}") for name in _SCALES if f"{where}.{name}" in names}
-        _check_plan(plan, f"{where}.plan")
+        check_plan(plan, f"{where}.plan")
         is_measured = plan["kind"] == "first_batch" or plan["equalize"]
         if entry["needs_tokens"] and not is_measured:
             raise ValueError(f"{where}.needs_tokens is true, but its scales are {plan['kind']}")
@@ -414,36 +396,41 @@ class SavedCache:
         for name, tensor in scales.items():
             if tensor.dtype != torch.float32 or tensor.ndim != 2 or not tensor.numel():
                 raise ValueError(f"{where}.{name} is {tensor.dtype} {list(tensor.shape)}, not torch.float32 [H, D]")
-            _check_numbers(tensor, f"{where}.{name}", positive=name == "scale")
+            check_numbers(tensor, f"{where}.{name}", positive=name == "scale")
         return SidePlan(**plan, **{name: t[:, 0] if t.shape[1] == 1 else t for name, t in scales.items()})
 
     def _query_plan(self, where: str, entry: dict[str, Any] | None, k_format: str) -> QueryPlan | None:
         if entry is None:
             return None
-        _check(entry, _QUERY, where)
+        check(entry, QUERY, where)
         if entry["format"] != self.header["options"].get("q_dtype") or entry["format"] != k_format:
             raise ValueError(f"{where}.format is {entry['format']!r}, not that of the keys and of the option q_dtype")
         if entry["scale"] is None:
             return QueryPlan(entry["format"], entry["source"])
-        _check(entry["scale"], [float], f"{where}.scale")
+        check(entry["scale"], [float], f"{where}.scale")
         scale = torch.tensor(entry["scale"], dtype=torch.float32, device="cpu")
-        _check_numbers(scale, f"{where}.scale", positive=True)
+        check_numbers(scale, f"{where}.scale", positive=True)
         return QueryPlan(entry["format"], entry["source"], scale)
 
     def _fill_exact(
-        self, layer: PagedLayer, where: str, entry: dict[str, Any], batch_size: int, device: torch.device
+        self,
+        layer: PagedLayer,
+        exact: ExactTokens,
+        where: str,
+        entry: dict[str, Any],
+        batch_size: int,
+        device: torch.device,
     ) -> None:
         """The tokens that are kept in the model's dtype."""
-        assert layer.exact is not None  # noqa: S101 - asked before
-        _check(entry, {"num_first": int}, where)
-        num_first, least = entry["num_first"], layer.exact.num_recent + (SLACK if layer.exact.in_place else 0)
+        check(entry, {"num_first": int}, where)
+        num_first, least = entry["num_first"], exact.num_recent + (SLACK if exact.in_place else 0)
         if num_first < 0 or num_first % layer.shared.page_size:
             raise ValueError(f"{where}.num_first is {num_first}; it must be whole pages of {layer.shared.page_size}")
         held: list[torch.Tensor] = []
         for side, store in (("k", layer.k), ("v", layer.v)):
             tensor = self.file.get_tensor(f"{where}.{side}.exact")
             size = tensor.shape[2] if tensor.ndim == 4 else 0
-            fits = num_first + least <= size <= num_first + layer.exact.num_recent + SLACK
+            fits = num_first + least <= size <= num_first + exact.num_recent + SLACK
             expected = (batch_size, layer.num_heads, size, store.head_dim)
             if tensor.dtype != layer.dtype or tensor.shape != expected or not fits or held and size != held[0].shape[2]:
                 raise ValueError(
@@ -451,7 +438,7 @@ class SavedCache:
                     f"{layer.num_heads}, {num_first} + {least} or more, {store.head_dim}]"
                 )
             held.append(tensor.to(device))
-        layer.exact.restore(held[0], held[1], num_first)
+        exact.restore(held[0], held[1], num_first)
 
     def _fill_pages(
         self, store: PageStore, where: str, num_pages: int, pages: torch.Tensor, places: torch.Tensor
@@ -487,59 +474,6 @@ class SavedCache:
                 getattr(layer, name)[int(key) if key.isdecimal() else key] = value
             else:
                 setattr(layer, name, value)
-
-
-def _check(entry: Any, shape: Any, where: str) -> None:
-    """Raises ValueError with the path of what is not of this shape.
-
-    A shape is a type, or several; `[shape]` for a list of any length; `{name: shape}` for a dict with these names.
-    """
-    types = (type(shape),) if isinstance(shape, (dict, list)) else shape if isinstance(shape, tuple) else (shape,)
-    if type(entry) not in types:  # not isinstance: True is no number here
-        raise ValueError(f"{where} is {_short(entry)}, not {' or '.join(each.__name__ for each in types)}")
-    path = f"{where}." if where else ""
-    if isinstance(shape, list):
-        for number, each in enumerate(entry):
-            _check(each, shape[0], f"{path}{number}")
-    elif isinstance(shape, dict):
-        for name, of_name in shape.items():
-            if name not in entry:
-                raise ValueError(f"{path}{name} is missing")
-            _check(entry[name], of_name, f"{path}{name}")
-
-
-def _short(entry: Any) -> str:
-    return f"a {type(entry).__name__}" if isinstance(entry, (dict, list)) else f"{entry!r:.80}"
-
-
-def _check_plan(plan: dict[str, Any], where: str) -> None:
-    if unknown := sorted(plan.keys() - _PLAN.keys()):
-        raise ValueError(f"{where} has {', '.join(unknown)}; known: {', '.join(_PLAN)}")
-    if plan["format"] not in FORMATS:
-        raise ValueError(f"{where}.format is {plan['format']!r}; known: {', '.join(FORMATS)}")
-    kinds = ("dynamic", "first_batch", "static") if FORMATS[plan["format"]].is_quantized else ("none",)
-    if plan["kind"] not in kinds:
-        raise ValueError(f"{where}.kind is {plan['kind']!r}, for {plan['format']} it is {', '.join(kinds)}")
-    if plan["equalize"] and plan["kind"] != "dynamic":
-        raise ValueError(f"{where}.equalize is for dynamic scales, not for {plan['kind']}")
-    if plan["granularity"] not in GRANULARITIES:
-        raise ValueError(f"{where}.granularity is {plan['granularity']!r}; known: {', '.join(GRANULARITIES)}")
-    if not 1.0 <= plan["margin"] < float("inf"):
-        raise ValueError(f"{where}.margin is {plan['margin']}; it must be a factor of at least 1.0")
-
-
-def _check_numbers(tensor: torch.Tensor, where: str, positive: bool) -> None:
-    """The rule of given scales (`LayerScales`), with the words of a file."""
-    if not tensor.numel() or not tensor.isfinite().all() or positive and not (tensor > 0).all():
-        kind = "finite and positive" if positive else "finite"
-        raise ValueError(f"{where} holds no numbers, or some that are not {kind}")
-
-
-def _dtype_of(name: str, where: str) -> torch.dtype:
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"{where} is {name!r}, not a dtype of a model")
-    return dtype
 
 
 def _table_for(layer: GrowingLayer, number: int, tables: dict[int, PageTable]) -> PageTable:

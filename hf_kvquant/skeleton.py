@@ -25,7 +25,6 @@ from .hosts import config_number, layer_type_names, with_cache
 # Numbers of layers in a configuration, and how many there may be: many times those of the deepest models.
 _NUM_LAYERS = re.compile(r"(^|_)(layers?|depth)$")
 _MAX_LAYERS = 2**12
-_POSITIVE = ("hidden_size", "num_attention_heads", "num_hidden_layers")
 _OBJECTS = ("quantization_config", "text_config")
 
 
@@ -118,8 +117,6 @@ def _check_content(content: dict[str, Any]) -> None:
             _check_content(value)
         elif name in _OBJECTS and value is not None:
             raise ValueError(f"{name} is a {type(value).__name__}, not an object")
-        elif isinstance(value, int) and name in _POSITIVE and value < 1:
-            raise ValueError(f"{name} is {value}; it must be positive")
         elif isinstance(value, int) and _NUM_LAYERS.search(name) and value > _MAX_LAYERS:
             raise ValueError(f"{name} is {value:,}; more than {_MAX_LAYERS:,} are not built")
 

@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
         {"parts"},
     ),
     (
-        {"handle", "report", "shared", "skeleton"},
+        {"handle", "report", "saved_header", "shared", "skeleton"},
         {"assigning"},
         {"layer_state"},
         {"layers"},

@@ -47,7 +47,8 @@ def _inspect(options: argparse.Namespace) -> None:
 def _doctor(options: argparse.Namespace) -> None:
     wanted = {"kv_cache_dtype": options.kv_cache_dtype, "scales": options.scales}
     asked = {name: value for name, value in wanted.items() if value != "auto"}
-    _show(diagnose(options.model, asked, device=options.device, revision=options.revision), options.json)
+    device = None if options.device == "auto" else options.device
+    _show(diagnose(options.model, asked, device=device, revision=options.revision), options.json)
 
 
 def _plan(options: argparse.Namespace) -> None:
