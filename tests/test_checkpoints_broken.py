@@ -9,6 +9,7 @@ import os
 import struct
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,55 @@ def test_a_scale_that_is_far_too_large(tmp_path: Path) -> None:
         read_scales(tmp_path, PATHS)
 
 
+def with_header(directory: Path, entries: dict[str, Any], size: int) -> None:
+    """A checkpoint of one safetensors file with this header and ones behind it."""
+    raw = json.dumps({name: {"dtype": "F32", **entry} for name, entry in entries.items()}).encode()
+    content = struct.pack("<Q", len(raw)) + raw + struct.pack("<f", 1.0) * (size // 4)
+    (directory / "model.safetensors").write_bytes(content)
+    (directory / "config.json").write_text(json.dumps(HEADS))
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "message"),
+    [
+        ([2**32, 2**32], 0, "no KV scale is that large"),  # 2**64 is 0 in 64 bits
+        ([2**33, 2**31], 0, "no KV scale is that large"),
+        ([2**62 + 1, 4], 16, "no KV scale is that large"),
+        ([0, 2**62], 0, "no KV scale is that large"),
+        ([2**63 - 1, 0], 0, "no KV scale is that large"),
+        ([1] * 3000, 4, "3000 dimensions; no KV scale has more than 8"),
+    ],
+    ids=["wraps", "wraps_too", "wraps_to_four", "empty", "empty_too", "dimensions"],
+)
+def test_shapes_beyond_all_numbers(tmp_path: Path, shape: list[int], size: int, message: str) -> None:
+    name = f"{PREFIX.format(0)}.k_scale"
+    with_header(tmp_path, {name: {"shape": shape, "data_offsets": [0, size]}}, size)
+    with pytest.raises(ValueError, match=rf"{name} in .*model.safetensors has .*{message}"):
+        read_scales(tmp_path, PATHS)
+
+
+def test_tensors_that_share_bytes(tmp_path: Path) -> None:
+    """As the safetensors library has it: a file of a few bytes must not become gigabytes."""
+    names = [f"{PREFIX.format(0)}.{side}_scale" for side in "kv"]
+    entries = {name: {"shape": [2], "data_offsets": [at, at + 8]} for name, at in zip(names, (4, 0), strict=True)}
+    with_header(tmp_path, entries, 12)
+    message = rf"model.safetensors cannot be read .*{names[0]} begins at byte 4, before the end of {names[1]} at 8"
+    with pytest.raises(ValueError, match=message):
+        read_scales(tmp_path, PATHS)
+
+
+def test_empty_tensors_between_others(tmp_path: Path) -> None:
+    offsets = {"k_scale": [0, 4], "x.empty": [4, 4], "y.empty": [4, 4], "v_scale": [4, 8]}
+    entries = {
+        f"{PREFIX.format(0)}.{name}": {"shape": [(end - begin) // 4], "data_offsets": [begin, end]}
+        for name, (begin, end) in offsets.items()
+    }
+    with_header(tmp_path, entries, 8)
+    found = read_scales(tmp_path, PATHS)
+    assert found is not None
+    assert found.layers[0] is not None
+
+
 def test_a_checkpoint_of_a_terabyte_takes_no_memory(tmp_path: Path) -> None:
     """A file with a hole where the weights would be: nothing of it is read."""
     header: dict[str, Any] = {}
@@ -399,6 +449,54 @@ def test_nothing_is_unpickled(tmp_path: Path, part: str) -> None:
     with pytest.raises(ValueError, match=f"{part}_stats.pth cannot be read as tensors saved by torch"):
         read_scales(tmp_path, PATHS)
     assert not (tmp_path / "harm").exists()
+
+
+ODD: dict[str, Callable[[], torch.Tensor]] = {
+    "sparse": lambda: torch.eye(4).to_sparse(),
+    "sparse_rows": lambda: torch.eye(4).to_sparse_csr(),
+    "meta": lambda: torch.empty(4, 4, device="meta"),
+    "complex": lambda: torch.ones(2, 16, dtype=torch.complex64),
+    "bool": lambda: torch.ones(2, 16, dtype=torch.bool),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(2, 16), 0.1, 0, torch.qint8),
+    "float8": lambda: torch.ones(2, 16).to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD.keys())
+def test_statistics_of_other_kinds(tmp_path: Path, make: Callable[[], torch.Tensor]) -> None:
+    tensor = make()
+    for name in ("key", "value"):
+        layers = {f"model.layers.{index}": tensor for index in range(2)}
+        torch.save({"max": layers, "min": layers}, tmp_path / f"{name}_stats.pth")
+    with pytest.raises(ValueError, match=r"key_stats.pth (is not a tensor .* of floats|cannot be read as tensors)"):
+        read_scales(tmp_path, PATHS)
+
+
+@pytest.mark.parametrize("layers", [1, 2**13], ids=["one", "many"])
+def test_statistics_that_are_small_only_in_the_file(tmp_path: Path, layers: int) -> None:
+    """One number, said to be many."""
+    tensor = torch.ones(1).as_strided((2**12, 2**13 // layers), (0, 0))
+    for name in ("key", "value"):
+        content = {f"model.layers.{index}": tensor for index in range(layers)}
+        torch.save({"max": content, "min": content}, tmp_path / f"{name}_stats.pth")
+    with pytest.raises(ValueError, match=r"'max' in .*key_stats.pth holds more than 16777216 numbers"):
+        read_scales(tmp_path, PATHS)
+
+
+def test_statistics_that_are_packed(tmp_path: Path) -> None:
+    """A few kilobytes that would become half a gigabyte."""
+    _statistics(tmp_path)
+    file = tmp_path / "key_stats.pth"
+    with zipfile.ZipFile(file) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+        with archive.open(f"{next(iter(contents)).split('/')[0]}/data/9", "w") as entry:
+            for _ in range(2**5 + 1):
+                entry.write(bytes(2**23))
+    with pytest.raises(ValueError, match=r"key_stats.pth cannot be read .*unpacked it has \d+ bytes"):
+        read_scales(tmp_path, PATHS)
 
 
 def test_surplus_layers_are_said(tmp_path: Path) -> None:

@@ -738,13 +738,75 @@ def test_a_damaged_file_is_built_again(
     builds.load("default")
     (good,) = (tmp_path / "cache" / "hf_kvquant").glob("kernels-*")
     damaged = tmp_path / "other" / "hf_kvquant" / good.name
-    damaged.parent.mkdir(parents=True)
+    damaged.parent.mkdir(parents=True, mode=0o700)
     damaged.write_bytes(contents)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     for _ in range(2):
         builds.load("default")
     assert log.read_text().split() == ["built"] * 2
     assert damaged.read_bytes() == good.read_bytes()
+
+
+STRANGE: dict[str, Callable[[Path], object]] = {
+    "of another user": lambda directory: os.chown(directory, 65534, -1),
+    "in that of another user": lambda directory: os.chown(directory.parent, 65534, -1),
+    "group writes": lambda directory: directory.chmod(0o770),
+    "all write": lambda directory: directory.chmod(0o1777),
+    "a link": lambda directory: directory.symlink_to(directory.rename(directory.with_name("elsewhere"))),
+}
+
+
+@needs_compiler
+@pytest.mark.skipif(os.name != "posix", reason="needs users")
+@pytest.mark.parametrize("change", STRANGE.values(), ids=STRANGE.keys())
+def test_nothing_is_run_that_another_user_may_have_written(
+    change: Callable[[Path], object], compiler: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.environ.get("CXX", "c++")
+    compiler("exit 1")
+    monkeypatch.setattr(builds, "_PREBUILT", tmp_path / "none")
+    monkeypatch.setattr(builds, "instruction_sets", lambda: ["default"])
+    directory = tmp_path / "cache" / "hf_kvquant"
+    directory.mkdir(parents=True, mode=0o700)
+    file = directory / builds._file_name(builds._flag_sets("default")[0])
+    command = [real, "-shared", "-fPIC", "-x", "c++", os.devnull, "-o", str(file)]
+    subprocess.run(command, check=True)
+    assert cpu.outlook() == "C++ for default, built before"
+    builds.load("default")
+    try:
+        change(directory)
+    except PermissionError:  # only root gives files away: be somebody else instead
+        monkeypatch.setattr(os, "getuid", lambda: 65534)
+    assert cpu.outlook().startswith("C++ for default, built on first use")
+    with pytest.raises(builds.BuildError, match="exit status 1"):
+        builds.load("default")
+    assert [path.name for path in directory.iterdir()] == [file.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links")
+def test_a_lock_that_is_a_link_is_not_followed(compiler: Callable[[str], Path], tmp_path: Path) -> None:
+    log = compiler("echo called >> $log; exit 1")
+    directory = tmp_path / "cache" / "hf_kvquant"
+    directory.mkdir(parents=True, mode=0o700)
+    (directory / "build.lock").symlink_to(tmp_path / "own")
+    with pytest.raises(builds.BuildError):
+        builds.load("default")
+    assert log.exists()
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+def test_the_cache_is_not_in_the_working_directory(
+    compiler: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler("exit 1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(builds.BuildError):
+        builds.load("default")
+    assert not (tmp_path / "cache").exists()
+    assert (tmp_path / "home" / ".cache" / "hf_kvquant").is_dir()
 
 
 @needs_compiler

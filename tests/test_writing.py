@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tracemalloc
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from hf_kvquant import LayerScales, QuantizedPagedCache, calibrate, read_scales, write_scales
-from hf_kvquant.checkpoints import ModelLayers
+from hf_kvquant.checkpoints import ModelLayers, sidecar
 from hf_kvquant.exporting import check_export
 from hf_kvquant.hosts import model_layers
 from hf_kvquant.ops import reference
@@ -512,6 +513,108 @@ def test_a_new_checkpoint_has_what_is_in_folders(tmp_path: Path, base: Path) -> 
         assert names <= present
         assert not any(name.startswith(("new", ".")) for name in present)
         shutil.rmtree(base / "new", ignore_errors=True)
+
+
+@pytest.mark.parametrize("layout", ["sidecar", "compressed-tensors"])
+def test_nothing_is_written_through_links(tmp_path: Path, base: Path, layout: str) -> None:
+    own = tmp_path / "own"
+    own.write_text("mine")
+    for file in (sidecar.FILE, "config.json", "model.safetensors.index.json", "model-kv-scales.safetensors"):
+        (base / f".{file}.partial").symlink_to(own)
+        if not (base / file).exists():
+            (base / file).symlink_to(own.with_name("nothing"))
+    (base / sidecar.FILE).unlink()
+    (base / "model.safetensors.index.json").unlink()
+    before = (base / "config.json").stat().st_mode
+    write(make("fp8")[0], [], base, layout=layout)
+    assert own.read_text() == "mine"
+    assert not (tmp_path / "nothing").exists()
+    assert (base / "config.json").stat().st_mode == before
+    same(read_scales(base, LAYERS).layers, make("fp8")[0].layers)
+
+
+def test_links_out_of_a_checkpoint_are_not_followed(tmp_path: Path, base: Path) -> None:
+    """Who made a checkpoint says what is in its copy, but may not choose among the files of this machine."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("private")
+    (base / ".git").mkdir()
+    (base / ".git" / "config").write_text("token")
+    (base / "templates").mkdir()
+    links = {
+        "notes.txt": secret / "key",
+        "templates/chat.jinja": secret / "key",
+        "extra.safetensors": secret / "key",
+        "token.txt": Path(".git/config"),
+        "assets": secret,
+        "again": Path("."),
+        "zeros.bin": Path(os.devnull),
+    }
+    for name, leads_to in links.items():
+        (base / name).symlink_to(leads_to)
+    (base / "same.json").symlink_to("tokenizer.json")
+    (base / "nothing.txt").symlink_to("nowhere")
+    notes = [
+        f"again, assets, extra.safetensors, notes.txt, templates/chat.jinja, token.txt, zeros.bin of {base}: links"
+    ]
+    write(make("fp8")[0], notes, base, tmp_path / "new")
+    present = {str(file.relative_to(tmp_path / "new")) for file in (tmp_path / "new").rglob("*")}
+    assert not present & {*links, "nothing.txt"}
+    assert (tmp_path / "new" / "same.json").read_text() == "{}"
+    assert not any(file.is_symlink() for file in (tmp_path / "new").rglob("*"))
+    same(read_scales(tmp_path / "new", LAYERS).layers, make("fp8")[0].layers)
+
+
+@pytest.mark.parametrize("source", ["base", "sharded"])
+def test_weights_that_are_links_are_copied(request: pytest.FixtureRequest, tmp_path: Path, source: str) -> None:
+    """Checkpoints are put together from links to weights that several share; a hub's cache is links to blobs."""
+    original = request.getfixturevalue(source)
+    weights = names_and_values(original)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for file in original.glob("*.safetensors*"):
+        file.rename(shared / file.name)
+        file.symlink_to(shared / file.name)
+    write(make("fp8")[0], [], original, tmp_path / "new")
+    copied = names_and_values(tmp_path / "new")
+    assert all(torch.equal(copied[name], value) for name, value in weights.items())
+
+    snapshot = tmp_path / "models--some-org--tiny" / "snapshots" / "abc"
+    blobs = snapshot.parent.parent / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (original / "tokenizer.json").write_text("{}")
+    for file in original.iterdir():
+        (blobs / file.name).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    write(make("fp8")[0], [], snapshot, tmp_path / "other")
+    assert {file.name for file in (tmp_path / "other").iterdir()} >= {"tokenizer.json", "generation_config.json"}
+    copied = names_and_values(tmp_path / "other")
+    assert all(torch.equal(copied[name], value) for name, value in weights.items())
+
+
+def test_weights_that_lead_to_something_else_are_refused(tmp_path: Path, sharded: Path) -> None:
+    (tmp_path / "key").write_text("private")
+    (shard, *_) = sorted(sharded.glob("*.safetensors"))
+    shard.unlink()
+    shard.symlink_to(tmp_path / "key")
+    with pytest.raises(ValueError, match=f"{shard.name} cannot be read as safetensors"):
+        write_scales(make("fp8")[0], sharded, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_name_of_dots_takes_no_time(tmp_path: Path, sharded: Path) -> None:
+    """All that a name begins with may be a module; of this one that would be a lot."""
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["a." * 15_000] = next(iter(content["weight_map"].values()))
+    index.write_text(json.dumps(content))
+    tracemalloc.start()
+    try:
+        write(make("fp8")[0], [], sharded, layout="sidecar")
+        assert tracemalloc.get_traced_memory()[1] < 2**28 + 2**26  # reading the index may take the first
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_new_checkpoint_of_the_hub_is_whole(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

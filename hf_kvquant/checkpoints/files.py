@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,6 +177,7 @@ class CheckpointFiles:
         file = Path(self.path) / name
         _check_size(file)
         try:
+            _check_unpacked_size(file)
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # of what a broken pickle can raise there is no end
             raise ValueError(f"{file} cannot be read as tensors saved by torch: {error}") from error
@@ -274,6 +276,16 @@ def _check_size(file: Path) -> None:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if size > _MAX_BYTES:
         raise ValueError(f"{file} has {size} bytes; no such file of a checkpoint is that large")
+
+
+def _check_unpacked_size(file: Path) -> None:
+    """Raise ValueError if a zip archive, which is what torch saves, holds far more than its own size says."""
+    if read_bytes(file, 4) != b"PK\x03\x04":  # as torch tells
+        return
+    with zipfile.ZipFile(file) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > _MAX_BYTES:
+        raise ValueError(f"unpacked it has {size} bytes; no such file of a checkpoint is that large")
 
 
 def _fetch(repo: str, revision: str | None, is_wanted: Callable[[str], bool]) -> Path:

@@ -26,6 +26,9 @@ _PARAMETERS = re.compile(r"layers\.(\d{1,5})\.past_kv_scale\.(\d{1,5})\.weight")
 STATISTICS = {"k": "key_stats.pth", "v": "value_stats.pth"}
 # A channel that was silent in calibration gets at least this share of the largest scale.
 _LEAST_SHARE = 1 / 256
+# More numbers than the statistics of all layers have. Tensors may share their bytes, so a file's size is no bound.
+_MAX_NUMBERS = 2**24
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_parameters(files: CheckpointFiles, wanted: Wanted) -> Found | None:
@@ -91,9 +94,19 @@ def _layers(content: Any, key: str, where: str) -> Mapping[str, torch.Tensor]:
     if not isinstance(layers, dict):
         raise ValueError(f"{where} holds no {key!r} of layers; the file is broken")
     for layer, tensor in layers.items():
-        if not isinstance(layer, str) or not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or not tensor.numel():
-            raise ValueError(f"{layer} of {key!r} in {where} is not a tensor [num_kv_heads, head_dim]")
+        if not isinstance(layer, str) or not isinstance(tensor, torch.Tensor) or not _is_plain(tensor):
+            raise ValueError(f"{layer} of {key!r} in {where} is not a tensor [num_kv_heads, head_dim] of floats")
+    if sum(tensor.numel() for tensor in layers.values()) > _MAX_NUMBERS:
+        raise ValueError(
+            f"{key!r} in {where} holds more than {_MAX_NUMBERS} numbers; no such statistics are that large"
+        )
     return layers
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it has two dimensions and numbers in memory, and is neither sparse nor anything else of that kind."""
+    is_dense = tensor.layout is torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
+    return is_dense and tensor.dtype in _DTYPES and tensor.ndim == 2 and tensor.numel() > 0
 
 
 def _scale_and_zero(

@@ -24,14 +24,14 @@ _LOOKS = re.compile(
     r")"
 )
 # No module path is longer, and patterns take their time over names without end.
-_MAX_LENGTH = 500
+MAX_LENGTH = 500
 # How every name that is read ends.
 _ENDINGS = ("scale", "zero_point", "bias", "offset", "qscale_act")
 
 
 def looks_like_kv_scale(name: str) -> bool:
     """Whether a tensor of this name is likely to be about quantizing queries, keys or values."""
-    return len(name) <= _MAX_LENGTH and _LOOKS.fullmatch(name) is not None
+    return len(name) <= MAX_LENGTH and _LOOKS.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Producer:
 def parse(name: str, producers: tuple[Producer, ...]) -> tuple[Producer, str, str] | None:
     """Whose name this is, of which module and which part; None if it is nobody's."""
     # Of a hundred thousand tensors nearly all are weights.
-    if len(name) > _MAX_LENGTH or not name.endswith(_ENDINGS):
+    if len(name) > MAX_LENGTH or not name.endswith(_ENDINGS):
         return None
     for producer in producers:
         for pattern, part in producer.names.items():

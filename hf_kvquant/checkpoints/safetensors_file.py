@@ -7,7 +7,9 @@ Source: the format's description in the safetensors project.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -32,6 +34,7 @@ _DTYPES = {
 _MAX_HEADER = 100_000_000
 # More numbers than the scales of any layer have.
 _MAX_NUMBERS = 2**20
+_MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,10 @@ class SafetensorsFile:
         dtype = _DTYPES.get(entry.dtype)
         if dtype is None:
             raise ValueError(f"{where} has dtype {entry.dtype}; a scale has one of {', '.join(_DTYPES)}")
-        numel = torch.Size(entry.shape).numel()
-        if numel > _MAX_NUMBERS:
+        if len(entry.shape) > _MAX_DIMENSIONS:
+            raise ValueError(f"{where} has {len(entry.shape)} dimensions; no KV scale has more than {_MAX_DIMENSIONS}")
+        numel = math.prod(entry.shape)
+        if max(numel, *entry.shape, 0) > _MAX_NUMBERS:
             raise ValueError(f"{where} has shape {entry.shape}; no KV scale is that large")
         if entry.end - entry.begin != numel * dtype.itemsize:
             raise ValueError(f"{where} has {entry.end - entry.begin} bytes for shape {entry.shape} of {entry.dtype}")
@@ -96,9 +101,17 @@ def _read_header(file: BinaryIO) -> tuple[int, dict[str, _Entry]]:
     if not isinstance(header, dict):
         raise ValueError("the header is no object")
     data_size = size - 8 - length
-    return 8 + length, {
-        name: _entry(name, entry, data_size) for name, entry in header.items() if name != "__metadata__"
-    }
+    entries = {name: _entry(name, entry, data_size) for name, entry in header.items() if name != "__metadata__"}
+    _check_apart(entries)
+    return 8 + length, entries
+
+
+def _check_apart(entries: dict[str, _Entry]) -> None:
+    """Raise ValueError if two tensors share bytes, so that all of them take no more memory than the file has bytes."""
+    in_order = sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))
+    for (first, one), (second, other) in itertools.pairwise(in_order):
+        if other.begin < one.end:
+            raise ValueError(f"{second} begins at byte {other.begin}, before the end of {first} at {one.end}")
 
 
 def _entry(name: str, entry: Any, data_size: int) -> _Entry:

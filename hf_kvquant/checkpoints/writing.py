@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +35,8 @@ from .layouts import (
     vllm_json,
 )
 from .matching import find_layers
-from .names import looks_like_kv_scale
+from .names import MAX_LENGTH, looks_like_kv_scale
+from .safetensors_file import SafetensorsFile
 
 # Sorts behind every shard of weights: who asks a checkpoint for its dtype looks into the first file.
 _SHARD = "model-kv-scales.safetensors"
@@ -116,12 +118,17 @@ def prepare_checkpoint(
         raise ValueError(f"{target} exists and is not empty; give a new directory")
     left = [f"{sidecar.FILE} of {files.path} is not copied: it would come before the new scales"]
     left = left if (Path(files.path) / sidecar.FILE).exists() else []
-    return prepared(lambda: _add_to_copy(whole_directory(checkpoint, files), addition, target), *left)
+    if links := sorted(str(link.relative_to(files.path)) for link in _stray_links(Path(files.path), files)):
+        left.append(
+            f"{', '.join(links)} of {files.path}: links to directories, or to files elsewhere that hold no tensors, "
+            "are not copied; copy what they lead to yourself if it belongs to the checkpoint"
+        )
+    return prepared(lambda: _add_to_copy(whole_directory(checkpoint, files), files, addition, target), *left)
 
 
 def _by_prefix(scales: HasScales, model: ModelLayers, files: CheckpointFiles) -> dict[str, LayerScales]:
     """The scales by their module's path as the checkpoint spells it, which may be another than the model's."""
-    parts = [name.split(".") for name in files.tensors]
+    parts = [name.split(".") for name in files.tensors if len(name) <= MAX_LENGTH]
     modules = (".".join(of_name[:end]) for of_name in parts for end in range(1, len(of_name)))
     by_prefix = {}
     for index, (layer, paths, spelled) in enumerate(
@@ -169,19 +176,22 @@ class _Addition:
     is_modelopt: bool
 
 
-def _add_to_copy(directory: Path, addition: _Addition, target: Path) -> list[str]:
+def _add_to_copy(directory: Path, files: CheckpointFiles, addition: _Addition, target: Path) -> list[str]:
     """Copy a checkpoint and add to the copy; `target` is there as a whole or not at all."""
     partial = target.parent / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    links = set(_stray_links(directory, files))
 
     def left_out(where: str, names: list[str]) -> set[str]:
-        """What is of other tools (.git, .cache), this copy itself, and what would come before the new scales."""
+        """What is of other tools (.git, .cache), this copy itself, links, and what would come before new scales."""
         here = [Path(where) / name for name in names]
         folders = {path.name for path in here if path.is_dir() and (path.name.startswith(".") or path == target)}
-        return folders | ({sidecar.FILE} if Path(where) == directory else set())
+        # Links to nothing too; shutil's own way takes a link's path for one from the working directory.
+        strays = {path.name for path in here if path in links or not path.exists()}
+        return folders | strays | ({sidecar.FILE} if Path(where) == directory else set())
 
     try:
-        shutil.copytree(directory, partial, ignore=left_out, ignore_dangling_symlinks=True)
+        shutil.copytree(directory, partial, ignore=left_out)
         changed = _add(CheckpointFiles.find(partial), addition)
         if target.exists():
             target.rmdir()
@@ -190,6 +200,44 @@ def _add_to_copy(directory: Path, addition: _Addition, target: Path) -> list[str
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return changed
+
+
+def _stray_links(directory: Path, files: CheckpointFiles) -> Iterator[Path]:
+    """Links in a checkpoint that a copy must not follow: whoever made it could have any file of this machine copied.
+
+    Those to directories, which may go round in circles, and those out of it; weights may lie elsewhere. Raises
+    ValueError if what the checkpoint names as weights is something else.
+    """
+    for where, folders, names in os.walk(directory):
+        yield from (Path(where, name) for name in folders if os.path.islink(Path(where, name)))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in (Path(where, name) for name in names):
+            if link.is_symlink() and link.exists() and not _stays_in(directory, link) and link != directory / INDEX:
+                is_weights = Path(where) == directory and link.name in files.tensors.values()
+                if not _holds_tensors(link, is_weights):
+                    yield link
+
+
+def _stays_in(directory: Path, link: Path) -> bool:
+    """Whether a link leads to a file of the checkpoint that is no other tool's, or into the hub's cache of it."""
+    root, target = Path(os.path.realpath(directory)), Path(os.path.realpath(link))
+    if root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs":
+        return True
+    return target.is_relative_to(root) and not any(
+        part.startswith(".") for part in target.relative_to(root).parent.parts
+    )
+
+
+def _holds_tensors(file: Path, is_weights: bool) -> bool:
+    try:
+        if not file.is_file():
+            raise ValueError(f"{file} leads to something that is no file; remove it")
+        SafetensorsFile(file)
+    except ValueError:
+        if is_weights:
+            raise
+        return False
+    return True
 
 
 def _check_in_place(files: CheckpointFiles, addition: _Addition) -> None:
@@ -297,7 +345,9 @@ def _put_json(file: Path, content: Mapping[str, Any]) -> list[str]:
 def _put(file: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make `file`, which others see as it was or whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
+    # A new file: under a name that is known before, a link might lie there and be written through.
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}.partial")
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         write(partial)
         with partial.open("rb") as handle:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,10 @@ def load(instructions: str) -> ctypes.CDLL:
         try:
             if directory is not None:
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+                if not _is_private(directory):
+                    raise OSError(
+                        f"{directory} is not a directory that belongs to this user and that nobody else writes"
+                    )
                 noexec = getattr(os, "ST_NOEXEC", 0)  # not every system has it
                 if noexec and os.statvfs(directory).f_flag & noexec:
                     raise OSError(f"{directory} is on a file system from which nothing may be run")
@@ -99,6 +104,8 @@ def _share_openmp() -> None:
 def outlook() -> str:
     """What `load` would give on this machine, in words; nothing is built."""
     compiler, cached = _compiler(), _cache_directory()
+    if cached is not None and not _is_private(cached):
+        cached = None
     for instructions in instruction_sets():
         names = [_file_name(flags) for flags in _flag_sets(instructions)]
         if any((_PREBUILT / name).exists() for name in names):
@@ -201,17 +208,37 @@ def _compile(target: Path, flags: tuple[str, ...], source: Path = _SOURCE) -> st
 
 
 def _cache_directory() -> Path | None:
-    base = os.environ.get("XDG_CACHE_HOME")
+    base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        return (Path(base) if base else Path.home() / ".cache") / "hf_kvquant"
+        # A relative one is invalid by the XDG specification: it would be another for every working directory.
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "hf_kvquant"
     except RuntimeError:  # no home
         return None
+
+
+def _is_private(directory: Path) -> bool:
+    """Whether it is there and what lies in it is this user's own: code from anybody else must not be run.
+
+    Where there are no user numbers (Windows), the cache is in the user's own profile.
+    """
+    if not hasattr(os, "getuid"):
+        return directory.is_dir()
+    try:
+        found, above = os.lstat(directory), os.stat(directory.parent)
+    except OSError:
+        return False
+    user = os.getuid()
+    only_ours = found.st_uid == user and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    # Who owns the directory above could put another one in the place of this one.
+    return stat.S_ISDIR(found.st_mode) and only_ours and above.st_uid in (user, 0)
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """One process builds and the others wait. Where files cannot be locked all build, which does no harm."""
-    with open(path, "w") as file:
+    # No link is followed: what it leads to is not ours to create.
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    with open(handle, "w") as file:
         try:
             import fcntl
 
