@@ -276,6 +276,26 @@ def test_adapters_of_the_same_name(quantized: bool, tmp_path: Path) -> None:
             QuantizedPagedCache.from_pretrained(tmp_path, other)
 
 
+def test_a_quantization_of_the_cache_alone_leaves_weights_to_be_compared(tmp_path: Path) -> None:
+    """Where the package for it is installed, transformers gives such a model a quantizer."""
+
+    def made() -> Any:
+        model = tiny_llama()
+        config = SimpleNamespace(to_dict=lambda: {"config_groups": {}, "kv_cache_scheme": {"num_bits": 8}})
+        model.hf_quantizer = SimpleNamespace(quantization_config=config, is_compileable=False)
+        return model
+
+    model = made()
+    cache, _ = filled(model)
+    cache.save_pretrained(tmp_path)
+    assert equal(QuantizedPagedCache.from_pretrained(tmp_path, made()), cache)
+    assert equal(QuantizedPagedCache.from_pretrained(tmp_path, tiny_llama()), cache)  # where it is not installed
+    other = made()
+    other.model.layers[0].self_attn.k_proj.weight.data *= 1.5
+    with pytest.raises(ValueError, match="other weights"):
+        QuantizedPagedCache.from_pretrained(tmp_path, other)
+
+
 class Packed(torch.Tensor):
     """A weight as other libraries quantize it."""
 
