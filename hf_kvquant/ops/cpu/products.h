@@ -13,7 +13,6 @@ constexpr int TILE = 64;        // tokens that stay in the first cache while row
 constexpr int CHUNK = 128;      // tokens of a tile of numbers
 constexpr int ROWS = 4;         // rows of a kernel in registers
 constexpr int VECTORS = W == 8 ? 2 : 4;
-constexpr int PADDING = 288;    // readable entries behind arrays of rows
 
 template <class T>
 INLINE void prefetch(const T* row, int64_t count) {
@@ -34,6 +33,7 @@ bool is_zen() {
 #endif
 }
 const bool FETCHES_TWICE = is_zen();
+const int PADDING = FETCHES_TWICE ? 288 : 160;  // readable entries behind arrays of rows
 
 // The next tile is fetched while rows go over one. Its tokens come from several places in turn: where a processor sees
 // neighbours fetched it goes on by itself, but takes a while to begin.
