@@ -26,6 +26,8 @@ from .hosts import config_number, layer_type_names, with_cache
 _NUM_LAYERS = re.compile(r"(^|_)(layers?|depth)$")
 _MAX_LAYERS = 2**12
 _OBJECTS = ("quantization_config", "text_config")
+# What no configuration is to blame for.
+_OF_THE_MACHINE = (ImportError, MemoryError, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def read_configuration(source: str | os.PathLike[str], revision: str | None = No
         config: PreTrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
         if not isinstance(config.get_text_config(decoder=True), PreTrainedConfig):
             raise ValueError(f"it has a text_config, which a {config.model_type} does not take")
+    except _OF_THE_MACHINE:
+        raise
     except Exception as error:  # code of any configuration, some of which computes with what it finds
         raise ValueError(f"{source} has no configuration that transformers can read: {_reason(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
@@ -103,9 +107,14 @@ def read_configuration(source: str | os.PathLike[str], revision: str | None = No
 
 @contextmanager
 def building(source: str | os.PathLike[str]) -> Iterator[None]:
-    """Make whatever a model's code raises while it is built a ValueError that names where its configuration is."""
+    """Make what a model's code raises while it is built a ValueError that names where its configuration is.
+
+    A package or memory that is not there stays what it is.
+    """
     try:
         yield
+    except _OF_THE_MACHINE:
+        raise
     except Exception as error:  # code of any model, some of which divides by what it is told
         raise ValueError(f"no model can be built by the configuration of {source}: {_reason(error)}") from error
 

@@ -124,6 +124,22 @@ def check_bytes(
     assert first[2] == other[2]
 
 
+def check_nothing_before_the_pages(side: PagedTensor) -> None:
+    """Tokens of a negative length are written nowhere. Half of the pages of `side` lie before those that are given."""
+    from hf_kvquant.ops import triton
+
+    sides = [copied(side, "cpu") for _ in "kv"]
+    _, num_heads, _, head_dim = side.pages.shape
+    given = [
+        dataclasses.replace(each, pages=each.pages[2:], token_scale=each.token_scale[2:])  # type: ignore[index]
+        for each in sides
+    ]
+    x = torch.ones(1, num_heads, 3, head_dim)
+    tables = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([-17], dtype=torch.int32)
+    triton.write_kv(x, x, *tables, *flat(given[0]), *flat(given[1]), None)
+    assert not any(each.pages.any() or each.token_scale.any() for each in sides)  # type: ignore[union-attr]
+
+
 def check_read(side: PagedTensor, page_ids: torch.Tensor, dtype: torch.dtype) -> None:
     """The kernel reads the numbers that the reference does, bit for bit."""
     from hf_kvquant.ops import triton

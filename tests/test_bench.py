@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import llama_config, prompt, tiny_llama
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hf_kvquant import Benchmark, bench, cli
 from hf_kvquant.evaluation import capacity
@@ -237,6 +237,19 @@ def test_random_weights_need_a_configuration_alone(tmp_path: Path) -> None:
     assert not one.training
     with pytest.raises(ValueError, match="nothing has no configuration"):
         random_model(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("missing", [ImportError("a package"), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_what_no_configuration_is_to_blame_for(
+    missing: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise missing
+
+    llama_config().save_pretrained(tmp_path)
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", fails)
+    with pytest.raises(type(missing), match=str(missing)):
+        random_model(tmp_path)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -208,6 +208,10 @@ def check_write(name: str, kind: str, turn: int, run: Run) -> None:
     run(interpreted.check_bytes, *given, sides, [page_table, seq_lens], turn % 3 > 0)
 
 
+def test_nothing_is_written_before_the_pages(run: Run) -> None:
+    run(interpreted.check_nothing_before_the_pages, empty_side("int8", 4, 2, 16, 64, dynamic=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_bytes(name: str, kind: str, run: Run) -> None:
