@@ -192,7 +192,8 @@ def stop(*_):
 
 signal.signal(signal.SIGINT, stop)
 print("ready", flush=True)
-time.sleep(600)
+while True:  # a signal that arrives just before a sleep is seen after it
+    time.sleep(0.01)
 """
 
 
