@@ -301,7 +301,7 @@ def _parse(text: str, where: str) -> Any:
 
 def _read_data_set(name: str) -> Iterator[Any]:
     try:
-        import datasets  # type: ignore[import-not-found]
+        import datasets
     except ImportError as error:
         raise ValueError(
             f"{name!r} is not a file, and reading it as a data set needs the datasets package: pip install datasets"

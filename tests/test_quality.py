@@ -25,8 +25,8 @@ WINDOW = 1024
 # As a chat arrives: a few tokens first, then more and more over what is stored.
 CHUNKS = (8, 24, 32, 64, 128, 256, 512)
 NUM_WINDOWS, FEW_WINDOWS = 12, 4
-# Of perplexity, in percent, and KL divergence, in nats a token. The text is that of the Python that runs this: with another
-# one fp8's perplexity moves by as much as it loses, its divergence by a tenth.
+# Of perplexity, in percent, and KL divergence, in nats a token. The text is that of the Python that runs this: with
+# another one fp8's perplexity moves by as much as it loses, its divergence by a tenth.
 BOUNDS = {
     "int8 dynamic": (0.05, 1e-4),
     "fp8 dynamic": (0.2, 2e-3),
