@@ -17,7 +17,7 @@ from .layers import PagedLayer
 # New tokens from which on a GPU the past is dequantized for them: attention then takes much longer than that.
 _LONG_TURN = 64
 
-NAMES = ("kvquant", "kvquant_fp8", "kvquant_fp8_e5m2", "kvquant_int8")
+NAMES = ("kvquant", "kvquant_fp8", "kvquant_fp8_e4m3", "kvquant_fp8_e5m2", "kvquant_int8")
 
 
 def register() -> None:

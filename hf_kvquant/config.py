@@ -8,10 +8,25 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+
 from .formats import ALIASES, FORMATS, get_format
 from .scales import GRANULARITIES, LayerScales
 
 SCALE_SOURCES = ("auto", "checkpoint", "dynamic", "first_batch", "unit")
+# vLLM's names for a format with dynamic scales.
+_PER_TOKEN_HEAD = {"fp8_per_token_head": "fp8_e4m3", "int8_per_token_head": "int8"}
+# What others call an option, or what does the same here.
+_CALLED_HERE = {
+    "backend": "kv_cache_dtype",
+    "block_size": "page_size",
+    "calculate_kv_scales": "scales='first_batch', or 'dynamic'",
+    "kv_cache_dtype_skip_layers": "skip_layers",
+    "nbits": "kv_cache_dtype",
+    "quant_policy": "kv_cache_dtype",
+    "quantization_param_path": "scales",
+    "residual_length": "recent_tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -20,7 +35,8 @@ class KVQuantConfig:
 
     Attributes:
         kv_cache_dtype: `fp8` (= `fp8_e4m3`), `fp8_e5m2`, `int8`, `model` (pages in the model's dtype), a pair of them
-            for (K, V), or `auto`: what the checkpoint declares, else int8.
+            for (K, V), or `auto`: what the checkpoint declares, else int8. torch's dtypes count as names, and vLLM's
+            `fp8_per_token_head` and `int8_per_token_head` stand for the format with `scales="dynamic"`.
         scales: where scales come from. `auto`: the checkpoint's if it has any, else `dynamic`. `checkpoint`: the
             model's own, an error if there are none. `dynamic`: one per token and head. `first_batch`: from the first
             real tokens, then frozen. `unit`: 1.0. A path or hub id: the scales of that checkpoint. In memory:
@@ -35,8 +51,8 @@ class KVQuantConfig:
             be compiled, and cannot grow.
         offload: let the pages of layers without a window rest in host memory; a layer's come to the device, in 8 bits,
             while the layer before it computes.
-        skip_layers: layers kept in the model's dtype, by index (negative counts from the end) or by layer type
-            (`sliding_attention`, ...).
+        skip_layers: layers kept in the model's dtype, by index (negative counts from the end; also as a string) or by
+            layer type (`sliding_attention`, ...; vLLM's `sliding_window` is the same).
         sink_tokens: keep this many tokens from the start of every sequence in the model's dtype (attention sinks, whose
             outliers cost most), rounded up to whole pages; padding on the left, where `generate` knows of it, is not
             counted. Not in layers with a window, which do not see them for long.
@@ -49,7 +65,7 @@ class KVQuantConfig:
     Raises ValueError or TypeError that list what is accepted.
     """
 
-    kv_cache_dtype: str | Sequence[str] = "auto"
+    kv_cache_dtype: str | torch.dtype | Sequence[str | torch.dtype] = "auto"
     scales: Any = "auto"
     granularity: str = "tensor"
     equalize: bool | str | Sequence[str] = "auto"
@@ -65,6 +81,14 @@ class KVQuantConfig:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
+        if isinstance(self.kv_cache_dtype, str) and self.kv_cache_dtype in _PER_TOKEN_HEAD:
+            if not isinstance(self.scales, str) or self.scales not in ("auto", "dynamic"):
+                raise ValueError(
+                    f"kv_cache_dtype={self.kv_cache_dtype!r} has dynamic scales, but scales={self.scales!r}; leave one "
+                    "of both out"
+                )
+            set_(self, "scales", "dynamic")
+            set_(self, "kv_cache_dtype", _PER_TOKEN_HEAD[self.kv_cache_dtype])
         if self.kv_cache_dtype != "auto":
             set_(self, "kv_cache_dtype", _parse_dtype(self.kv_cache_dtype))
         set_(self, "q_dtype", _parse_q_dtype(self.q_dtype))
@@ -122,13 +146,20 @@ class KVQuantConfig:
         given = {**defaults, **(options or {})}
         known = [f.name for f in fields(cls)]
         if unknown := sorted(str(key) for key in given if key not in known):
-            raise ValueError(f"unknown cache_config key(s) {', '.join(unknown)}; known: {', '.join(known)}")
+            named = [f"{key} (here: {_CALLED_HERE[key]})" if key in _CALLED_HERE else key for key in unknown]
+            raise ValueError(f"unknown cache_config key(s) {', '.join(named)}; known: {', '.join(known)}")
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """The options that are not the default's, ready for JSON; `parse` takes them back."""
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         return {f.name: values[f.name] for f in fields(self) if values[f.name] != _plain(f.default)}
+
+    @property
+    def formats(self) -> tuple[str, str]:
+        """Names of the formats of K and V, or `auto` for both."""
+        choice: Any = self.kv_cache_dtype  # as parsed: a name, or a pair of them
+        return (choice, choice) if isinstance(choice, str) else choice
 
     def equalizes(self, format_name: str) -> bool:
         """Whether dynamic scales of this format lie over equalized channels."""
@@ -140,7 +171,7 @@ class KVQuantConfig:
 
 
 def _parse_dtype(value: Any) -> str | tuple[str, str]:
-    if isinstance(value, str):
+    if isinstance(value, (str, torch.dtype)):
         return get_format(value).name
     if isinstance(value, Sequence) and len(value) == 2:
         return (get_format(value[0]).name, get_format(value[1]).name)
@@ -170,7 +201,7 @@ def _parse_skip_layers(value: Any) -> tuple[int | str, ...]:
     items = () if value is None else items
     if bad := [item for item in items if not _is_integer(item) and not isinstance(item, str)]:
         raise ValueError(f"skip_layers holds {bad[0]!r}; give layer indices or layer types such as 'sliding_attention'")
-    return tuple(item if isinstance(item, str) else int(item) for item in items)
+    return tuple(item if isinstance(item, str) and not item.isdecimal() else int(item) for item in items)
 
 
 def _is_integer(value: Any) -> bool:

@@ -78,15 +78,18 @@ FORMATS: dict[str, StorageFormat] = {
     )
 }  # fmt: skip
 
-ALIASES = {"fp8": "fp8_e4m3", "fp8_e4m3fn": "fp8_e4m3"}
+# The last ones are what torch calls them.
+ALIASES = {"fp8": "fp8_e4m3", "fp8_e4m3fn": "fp8_e4m3", "float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
 
 
-def get_format(name: str) -> StorageFormat:
-    """The format called `name` (an alias counts). Raises ValueError with the list of known names."""
-    row = FORMATS.get(ALIASES.get(name, name)) if isinstance(name, str) else None
+def get_format(name: str | torch.dtype) -> StorageFormat:
+    """The format called `name` (an alias counts), or of that dtype. Raises ValueError with the list of known names."""
+    plain = str(name).removeprefix("torch.") if isinstance(name, torch.dtype) else name
+    row = FORMATS.get(ALIASES.get(plain, plain)) if isinstance(plain, str) else None
     if row is None:
         raise ValueError(
-            f"unknown storage format {name!r}; known: {', '.join(FORMATS)}, and "
+            f"unknown storage format {name!r}; known: {', '.join(FORMATS)} (not quantized, in the model's dtype), and "
             + ", ".join(f"{alias} (= {target})" for alias, target in ALIASES.items())
+            + "; nothing is stored in fewer than 8 bits"
         )
     return row

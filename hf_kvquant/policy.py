@@ -190,20 +190,20 @@ def _safer(config: KVQuantConfig, plan: SidePlan, risk: str, where: str, notes: 
 
 
 def _choose_formats(config: KVQuantConfig, checkpoint: CheckpointScales | None) -> tuple[str, str]:
-    choice = config.kv_cache_dtype
-    if choice == "auto":
-        # 1.0 is a scale of fp8; int8 would store whole numbers only.
-        default = "fp8_e4m3" if config.scales == "unit" else "int8"
-        choice = (checkpoint.kv_cache_dtype if checkpoint is not None else None) or default
-    k, v = (choice, choice) if isinstance(choice, str) else choice
-    return k, v
+    if config.kv_cache_dtype != "auto":
+        return config.formats
+    # 1.0 is a scale of fp8; int8 would store whole numbers only.
+    default = "fp8_e4m3" if config.scales == "unit" else "int8"
+    choice = (checkpoint.kv_cache_dtype if checkpoint is not None else None) or default
+    return choice, choice
 
 
 def _skipped_layers(config: KVQuantConfig, layer_types: Sequence[str]) -> set[int]:
     skipped = set()
     for item in config.skip_layers:
         if isinstance(item, str):
-            matches = {index for index, name in enumerate(layer_types) if name == item}
+            wanted = "sliding_attention" if item == "sliding_window" else item  # which is vLLM's name
+            matches = {index for index, name in enumerate(layer_types) if name == wanted}
             if not matches:
                 types = ", ".join(sorted(set(layer_types)))
                 raise ValueError(f"skip_layers names {item!r}; this model's layer types: {types}")
@@ -300,8 +300,7 @@ def _plan_without_scales(config: KVQuantConfig, name: str) -> SidePlan:
 
 def minds_key_biases(config: KVQuantConfig) -> bool:
     """Whether what is asked without a checkpoint's scales may not suit large key biases, as dynamic int8 does."""
-    choice = config.kv_cache_dtype
-    name = choice if isinstance(choice, str) else choice[0]
+    name = config.formats[0]
     is_dynamic = isinstance(config.scales, str) and config.scales in ("auto", "dynamic")
     return name != "model" and not (is_dynamic and name in ("auto", "int8"))
 

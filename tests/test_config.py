@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import llama_config
+from test_cache import sliding_model
 
 from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache
 from hf_kvquant.formats import FORMATS
@@ -39,7 +40,7 @@ def test_dtype_names(given: Any, stored: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["fp4", "FP8", "", None, 8, torch.float8_e4m3fn, ("fp8",), ("fp8", "int8", "int8"), ("auto", "fp8"), {}]
+    "given", ["fp4", "FP8", "", None, 8, torch.bfloat16, ("fp8",), ("fp8", "int8", "int8"), ("auto", "fp8"), {}]
 )
 def test_bad_dtype_lists_the_formats(given: Any) -> None:
     with pytest.raises(ValueError, match="fp8_e4m3") as error:
@@ -177,10 +178,18 @@ def test_page_size_may_not_be_none() -> None:
         ([0, -1], (0, -1)),
         ("full_attention", ("full_attention",)),
         ({2}, (2,)),
+        (["0", "1"], (0, 1)),
     ],
 )
 def test_skip_layers(given: Any, stored: tuple[int | str, ...]) -> None:
     assert KVQuantConfig(skip_layers=given).skip_layers == stored
+
+
+def test_sliding_layers_by_another_name() -> None:
+    config = sliding_model().config
+    for name in ("sliding_attention", "sliding_window"):
+        report = QuantizedPagedCache(config, KVQuantConfig(skip_layers=[name])).report()
+        assert [layer.kv_cache_dtype[0] for layer in report.layers] == ["model", "int8"], name
 
 
 @pytest.mark.parametrize("given", [True, [False], [0.5], 0.5, [None], [[0]]])
@@ -252,9 +261,42 @@ def test_unknown_keys_are_listed_with_the_right_ones() -> None:
     with pytest.raises(ValueError, match="unknown cache_config") as error:
         KVQuantConfig.parse({"dtype": "fp8", "page_size": 8, "backend": "quanto"})
     unknown, known = str(error.value).split("known: ")
-    assert "backend, dtype;" in unknown
+    assert "backend (here: kv_cache_dtype), dtype;" in unknown
     assert "page_size" not in unknown
     assert known.split(", ") == KEYS
+
+
+@pytest.mark.parametrize(
+    ("key", "here"),
+    [
+        ("block_size", "page_size"),
+        ("calculate_kv_scales", "scales='first_batch'"),
+        ("kv_cache_dtype_skip_layers", "skip_layers"),
+        ("quant_policy", "kv_cache_dtype"),
+        ("quantization_param_path", "scales"),
+        ("nbits", "kv_cache_dtype"),
+        ("residual_length", "recent_tokens"),
+    ],
+)
+def test_what_others_call_an_option(key: str, here: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown cache_config.*{key} \\(here: {here}"):
+        KVQuantConfig.parse({key: 1})
+
+
+@pytest.mark.parametrize(("name", "stored"), [("int8_per_token_head", "int8"), ("fp8_per_token_head", "fp8_e4m3")])
+def test_formats_with_dynamic_scales_by_one_name(name: str, stored: str) -> None:
+    config = KVQuantConfig(name)
+    assert (config.kv_cache_dtype, config.scales) == (stored, "dynamic")
+    assert KVQuantConfig(name, scales="dynamic") == config == KVQuantConfig.parse(config.to_dict())
+    for scales in ("unit", "checkpoint", SCALES):
+        with pytest.raises(ValueError, match=f"{name}' has dynamic scales"):
+            KVQuantConfig(name, scales=scales)
+
+
+def test_dtypes_of_torch_are_names() -> None:
+    assert KVQuantConfig(torch.float8_e5m2).formats == ("fp8_e5m2", "fp8_e5m2")
+    assert KVQuantConfig((torch.int8, torch.float8_e4m3fn)).formats == ("int8", "fp8_e4m3")
+    assert json.loads(json.dumps(KVQuantConfig(torch.int8).to_dict())) == {"kv_cache_dtype": "int8"}
 
 
 @pytest.mark.parametrize("key", [1, None, ("kv_cache_dtype",)], ids=repr)

@@ -137,11 +137,15 @@ def test_names() -> None:
     assert list(FORMATS) == ["fp8_e4m3", "fp8_e5m2", "int8", "model"]
     assert all(get_format(name).name == name for name in FORMATS)
     assert get_format("fp8") is get_format("fp8_e4m3fn") is get_format("fp8_e4m3")
+    assert get_format(torch.float8_e4m3fn) is get_format("float8_e4m3fn") is get_format("fp8_e4m3")
+    assert get_format(torch.float8_e5m2) is get_format("float8_e5m2") is get_format("fp8_e5m2")
+    assert get_format(torch.int8) is get_format("int8")
 
 
-@pytest.mark.parametrize("name", ["fp4", "", "FP8", "fp8_e4m3fnuz", None, 8, ["fp8"]])
+@pytest.mark.parametrize("name", ["fp4", "", "FP8", "fp8_e4m3fnuz", None, 8, ["fp8"], torch.bfloat16])
 def test_unknown_name_lists_the_known_ones(name: object) -> None:
     with pytest.raises(ValueError, match="unknown storage format") as error:
         get_format(name)  # type: ignore[arg-type]
     assert repr(name) in str(error.value)
     assert all(known in str(error.value) for known in (*FORMATS, *ALIASES))
+    assert "nothing is stored in fewer than 8 bits" in str(error.value)

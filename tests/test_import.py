@@ -62,7 +62,7 @@ assert {name for name in sys.modules if name.split(".")[0] == "triton"} == trito
 assert settings() == process
 after = state()
 added = {kind: set(after[kind]) - set(before[kind]) for kind in before}
-names = {"kvquant", "kvquant_fp8", "kvquant_fp8_e5m2", "kvquant_int8"}
+names = {"kvquant", "kvquant_fp8", "kvquant_fp8_e4m3", "kvquant_fp8_e5m2", "kvquant_int8"}
 methods = {"init_continuous_batching"}  # of a base class before
 assert added == {"attention": names, "mask": names, "cache": {"kvquant"}, "generation": methods}, added
 for kind in before:
