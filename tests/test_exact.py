@@ -249,10 +249,11 @@ def test_tokens_taken_back(kind: str, window: int | None, record: bool) -> None:
         check(*step(cache, model, 1 + 3 * (seed % 2), 2 * seed + 1))
 
 
+@pytest.mark.parametrize("num_first", [8, 0])
 @pytest.mark.parametrize("kind", ["growing", "fixed"])
-def test_cropped_to_the_first_tokens_and_filled_again(kind: str) -> None:
-    cache = make_cache(sink_tokens=8, recent_tokens=6, **({"max_cache_len": 200} if kind == "fixed" else {}))
-    model = Model.of(1, 8, 6, 6 + (SLACK if kind == "fixed" else 0))
+def test_cropped_to_the_first_tokens_and_filled_again(kind: str, num_first: int) -> None:
+    cache = make_cache(sink_tokens=num_first, recent_tokens=6, **({"max_cache_len": 200} if kind == "fixed" else {}))
+    model = Model.of(1, num_first, 6, 6 + (SLACK if kind == "fixed" else 0))
     step(cache, model, 33, 0)
     cache.crop(-28)
     model.crop(28)
