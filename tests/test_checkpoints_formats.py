@@ -104,7 +104,7 @@ CASES: dict[str, tuple[dict[str, Any], Any, str, float, float]] = {
     "compressed_tensors_0.5": (OUTPUTS, COMPRESSED, "compressed-tensors", K, V),
     "compressed_tensors_attention": (OWN, ATTENTION, "compressed-tensors", K, V),
     "autoround": (OWN, AUTOROUND, "compressed-tensors", K, V),
-    "autoround_gaudi": (OWN, {**AUTOROUND, "fp8_dtype_flavor": "float8_e4m3fnuz"}, "compressed-tensors", K / 2, V / 2),
+    "autoround_gaudi": (OWN, {**AUTOROUND, "fp8_dtype_flavor": "float8_e4m3fnuz"}, "compressed-tensors", K, V),
     "autofp8": ({f"{PREFIX}.k_scale": K, f"{PREFIX}.v_scale": V}, AUTOFP8, "autofp8", K, V),
     "autofp8_shared": (SHARED, AUTOFP8, "autofp8", K, K),
     "angelslim": (CACHES, ABBREVIATED, "compressed-tensors", K, V),
@@ -336,13 +336,23 @@ def test_declared_without_scales(tmp_path: Path, quantization: Any) -> None:
 
 
 @pytest.mark.parametrize("key", ["kv_cache_torch_dtype", "kv_cache_dtype"])
-@pytest.mark.parametrize(("value", "factor"), [("float8_e4m3fn", 1.0), ("torch.float8_e4m3fnuz", 0.5)])
-def test_tgi(tmp_path: Path, key: str, value: str, factor: float) -> None:
-    """The bits of e4m3fnuz mean half of what they mean in e4m3fn."""
+@pytest.mark.parametrize("value", ["float8_e4m3fn", "torch.float8_e4m3fnuz"])
+def test_tgi(tmp_path: Path, key: str, value: str) -> None:
     found = read(checkpoint(tmp_path, SHARED, **{key: value}))
     assert (found.producer, found.kv_cache_dtype) == ("tgi", "fp8_e4m3")
-    assert [layer.v_scale.item() for layer in layers_of(found)] == [K * factor, 2 * K * factor]
-    assert bool(found.notes) == (factor != 1.0)
+    assert [layer.v_scale.item() for layer in layers_of(found)] == [K, 2 * K]
+    assert found.notes == []
+
+
+@pytest.mark.parametrize("qmax", [240.0, 448.0])
+def test_scales_for_e4m3fnuz_hold_what_was_measured(tmp_path: Path, qmax: float) -> None:
+    """Tools divide by 240, or by 448 all the same (AutoRound, per head); codes of either lie in no checkpoint."""
+    key = torch.linspace(-10, 10, 2 * 7 * 16).view(1, 2, 7, 16)
+    quantization = {**COMPRESSED, "fp8_dtype_flavor": "float8_e4m3fnuz"}
+    names = {name: [10 / qmax] for name in OWN}
+    cache = QuantizedPagedCache(llama_config(), checkpoint=read(checkpoint(tmp_path, names, quantization)))
+    cache.update(key, key, 0)
+    assert cache.report().layers[0].clipped == (0, 0)
 
 
 def test_tgi_e5m2_has_no_scales(tmp_path: Path) -> None:

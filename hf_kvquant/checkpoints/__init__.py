@@ -64,7 +64,7 @@ def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -
     layers: list[LayerScales | None] = [None] * len(modules)
     sources: list[dict[str, ScaleSource]] = [{} for _ in modules]
     if not declared.dynamic:
-        reader = LayerReader(files.path, declared.factor, found.ranks, found.shaped, notes)
+        reader = LayerReader(files.path, found.ranks, found.shaped, notes)
         for index, (module, parts) in enumerate(modules):
             read = reader.read(module, parts, _num_kv_heads(files, model, index))
             if read is not None:

@@ -26,8 +26,7 @@ def declared(files: CheckpointFiles) -> Declared | None:
         scheme = scheme if isinstance(scheme, dict) else _of_attention(quantization)
         if scheme is not None:
             name, dynamic = read_scheme(scheme, files.path)
-            fnuz = quantization.get("fp8_dtype_flavor") == "float8_e4m3fnuz"
-            return Declared("compressed-tensors", "config.json", name, dynamic, factor=0.5 if fnuz else 1.0)
+            return Declared("compressed-tensors", "config.json", name, dynamic)
     return None
 
 

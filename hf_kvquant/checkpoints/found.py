@@ -89,7 +89,6 @@ class Declared:
         kv_cache_dtype: `fp8_e4m3`, `fp8_e5m2` or `int8`.
         dynamic: scales are computed at run time.
         means_one: this producer leaves scales out where it means 1.0.
-        factor: what scales are multiplied by to fit `kv_cache_dtype`.
         before_rotation: this producer measures keys before their rotary embedding.
     """
 
@@ -98,7 +97,6 @@ class Declared:
     kv_cache_dtype: str
     dynamic: bool = False
     means_one: bool = False
-    factor: float = 1.0
     before_rotation: bool = False
 
 

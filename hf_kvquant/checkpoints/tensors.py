@@ -66,8 +66,6 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
         notes.append(
             f"{files.path} declares no KV cache format; its scales are taken to be for {declared.kv_cache_dtype}"
         )
-    if declared.factor != 1.0:
-        notes.append(f"the scales of {files.path} are for e4m3fnuz; multiplied by {declared.factor} they are for e4m3")
     return Found(declared, by_path, notes=notes, ignored=ignored)
 
 

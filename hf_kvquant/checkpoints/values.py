@@ -21,7 +21,6 @@ class LayerReader:
 
     Attributes:
         path: the checkpoint's directory, for errors.
-        factor: what scales are multiplied by.
         ranks: values are one per tensor-parallel rank.
         shaped: values are `[H, 1]` or `[H, D]` already.
         notes: what had to be decided; is added to.
@@ -29,7 +28,6 @@ class LayerReader:
     """
 
     path: str
-    factor: float = 1.0
     ranks: bool = False
     shaped: bool = False
     notes: list[str] = field(default_factory=list)
@@ -52,7 +50,7 @@ class LayerReader:
             value = parts.get(f"{side}_scale") or parts.get("kv_scale")
             if value is None:
                 continue
-            scale = numbers(value) * self.factor
+            scale = numbers(value)
             if bool((scale > 0).all()):
                 scales[side], used[f"{side}_scale"] = scale, value
                 self._check_plausible(value, scale)
@@ -103,7 +101,7 @@ class LayerReader:
         if value is None:
             return None
         # Of query heads there are others than of key heads, and some tools leave memory here that was never written.
-        q_scale = _to_float(value, self.path).flatten() * self.factor
+        q_scale = _to_float(value, self.path).flatten()
         low, high = _PLAUSIBLE
         if q_scale.numel() == 0 or not bool((q_scale.isfinite() & (q_scale > low) & (q_scale < high)).all()):
             self._suspect(f"{value[0].key} is no finite, positive and plausible number; it is ignored")
