@@ -242,6 +242,18 @@ def test_inspect_a_file_apart_from_its_model(base: Path, tmp_path: Path, capsys:
     assert "ignored: model.layers.1.self_attn" in run(capsys, "inspect", tmp_path / "file", "--model", other)
 
 
+def test_inspect_scales_of_one_side(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = Scales((0.02, 0.03), (0.03, 0.01))
+    layers.layers[1] = LayerScales(None, torch.tensor([0.6]))
+    write_scales(layers, base, layout="sidecar")
+    output = run(capsys, "inspect", base)
+    row = "1      -        0.6      - / tensor  - / hf_kvquant_scales.json: model.layers.1.self_attn.v_scale"
+    assert row in output.splitlines()
+    assert "suspicious: layer 1: V: its scale is 0.6" in output
+    (_, second) = json.loads(run(capsys, "inspect", base, "--json"))["layers"]
+    assert second["granularity"] == {"v_scale": "tensor"}
+
+
 def test_names_in_files_command_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "\x1b]0;title\x07größe.layers.{}.self_attn.k_scale"
     save_file({name.format(layer): torch.tensor([0.5]) for layer in range(2)}, tmp_path / "model.safetensors")

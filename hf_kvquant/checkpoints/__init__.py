@@ -64,12 +64,12 @@ def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -
     layers: list[LayerScales | None] = [None] * len(modules)
     sources: list[dict[str, ScaleSource]] = [{} for _ in modules]
     if not declared.dynamic:
-        reader = LayerReader(files.path, found.ranks, found.shaped, notes)
+        reader = LayerReader(files.path, found.ranks, found.shaped, found.one_sided, notes)
         for index, (module, parts) in enumerate(modules):
             read = reader.read(module, parts, _num_kv_heads(files, model, index))
             if read is not None:
                 layers[index], sources[index] = read
-        if declared.before_rotation and any(layers):
+        if declared.before_rotation and any(layer is not None and layer.k_scale is not None for layer in layers):
             notes.append(
                 f"{declared.producer} measures keys before their rotary embedding, which can make a number 1.41 times "
                 "as large; 'clipped' in the report says whether that happened"

@@ -117,6 +117,7 @@ class Found:
         by_number: parts by the number of the decoder layer, where a format has no paths.
         ranks: values are one per tensor-parallel rank, so of so many equal groups of heads.
         shaped: values are `[H, 1]` or `[H, D]`, whatever is known of the model.
+        one_sided: a side without a scale is meant to be dynamic.
         notes, ignored: as in `CheckpointScales`.
     """
 
@@ -125,5 +126,6 @@ class Found:
     by_number: Mapping[int, Parts] = field(default_factory=dict)
     ranks: bool = False
     shaped: bool = False
+    one_sided: bool = False
     notes: Sequence[str] = ()
     ignored: Sequence[str] = ()

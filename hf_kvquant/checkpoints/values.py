@@ -23,6 +23,7 @@ class LayerReader:
         path: the checkpoint's directory, for errors.
         ranks: values are one per tensor-parallel rank.
         shaped: values are `[H, 1]` or `[H, D]` already.
+        one_sided: a side without a scale is meant to be dynamic.
         notes: what had to be decided; is added to.
         suspicious: those of the notes that deserve a warning.
     """
@@ -30,6 +31,7 @@ class LayerReader:
     path: str
     ranks: bool = False
     shaped: bool = False
+    one_sided: bool = False
     notes: list[str] = field(default_factory=list)
     suspicious: list[str] = field(default_factory=list)
 
@@ -58,13 +60,14 @@ class LayerReader:
             return None
         for side, other in (("k", "v"), ("v", "k")):
             if side not in scales:
-                message = f"{module} has a usable {other}_scale but no {side}_scale; {other}_scale is used for both"
-                self._suspect(message)
-                scales[side], used[f"{side}_scale"] = scales[other], used[f"{other}_scale"]
-        zeros = {side: self._zero(side, parts, scales[side], numbers, used) for side in "kv"}
-        q_scale = self._q_scale(parts, used)
+                message = f"{module} has a usable {other}_scale but no {side}_scale; {side.upper()} is dynamic there"
+                self.notes.append(message)
+                if not self.one_sided:
+                    self.suspicious.append(message)
+        zeros = {side: self._zero(side, parts, scale, numbers, used) for side, scale in scales.items()}
+        q_scale = self._q_scale(parts, used) if "k" in scales else None
         try:
-            layer = LayerScales(scales["k"], scales["v"], q_scale, zeros["k"], zeros["v"])
+            layer = LayerScales(scales.get("k"), scales.get("v"), q_scale, zeros.get("k"), zeros.get("v"))
         except ValueError as error:  # a product of two numbers may be infinite
             raise ValueError(f"{module} in {self.path}: {error}") from error
         return layer, {part: source for part, (source, _) in used.items()}
