@@ -44,7 +44,7 @@ def find_checkpoint(model: PreTrainedModel, kvquant: KVQuantConfig, notes: list[
         # A model that was loaded without them and saved again declares them still.
         if kvquant.scales != "auto":
             raise
-        note = f"{error}; scales are dynamic now"
+        note = f"{error}; what it declares is not used, scales are dynamic now"
         logger.warning_once(f"{note}.")
         notes.append(note)
         return None

@@ -6,7 +6,7 @@ import json
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +156,9 @@ def test_query_scales(tmp_path: Path) -> None:
 # -- NVIDIA ModelOpt ---------------------------------------------------------------------------------------------------
 
 
-def hf_quant_config(directory: Path, algorithm: Any) -> None:
+def hf_quant_config(directory: Path, algorithm: Any) -> Path:
     content = {"producer": {"name": "modelopt", "version": "0.23"}, "quantization": {"kv_cache_quant_algo": algorithm}}
-    (directory / "hf_quant_config.json").write_text(json.dumps(content))
+    return write_json(directory, "hf_quant_config.json", content)
 
 
 @pytest.mark.parametrize(("algorithm", "name"), [("FP8", "fp8_e4m3"), ("fp8", "fp8_e4m3"), ("INT8", "int8")])
@@ -883,6 +883,74 @@ def test_explicit_formats_win(tmp_path: Path) -> None:
     row = explicit.report().layers[0]
     assert (row.kv_cache_dtype, row.scales) == (("fp8_e5m2", "fp8_e5m2"), ("dynamic", "dynamic"))
     assert any("are for fp8_e4m3; they are not used for fp8_e5m2" in note for note in explicit.notes)
+
+
+NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+GROUPS = {**COMPRESSED, "kv_cache_scheme": {**FP8, "strategy": "group"}}
+AUTOROUND_NVFP4 = {"attention_input_activations": {"targets": ["LlamaAttention"], "input_activations": NVFP4}}
+QUARK_FP4 = {**QUARK, "layer_quant_config": {"*k_proj": spec(dtype="fp4")}}
+ORT = {"scales": {"k_scales": [], "v_scales": []}, "qmax": 7}
+# What declares a format that is not supported, and what is said of it.
+UNSUPPORTED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "compressed_tensors": (lambda d: checkpoint(d, OWN, {**COMPRESSED, "kv_cache_scheme": NVFP4}), "num_bits=4"),
+    "groups": (lambda d: checkpoint(d, OWN, GROUPS), "'group'"),
+    "autoround": (lambda d: checkpoint(d, OWN, AUTOROUND_NVFP4), "num_bits=4"),
+    "modelopt": (lambda d: checkpoint(d, PROJECTIONS, {**MODELOPT, "kv_cache_scheme": "NVFP4"}), "format 'NVFP4'"),
+    "modelopt_beside": (lambda d: hf_quant_config(checkpoint(d, PROJECTIONS), "NVFP4"), "format 'NVFP4'"),
+    "quark": (lambda d: checkpoint(d, OUTPUTS, QUARK_FP4), "'fp4'"),
+    "autofp8": (lambda d: checkpoint(d, OWN, {**AUTOFP8, "kv_cache_scheme": "nvfp4"}), "'nvfp4'"),
+    "tgi": (lambda d: checkpoint(d, SHARED, kv_cache_dtype="float8_e3m4"), "'float8_e3m4'"),
+    "tgi_e5m2": (lambda d: checkpoint(d, SHARED, kv_cache_dtype="float8_e5m2"), "fp8_e5m2, which has no scales"),
+    "ascend": (
+        lambda d: write_json(checkpoint(d, {}), "quant_model_description.json", {"kv_cache_type": "C4"}), "type 'C4'",
+    ),
+    "vllm": (lambda d: write_json(d, "kv_cache_scales.json", vllm_json({"0": 0.1, "1": 0.1}, dtype="fp4")), "'fp4'"),
+    "lightllm": (lambda d: write_json(d, "kv_cache_calib.json", lightllm_json(qmax=6.0)), "qmax 6"),
+    "ort_genai": (lambda d: write_json(d, "kv_cache_scales.json", ORT), "qmax 7"),
+    "tensorrt_llm": (lambda d: write_ranks(d, [{TRT + "kv_cache_scaling_factor": [K]}], "FP4"), "format 'FP4'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_a_declared_format_that_is_not_supported(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody asked for its scales, so it is no reason to fail; who names them is told."""
+    make, said = UNSUPPORTED[case]
+    make(tmp_path)
+    model = tiny_llama()
+    model.config._name_or_path = str(tmp_path)
+    with caplog.at_level("WARNING", logger="transformers"):
+        for dtype, stored in (("auto", "int8"), ("fp8", "fp8_e4m3")):
+            cache = QuantizedPagedCache.from_model(model, kv_cache_dtype=dtype)
+            for row in cache.report().layers:
+                assert row.kv_cache_dtype == (stored, stored)
+                assert {source.split(",")[0] for source in row.scales} == {"dynamic"}
+            (note,) = [note for note in cache.report().notes if said in note]
+            assert str(tmp_path) in note
+            assert note.endswith("what it declares is not used, scales are dynamic now")
+    assert caplog.text.count("is not used, scales are dynamic now") == 1
+    for scales in ("checkpoint", tmp_path):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            QuantizedPagedCache.from_model(model, kv_cache_dtype="fp8", scales=scales)
+
+
+def test_what_is_of_no_use_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every generate asks, and an index may have a hundred thousand names."""
+    model = tiny_llama()
+    model.config._name_or_path = str(checkpoint(tmp_path, OWN, GROUPS))
+    caches = [QuantizedPagedCache.from_model(model)]
+    monkeypatch.setattr("hf_kvquant.reading.read_checkpoint", None)
+    caches.append(QuantizedPagedCache.from_model(model))
+    assert caches[0].notes == caches[1].notes
+    monkeypatch.undo()
+    checkpoint(tmp_path, OWN, COMPRESSED)
+    assert QuantizedPagedCache.from_model(model).report().layers[0].scales[0].startswith("checkpoint: ")
+
+
+def test_what_is_broken_is_an_error_though_nobody_asked(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.config._name_or_path = str(checkpoint(tmp_path, {**OWN, f"{PREFIX}.k_scale": [float("nan")]}, COMPRESSED))
+    with pytest.raises(ValueError, match="NaN"):
+        QuantizedPagedCache.from_model(model)
 
 
 def test_unit_scales_are_for_fp8() -> None:

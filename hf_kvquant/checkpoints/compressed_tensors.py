@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from .files import CheckpointFiles
-from .found import Declared
+from .found import Declared, NoUsableScalesError
 from .names import Producer
 
 _STATIC_STRATEGIES = (None, "tensor", "attn_head")
@@ -46,12 +46,12 @@ def _of_attention(quantization: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def read_scheme(scheme: dict[str, Any], path: str) -> tuple[str, bool]:
-    """Format, and whether scales are dynamic. Raises ValueError for what cannot be stored."""
+    """Format, and whether scales are dynamic. Raises NoUsableScalesError for what cannot be stored."""
     bits, kind, strategy = scheme.get("num_bits", 8), scheme.get("type", "int"), scheme.get("strategy")
     dynamic = bool(scheme.get("dynamic", False))
     strategies = _DYNAMIC_STRATEGIES if dynamic else _STATIC_STRATEGIES
     if bits != 8 or kind not in ("float", "int") or strategy not in strategies:
-        raise ValueError(
+        raise NoUsableScalesError(
             f"{path}: kv_cache_scheme with num_bits={bits}, type={kind!r}, strategy={strategy!r} is not supported; "
             "supported are 8 bits, float or int, static per tensor or attn_head, or dynamic per token; "
             "scales='dynamic' with kv_cache_dtype='fp8' or 'int8' works with any model"

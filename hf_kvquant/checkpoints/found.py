@@ -11,7 +11,10 @@ from ..scales import LayerScales
 
 
 class NoUsableScalesError(ValueError):
-    """A checkpoint declares an 8-bit KV cache with static scales, and holds none."""
+    """What a checkpoint declares of its KV cache cannot be had: a format that is not supported, or scales it has not.
+
+    Nothing is broken, so `scales="auto"` goes on without.
+    """
 
 
 @dataclass(frozen=True)

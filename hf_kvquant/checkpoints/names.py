@@ -42,8 +42,8 @@ class Producer:
         name: as it is reported.
         names: pattern of a whole name -> the part it is (see `Found`). Groups: `module`, and `side` if the part has
             `{side}` in it.
-        declared: what the configuration says, or None if it says nothing in this producer's way. Raises ValueError for
-            formats that are not supported.
+        declared: what the configuration says, or None if it says nothing in this producer's way. Raises
+            NoUsableScalesError for formats that are not supported.
         implied: the format where nothing is declared.
     """
 

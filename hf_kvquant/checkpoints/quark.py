@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from .files import CheckpointFiles
-from .found import Declared
+from .found import Declared, NoUsableScalesError
 from .names import Producer
 
 
@@ -30,7 +30,7 @@ def declared(files: CheckpointFiles) -> Declared | None:
             continue
         for spec in specs:
             if spec.get("dtype") != "fp8_e4m3" or spec.get("qscheme") != "per_tensor" or spec.get("is_dynamic"):
-                raise ValueError(
+                raise NoUsableScalesError(
                     f"{files.path}: config.json declares keys and values of dtype {spec.get('dtype')!r}, "
                     f"{spec.get('qscheme')!r}, dynamic {spec.get('is_dynamic')!r}, which is not supported; supported "
                     "is fp8_e4m3 per_tensor; scales='dynamic' with kv_cache_dtype='fp8' or 'int8' works with any model"

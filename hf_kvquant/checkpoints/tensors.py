@@ -10,7 +10,7 @@ import warnings
 
 from . import angelslim, ascend, autofp8, compressed_tensors, mistral, modelopt, quark
 from .files import CheckpointFiles
-from .found import Declared, Found, ScaleSource, Value, Wanted
+from .found import Declared, Found, NoUsableScalesError, ScaleSource, Value, Wanted
 from .names import looks_like_kv_scale, parse
 
 # The most special names and declarations come first; what a file beside config.json declares comes last, as in vLLM.
@@ -52,7 +52,7 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
             warnings.warn(message, stacklevel=2)
         return None
     if declared.kv_cache_dtype == "fp8_e5m2" and names:
-        raise ValueError(
+        raise NoUsableScalesError(
             f"{files.path}: {declared.file} declares fp8_e5m2, which has no scales in checkpoints, but there are some; "
             "use scales='dynamic'"
         )
