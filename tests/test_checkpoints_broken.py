@@ -96,6 +96,13 @@ def _quark(directory: Path) -> None:
     write(directory, names, config={**HEADS, "quantization_config": quark})
 
 
+def _angelslim(directory: Path) -> None:
+    names = {f"{PREFIX.format(i)}.v_cache.scale": torch.ones(2) for i in range(2)}
+    schemes = {"k_quant": "dynamic", "v_quant": "static"}
+    sides = {side: {"dtype": "fp8_e4m3", "scheme": scheme} for side, scheme in schemes.items()}
+    write(directory, names, config={**HEADS, "attn_quant_config": {"kv_cache_quant": sides}})
+
+
 def _attention_group(directory: Path) -> None:
     group = {"targets": ["LlamaAttention"], "weights": None, "input_activations": FP8}
     config = {**HEADS, "quantization_config": {"config_groups": {"group_0": group}}}
@@ -143,6 +150,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "sharded": _sharded,
     "modelopt": _modelopt,
     "quark": _quark,
+    "angelslim": _angelslim,
     "attention_group": _attention_group,
     "ascend": _ascend,
     "tensorrt_llm": _tensorrt_llm,

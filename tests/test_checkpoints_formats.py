@@ -138,11 +138,17 @@ def test_undeclared(tmp_path: Path, names: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantization", "is_noted"), [(QUARK, True), ({**QUARK, "kv_cache_post_rope": True}, False), (AUTOFP8, True)]
+    ("names", "quantization", "is_noted"),
+    [
+        (OUTPUTS, QUARK, True),
+        (OUTPUTS, {**QUARK, "kv_cache_post_rope": True}, False),
+        (OUTPUTS, AUTOFP8, True),
+        (CACHES, AUTOFP8, False),  # whose names say that AngelSlim measured them
+    ],
 )
-def test_keys_measured_before_rotation(tmp_path: Path, quantization: Any, is_noted: bool) -> None:
+def test_keys_measured_before_rotation(tmp_path: Path, names: Any, quantization: Any, is_noted: bool) -> None:
     """Such scales are what servers use too; they may clip a little, and the report says so."""
-    found = read(checkpoint(tmp_path, OUTPUTS, quantization))
+    found = read(checkpoint(tmp_path, names, quantization))
     assert any("before their rotary embedding" in note for note in found.notes) == is_noted
 
 
@@ -404,6 +410,35 @@ def test_angelslim_in_a_file_of_its_own(tmp_path: Path) -> None:
         found = read(directory)
         assert [layer.k_scale.item() for layer in layers_of(found)] == [K, 2 * K]
         assert found.sources[0]["k_scale"].file == "kv_cache_scales.safetensors"
+
+
+def angelslim(**schemes: str) -> dict[str, Any]:
+    sides = {f"{side}_quant": {"dtype": "fp8_e4m3", "scheme": scheme} for side, scheme in schemes.items()}
+    return {"kv_cache_quant": {"dtype": "fp8_e4m3", **sides}, "q_quant": {"dtype": "fp8_e4m3", "scheme": "dynamic"}}
+
+
+@pytest.mark.parametrize("dynamic", ["", "k", "v", "kv"])
+def test_angelslims_own_declaration(tmp_path: Path, dynamic: str) -> None:
+    """K and V are declared apart; a side that is meant to be dynamic has no scales, which is nothing to warn of."""
+    schemes = {side: "dynamic" if side in dynamic else "static" for side in "kv"}
+    names = {name: value for name, value in CACHES.items() if name.split(".")[-2][0] not in dynamic}
+    quantization = {**AUTOFP8, "kv_cache_scheme": "static" if names else None}
+    found = read(checkpoint(tmp_path, names, quantization, attn_quant_config=angelslim(**schemes)))
+    assert (found.producer, found.kv_cache_dtype, found.dynamic) == ("angelslim", "fp8_e4m3", dynamic == "kv")
+    assert found.notes == [f"config.json asks for dynamic scales of {side.upper()}" for side in dynamic if names]
+    row = QuantizedPagedCache(llama_config(), checkpoint=found).report().layers[1]
+    assert row.kv_cache_dtype == ("fp8_e4m3", "fp8_e4m3")
+    assert row.scales == tuple(
+        "dynamic" if side in dynamic else f"checkpoint: {PREFIX.format(1)}.{side}_cache.scale" for side in "kv"
+    )
+
+
+@pytest.mark.parametrize("missing", ["k", "v"])
+def test_angelslim_that_lacks_what_it_declares(tmp_path: Path, missing: str) -> None:
+    names = {name: value for name, value in CACHES.items() if f".{missing}_cache." not in name}
+    checkpoint(tmp_path, names, AUTOFP8, attn_quant_config=angelslim(k="static", v="static"))
+    with pytest.warns(UserWarning, match=f"no {missing}_scale; {missing.upper()} is dynamic there"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -898,6 +933,9 @@ UNSUPPORTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "modelopt": (lambda d: checkpoint(d, PROJECTIONS, {**MODELOPT, "kv_cache_scheme": "NVFP4"}), "format 'NVFP4'"),
     "modelopt_beside": (lambda d: hf_quant_config(checkpoint(d, PROJECTIONS), "NVFP4"), "format 'NVFP4'"),
     "quark": (lambda d: checkpoint(d, OUTPUTS, QUARK_FP4), "'fp4'"),
+    "angelslim": (
+        lambda d: checkpoint(d, CACHES, AUTOFP8, attn_quant_config=angelslim(k="static", v="block")), "scheme 'block'",
+    ),
     "autofp8": (lambda d: checkpoint(d, OWN, {**AUTOFP8, "kv_cache_scheme": "nvfp4"}), "'nvfp4'"),
     "tgi": (lambda d: checkpoint(d, SHARED, kv_cache_dtype="float8_e3m4"), "'float8_e3m4'"),
     "tgi_e5m2": (lambda d: checkpoint(d, SHARED, kv_cache_dtype="float8_e5m2"), "fp8_e5m2, which has no scales"),

@@ -59,12 +59,12 @@ def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -
     declared = found.declared
     dynamic = declared.dynamic
     modules = _modules_of_layers(files, found, model)
-    notes = [*files.broken, *found.notes]
+    notes = [*files.broken, *found.notes, *declared.unused.values()]
     ignored = [*found.ignored, *_surplus(found, modules), *_beside(files, found)]
     layers: list[LayerScales | None] = [None] * len(modules)
     sources: list[dict[str, ScaleSource]] = [{} for _ in modules]
     if not declared.dynamic:
-        reader = LayerReader(files.path, found.ranks, found.shaped, found.one_sided, notes)
+        reader = LayerReader(files.path, found.ranks, found.shaped, found.one_sided, declared.unused.keys(), notes)
         for index, (module, parts) in enumerate(modules):
             read = reader.read(module, parts, _num_kv_heads(files, model, index))
             if read is not None:

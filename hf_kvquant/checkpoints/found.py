@@ -93,6 +93,7 @@ class Declared:
         dynamic: scales are computed at run time.
         means_one: this producer leaves scales out where it means 1.0.
         before_rotation: this producer measures keys before their rotary embedding.
+        unused: `k`, `v` or `q` (the query) -> in words why static scales of it are not used; it is dynamic.
     """
 
     producer: str
@@ -101,6 +102,7 @@ class Declared:
     dynamic: bool = False
     means_one: bool = False
     before_rotation: bool = False
+    unused: Mapping[str, str] = field(default_factory=dict)
 
 
 # A value as it lies in a file, and where.

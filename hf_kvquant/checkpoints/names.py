@@ -45,12 +45,14 @@ class Producer:
         declared: what the configuration says, or None if it says nothing in this producer's way. Raises
             NoUsableScalesError for formats that are not supported.
         implied: the format where nothing is declared.
+        after_rotation: whoever has these names measures keys after their rotary embedding, however it is declared.
     """
 
     name: str
     names: Mapping[str, str]
     declared: Callable[[CheckpointFiles], Declared | None]
     implied: str = "fp8_e4m3"
+    after_rotation: bool = False
 
 
 def parse(name: str, producers: tuple[Producer, ...]) -> tuple[Producer, str, str] | None:

@@ -7,6 +7,7 @@ producer and the declaration of another.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 from . import angelslim, ascend, autofp8, compressed_tensors, mistral, modelopt, quark
 from .files import CheckpointFiles
@@ -17,9 +18,9 @@ from .names import looks_like_kv_scale, parse
 PRODUCERS = (
     modelopt.PRODUCER,
     quark.PRODUCER,
+    angelslim.PRODUCER,
     autofp8.PRODUCER,
     ascend.PRODUCER,
-    angelslim.PRODUCER,
     mistral.PRODUCER,
     compressed_tensors.PRODUCER,
     modelopt.BESIDE,
@@ -46,6 +47,8 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
         names[module][part] = name
         implied = Declared(producer.name, None, producer.implied)
         declared = declared or implied
+        if producer.after_rotation:
+            declared = replace(declared, before_rotation=False)
     if declared is None:
         if ignored:
             message = f"{files.path} holds {ignored[0]}, which looks like a KV scale of no known format; it is not used"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ class LayerReader:
         ranks: values are one per tensor-parallel rank.
         shaped: values are `[H, 1]` or `[H, D]` already.
         one_sided: a side without a scale is meant to be dynamic.
+        unused: sides whose scales are left out (`k`, `v`, `q`).
         notes: what had to be decided; is added to.
         suspicious: those of the notes that deserve a warning.
     """
@@ -32,6 +33,7 @@ class LayerReader:
     ranks: bool = False
     shaped: bool = False
     one_sided: bool = False
+    unused: Collection[str] = ()
     notes: list[str] = field(default_factory=list)
     suspicious: list[str] = field(default_factory=list)
 
@@ -50,7 +52,7 @@ class LayerReader:
         scales: dict[str, torch.Tensor] = {}
         for side in "kv":
             value = parts.get(f"{side}_scale") or parts.get("kv_scale")
-            if value is None:
+            if value is None or side in self.unused:
                 continue
             scale = numbers(value)
             if bool((scale > 0).all()):
@@ -59,13 +61,13 @@ class LayerReader:
         if not scales:
             return None
         for side, other in (("k", "v"), ("v", "k")):
-            if side not in scales:
+            if side not in scales and side not in self.unused:
                 message = f"{module} has a usable {other}_scale but no {side}_scale; {side.upper()} is dynamic there"
                 self.notes.append(message)
                 if not self.one_sided:
                     self.suspicious.append(message)
         zeros = {side: self._zero(side, parts, scale, numbers, used) for side, scale in scales.items()}
-        q_scale = self._q_scale(parts, used) if "k" in scales else None
+        q_scale = self._q_scale(parts, used) if "k" in scales and "q" not in self.unused else None
         try:
             layer = LayerScales(scales.get("k"), scales.get("v"), q_scale, zeros.get("k"), zeros.get("v"))
         except ValueError as error:  # a product of two numbers may be infinite
