@@ -92,6 +92,8 @@ def _quark(directory: Path) -> None:
         "quant_method": "quark",
         "export": {"kv_cache_group": ["*k_proj"]},
         "layer_quant_config": {"*k_proj": spec},
+        "algo_config": [{"name": "rotation", "r3": True}],
+        "kv_cache_post_rope": True,
     }
     write(directory, names, config={**HEADS, "quantization_config": quark})
 
@@ -105,7 +107,8 @@ def _angelslim(directory: Path) -> None:
 
 def _attention_group(directory: Path) -> None:
     group = {"targets": ["LlamaAttention"], "weights": None, "input_activations": FP8}
-    config = {**HEADS, "quantization_config": {"config_groups": {"group_0": group}}}
+    transform = {"config_groups": {"R3": {"apply": [{"location": "k_cache"}]}}}
+    config = {**HEADS, "quantization_config": {"config_groups": {"group_0": group}, "transform_config": transform}}
     write(directory, scales_of_layers(), config=config)
 
 

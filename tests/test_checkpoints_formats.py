@@ -159,6 +159,44 @@ def test_query_scales(tmp_path: Path) -> None:
         assert found.sources[1]["q_scale"].key == f"{PREFIX}.{name}".format(1)
 
 
+def transformed(*locations: str) -> dict[str, Any]:
+    """What compressed-tensors writes of SpinQuant's R3."""
+    applied = [{"targets": ["re:.*self_attn$"], "location": location, "inverse": False} for location in locations]
+    return {"config_groups": {"R1": {"type": "hadamard", "apply": []}, "R3": {"type": "hadamard", "apply": applied}}}
+
+
+@pytest.mark.parametrize(
+    ("locations", "used"),
+    [
+        (["weight_output", "input"], {"k_scale", "v_scale", "q_scale"}),
+        (["q_attn"], {"k_scale", "v_scale"}),
+        (["q_attn", "k_cache"], {"v_scale"}),
+        (["v_cache"], {"k_scale", "q_scale"}),
+        (["k_cache", "v_cache"], set()),
+    ],
+    ids=["weights", "q", "k", "v", "both"],
+)
+def test_scales_of_transformed_numbers(tmp_path: Path, locations: list[str], used: set[str]) -> None:
+    """Nobody transforms K or V on their way into this cache, so such scales have the wrong range."""
+    quantization = {**COMPRESSED, "transform_config": transformed(*locations)}
+    found = read(checkpoint(tmp_path, {**OWN, f"{PREFIX}.q_scale": 0.75}, quantization))
+    assert [set(sources) for sources in found.sources] == [used, used]
+    assert [set() if layer is None else set(layer.to_dict()) for layer in found.layers] == [used, used]
+    assert found.dynamic == (not used)
+    of_sides = [location for location in locations if location.endswith(("cache", "attn"))]
+    said = [note for note in found.notes if "which transformers does not do; its scales are not used" in note]
+    assert sorted(re.findall(r"transform_config: (\w+)", "".join(said))) == sorted(of_sides)
+    row = QuantizedPagedCache(llama_config(), checkpoint=found).report().layers[0]
+    assert row.kv_cache_dtype == ("fp8_e4m3", "fp8_e4m3")
+    assert [source == "dynamic" for source in row.scales] == [f"{side}_scale" not in used for side in "kv"]
+
+
+def test_a_scale_for_both_of_which_one_is_transformed(tmp_path: Path) -> None:
+    quantization = {**COMPRESSED, "transform_config": transformed("k_cache")}
+    layers = layers_of(read(checkpoint(tmp_path, SHARED, quantization)))
+    assert [(layer.k_scale, layer.v_scale.tolist()) for layer in layers] == [(None, [K]), (None, [2 * K])]
+
+
 # -- NVIDIA ModelOpt ---------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +333,25 @@ def test_quark_aliases_are_one_module(tmp_path: Path) -> None:
     found = read(checkpoint(tmp_path, {**OUTPUTS, **aliases}, QUARK))
     assert [layer.v_scale.item() for layer in layers_of(found)] == [V, 2 * V]
     assert len(found.ignored) == 4
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "post_rope", "is_rotated"),
+    [
+        ([{"name": "gptq"}, {"name": "rotation", "r1": True, "r3": True}], True, True),
+        ({"name": "rotation", "r3": True}, True, True),
+        ({"name": "quarot"}, True, True),
+        ([{"name": "rotation", "r1": True, "r3": False}], True, False),
+        ([{"name": "rotation", "r3": True}], False, False),  # measured at the projection, before all of that
+        (None, True, False),
+    ],
+)
+def test_quark_with_rotated_keys(tmp_path: Path, algorithms: Any, post_rope: bool, is_rotated: bool) -> None:
+    quantization = {**QUARK_NEW, "algo_config": algorithms, "kv_cache_post_rope": post_rope}
+    found = read(checkpoint(tmp_path, OUTPUTS, quantization))
+    assert [layer.k_scale is None for layer in layers_of(found)] == [is_rotated] * 2
+    assert [layer.v_scale.tolist() for layer in layers_of(found)] == [[V], [2 * V]]
+    assert any("algo_config: r3" in note for note in found.notes) == is_rotated
 
 
 def test_quark_without_a_cache(tmp_path: Path) -> None:

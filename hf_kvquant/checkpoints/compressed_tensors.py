@@ -3,8 +3,9 @@
 Declared by `quantization_config.kv_cache_scheme` in config.json, or by a group (`config_groups`; AutoRound:
 `attention_input_activations`) that quantizes the inputs of attention modules. Strategy `tensor` has scales of shape
 [1], `attn_head` [num_kv_heads, 1, 1] (AutoRound: [num_kv_heads]); zero points are in steps of the scale. Up to version
-0.5 the scales are `k_proj.output_scale` and `v_proj.output_scale`, measured before the rotary embedding.
-Source: the compressed-tensors project, `quantization/quant_args.py` and `modeling/kvcache.py`.
+0.5 the scales are `k_proj.output_scale` and `v_proj.output_scale`, measured before the rotary embedding. Where
+`transform_config` transforms what is cached (SpinQuant's R3), they are those of transformed numbers.
+Source: the compressed-tensors project, `quantization/quant_args.py`, `modeling/kvcache.py` and `transform`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 from .files import CheckpointFiles
-from .found import Declared, NoUsableScalesError
+from .found import Declared, NoUsableScalesError, not_transformed
 from .names import Producer
 
 _STATIC_STRATEGIES = (None, "tensor", "attn_head")
 _DYNAMIC_STRATEGIES = (None, "tensor", "token", "attn_head")
+# Where a transform is applied -> whose numbers it changes.
+_LOCATIONS = {"k_cache": "k", "v_cache": "v", "q_attn": "q"}
 
 
 def declared(files: CheckpointFiles) -> Declared | None:
@@ -26,8 +29,27 @@ def declared(files: CheckpointFiles) -> Declared | None:
         scheme = scheme if isinstance(scheme, dict) else _of_attention(quantization)
         if scheme is not None:
             name, dynamic = read_scheme(scheme, files.path)
-            return Declared("compressed-tensors", "config.json", name, dynamic)
+            transformed = {} if dynamic else _transformed(quantization)
+            dynamic = dynamic or {"k", "v"} <= transformed.keys()
+            return Declared("compressed-tensors", "config.json", name, dynamic, unused=transformed)
     return None
+
+
+def _transformed(quantization: dict[str, Any]) -> dict[str, str]:
+    """What is transformed on its way to the cache or to its keys, as `Declared.unused`."""
+    config = quantization.get("transform_config")
+    groups = config.get("config_groups") if isinstance(config, dict) else None
+    locations = set()
+    for group in groups.values() if isinstance(groups, dict) else ():
+        applied = group.get("apply") if isinstance(group, dict) else None
+        for entry in applied if isinstance(applied, list) else ():
+            if isinstance(entry, dict):
+                locations.add(str(entry.get("location")))
+    return {
+        side: not_transformed(side, f"transform_config: {location}")
+        for location, side in _LOCATIONS.items()
+        if location in locations
+    }
 
 
 def _of_attention(quantization: dict[str, Any]) -> dict[str, Any] | None:

@@ -105,6 +105,12 @@ class Declared:
     unused: Mapping[str, str] = field(default_factory=dict)
 
 
+def not_transformed(side: str, where: str) -> str:
+    """Why static scales of `k`, `v` or `q` are not used if config.json has them transformed, as `where` says."""
+    what = {"k": "K", "v": "V", "q": "the query"}[side]
+    return f"config.json has {what} transformed ({where}), which transformers does not do; its scales are not used"
+
+
 # A value as it lies in a file, and where.
 Value = tuple[ScaleSource, torch.Tensor]
 # Part -> value. Parts: `k_scale`, `v_scale`, `kv_scale` (for both), `q_scale`; `k_zero_point`, `v_zero_point`
