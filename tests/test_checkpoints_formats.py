@@ -441,12 +441,27 @@ def test_autoround_heads_are_flat_and_unused_ones_zero(tmp_path: Path) -> None:
     assert found.layers[1] is None
 
 
-@pytest.mark.parametrize("target", ["LlamaAttention", "re:.*self_attn$", "re:model[.]layers[.].*[.]attn"])
-def test_attention_modules_by_class_or_pattern(tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("LlamaAttention", "int8"),
+        ("re:.*self_attn$", "int8"),
+        ("re:model[.]layers[.].*[.]attn", "int8"),
+        ("re:.*(self_attn|attention)$", "int8"),  # what compressed-tensors has for a kv_cache_scheme
+        ("re:.*(?:attn|mixer)$", "int8"),
+        ("re:.*self_attn.*", "int8"),
+        ("Linear", "fp8_e4m3"),
+        ("re:.*(self_attn|attention)[.]o_proj$", "fp8_e4m3"),
+        ("re:.*attn[.](q|k|v)_proj", "fp8_e4m3"),
+        ("re:.*attn[.](qkv_proj)$", "fp8_e4m3"),
+        ("re:((a+)+)+$(", "fp8_e4m3"),
+    ],
+)
+def test_attention_modules_by_class_or_pattern(tmp_path: Path, target: str, name: str) -> None:
     group = {"targets": [target], "weights": None, "input_activations": {**FP8, "type": "int"}}
-    quantization = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    quantization = {"quant_method": "compressed-tensors", "kv_cache_scheme": None, "config_groups": {"group_0": group}}
     found = read(checkpoint(tmp_path, OWN, quantization))
-    assert (found.kv_cache_dtype, found.notes) == ("int8", [])
+    assert (found.kv_cache_dtype, bool(found.notes)) == (name, name == "fp8_e4m3")
 
 
 def test_flat_values_without_the_number_of_heads(tmp_path: Path) -> None:

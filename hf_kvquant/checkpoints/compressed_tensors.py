@@ -60,11 +60,20 @@ def _of_attention(quantization: dict[str, Any]) -> dict[str, Any] | None:
         if not isinstance(group, dict) or group.get("weights") is not None:
             continue
         targets, scheme = group.get("targets"), group.get("input_activations")
-        # The name of a class, or a pattern of paths: re:.*self_attn$
-        ends = [str(target).lower().removesuffix("$") for target in targets] if isinstance(targets, list) else []
-        if any(end.endswith(("attention", "attn")) for end in ends) and isinstance(scheme, dict):
+        names = targets if isinstance(targets, list) else []
+        if any(_is_attention(str(name)) for name in names) and isinstance(scheme, dict):
             return scheme
     return None
+
+
+def _is_attention(target: str) -> bool:
+    """Whether a target is the name of a class of attention, or a pattern of its paths: `re:.*(self_attn|attention)$`.
+
+    Patterns are compared as text: one that comes from a file may be broken, or take forever.
+    """
+    text = target.lower().removesuffix("$").removesuffix(".*")
+    ends = text[text.rfind("(") + 1 : -1].split("|") if text.endswith(")") else [text]
+    return any(end.endswith(("attention", "attn")) for end in ends)
 
 
 def read_scheme(scheme: dict[str, Any], path: str) -> tuple[str, bool]:
