@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .checkpoints import CheckpointScales, ModelLayers
+from .checkpoints import CheckpointScales, ModelLayers, names_like_scales
 from .hosts import model_layers
 from .policy import large_scale
 from .reading import read_scales
@@ -61,7 +61,7 @@ class Inspection:
 
     def __str__(self) -> str:
         if self.producer is None:
-            lines = [f"{self.path}: no KV scales, and none declared"]
+            lines = [f"{self.path}: no {'usable ' if self.ignored else ''}KV scales, and none declared"]
         else:
             kind = "asks for dynamic scales" if self.dynamic else f"scales of {len(self.layers)} layers"
             dtype = self.kv_cache_dtype or "no declared format"
@@ -95,7 +95,7 @@ def inspect_scales(
     layers = _layers_of(source if model is None else model, revision, needed=model is not None)
     found = read_scales(source, layers, revision=revision)
     if found is None:
-        return Inspection(str(source))
+        return Inspection(str(source), ignored=names_like_scales(source, revision=revision))
     return Inspection(
         found.path,
         found.producer,

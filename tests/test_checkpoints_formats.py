@@ -380,6 +380,17 @@ def test_unknown_names_alone_are_warned_of(tmp_path: Path, name: str) -> None:
         assert read_scales(checkpoint(tmp_path, {f"{PREFIX}.{name}": 1.0}), PATHS) is None
 
 
+def test_scales_of_unknown_width_are_not_used(tmp_path: Path) -> None:
+    """What nothing declares is not guessed: whether Gemma's are for 8 or for 4 bits."""
+    names = {f"model.language_model.layers.{{}}.self_attn.{side}_cache_scale": 0.05 for side in "kv"}
+    checkpoint(tmp_path, names, {"quant_method": "gemma", "num_bits": 4})
+    model = tiny_llama()
+    model.config._name_or_path = str(tmp_path)
+    with pytest.warns(UserWarning, match="k_cache_scale, a scale of Google's .* nothing declares; it is not used"):
+        cache = QuantizedPagedCache.from_model(model)
+    assert cache.report().layers[0].scales[0].startswith("dynamic")
+
+
 # -- AutoFP8, TGI ------------------------------------------------------------------------------------------------------
 
 

@@ -207,6 +207,17 @@ def test_inspect_nothing(base: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(run(capsys, "inspect", base, "--json"))["producer"] is None
 
 
+def test_inspect_names_of_no_known_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"model.layers.{index}.self_attn.{side}_cache_scale" for index in range(2) for side in "kv"]
+    save_file({name: torch.ones(1) for name in (*names, "lm_head.weight")}, tmp_path / "model.safetensors")
+    assert run(capsys, "inspect", tmp_path).splitlines() == [
+        f"{tmp_path}: no usable KV scales, and none declared",
+        *(f"ignored: {name}" for name in names),
+    ]
+    found = json.loads(run(capsys, "inspect", tmp_path, "--json"))
+    assert (found["producer"], found["layers"], found["ignored"]) == (None, [], names)
+
+
 @pytest.mark.parametrize(
     ("pairs", "expected"),
     [

@@ -55,6 +55,12 @@ def read_checkpoint(
     return None
 
 
+def names_like_scales(source: str | os.PathLike[str], *, revision: str | None = None) -> list[str]:
+    """The names of tensors that look like KV scales, read or not."""
+    files = CheckpointFiles.find(source, revision, only_scales=True)
+    return [name for name in files.names if looks_like_kv_scale(name)]
+
+
 def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -> CheckpointScales | None:
     declared = found.declared
     dynamic = declared.dynamic
@@ -170,4 +176,7 @@ def _fill_with_ones(
     notes.append(f"{files.path} holds no KV scales; {declared.producer} means 1.0 by that")
 
 
-__all__ = ["CheckpointScales", "ModelLayers", "NoUsableScalesError", "ScaleSource", "Wanted", "read_checkpoint"]
+__all__ = [
+    "CheckpointScales", "ModelLayers", "NoUsableScalesError", "ScaleSource", "Wanted", "names_like_scales",
+    "read_checkpoint",
+]  # fmt: skip

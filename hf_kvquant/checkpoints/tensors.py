@@ -25,6 +25,8 @@ PRODUCERS = (
     compressed_tensors.PRODUCER,
     modelopt.BESIDE,
 )
+# quant_method -> what is known of its scales under names of no producer.
+_UNREAD = {"gemma": "a scale of Google's quantization-aware training, for 8 or for 4 bits, which nothing declares"}
 
 
 def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
@@ -51,8 +53,11 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
             declared = replace(declared, before_rotation=False)
     if declared is None:
         if ignored:
-            message = f"{files.path} holds {ignored[0]}, which looks like a KV scale of no known format; it is not used"
-            warnings.warn(message, stacklevel=2)
+            methods = [str(quantization.get("quant_method")) for quantization in files.quantizations()]
+            known = (_UNREAD[method] for method in methods if method in _UNREAD)
+            what = next(known, "which looks like a KV scale of no known format")
+            outcome = "it is not used, and scales are dynamic unless others are given"
+            warnings.warn(f"{files.path} holds {ignored[0]}, {what}; {outcome}", stacklevel=2)
         return None
     if declared.kv_cache_dtype == "fp8_e5m2" and names:
         raise NoUsableScalesError(
