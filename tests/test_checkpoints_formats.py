@@ -152,6 +152,13 @@ def test_keys_measured_before_rotation(tmp_path: Path, names: Any, quantization:
     assert any("before their rotary embedding" in note for note in found.notes) == is_noted
 
 
+def test_keys_without_a_scale_were_not_measured_at_all(tmp_path: Path) -> None:
+    names = {name: value for name, value in OUTPUTS.items() if "v_proj" in name}
+    with pytest.warns(UserWarning, match="K is dynamic there"):
+        found = read(checkpoint(tmp_path, names, QUARK))
+    assert not any("before their rotary embedding" in note for note in found.notes)
+
+
 def test_query_scales(tmp_path: Path) -> None:
     for index, (names, name) in enumerate(((OWN, "q_scale"), (OUTPUTS, "q_proj.output_scale"), (CACHES, "q.scale"))):
         found = read(checkpoint(tmp_path / str(index), {**names, f"{PREFIX}.{name}": 0.75}))
