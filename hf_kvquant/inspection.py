@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .checkpoints import CheckpointScales, ModelLayers
+from .checkpoints import CheckpointScales, ModelLayers, names_like_scales
 from .hosts import model_layers
 from .policy import large_scale
 from .reading import read_scales
@@ -61,7 +61,7 @@ class Inspection:
 
     def __str__(self) -> str:
         if self.producer is None:
-            lines = [f"{self.path}: no KV scales, and none declared"]
+            lines = [f"{self.path}: no {'usable ' if self.ignored else ''}KV scales, and none declared"]
         else:
             kind = "asks for dynamic scales" if self.dynamic else f"scales of {len(self.layers)} layers"
             dtype = self.kv_cache_dtype or "no declared format"
@@ -71,7 +71,7 @@ class Inspection:
             rows: list[tuple[str, ...]] = [("layer", *fields, "per", "from")]
             for layer in self.layers:
                 values = [_range(layer.ranges.get(name)) for name in fields]
-                granularity = pair((layer.granularity["k_scale"], layer.granularity["v_scale"]))
+                granularity = pair((layer.granularity.get("k_scale", "-"), layer.granularity.get("v_scale", "-")))
                 sources = pair((layer.sources.get("k_scale", "-"), layer.sources.get("v_scale", "-")))
                 rows.append((str(layer.layer), *values, granularity, sources))
             lines.append(table(rows))
@@ -95,7 +95,7 @@ def inspect_scales(
     layers = _layers_of(source if model is None else model, revision, needed=model is not None)
     found = read_scales(source, layers, revision=revision)
     if found is None:
-        return Inspection(str(source))
+        return Inspection(str(source), ignored=names_like_scales(source, revision=revision))
     return Inspection(
         found.path,
         found.producer,
@@ -141,7 +141,7 @@ def _range(values: tuple[float, float] | None) -> str:
 def _suspicious(found: CheckpointScales) -> list[str]:
     """What a user should look at; nothing of it is an error."""
     layers = {index: layer for index, layer in enumerate(found.layers) if layer is not None}
-    values = {index: torch.cat([layer.k_scale.flatten(), layer.v_scale.flatten()]) for index, layer in layers.items()}
+    values = {index: torch.cat([scale.flatten() for scale in layer.of_sides]) for index, layer in layers.items()}
     if not values:
         return []
     if all(bool((scales == 1).all()) for scales in values.values()):
@@ -153,7 +153,7 @@ def _suspicious(found: CheckpointScales) -> list[str]:
     for index, scales in values.items():
         low, high = scales.min().item(), scales.max().item()
         for side, scale in (("K", layers[index].k_scale), ("V", layers[index].v_scale)):
-            if risk := large_scale(found.kv_cache_dtype, scale):
+            if scale is not None and (risk := large_scale(found.kv_cache_dtype, scale)):
                 remarks.append(f"layer {index}: {side}: {risk}")
         if low < usual / _FAR or high > usual * _FAR:
             remarks.append(f"layer {index}: scales from {low:.3g} to {high:.3g}, where {usual:.3g} is usual")

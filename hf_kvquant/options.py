@@ -41,10 +41,10 @@ def find_checkpoint(model: PreTrainedModel, kvquant: KVQuantConfig, notes: list[
         notes.append(f"no KV scales were looked for: {error}; name a checkpoint with scales=... if it has some")
         return None
     except NoUsableScalesError as error:
-        # A model that was loaded without them and saved again declares them still.
+        # Nobody asked for it: a format that is not supported, or what a model declares still that was saved without it.
         if kvquant.scales != "auto":
             raise
-        note = f"{error}; scales are dynamic now"
+        note = f"{error}; what it declares is not used, scales are dynamic now"
         logger.warning_once(f"{note}.")
         notes.append(note)
         return None

@@ -128,8 +128,9 @@ def plan_layers(
         sides = []
         for side, name, source in zip("kv", formats, sources, strict=True):
             declared = checkpoint.kv_cache_dtype if checkpoint is not None else None
-            if scales is not None and declared in (None, name):
-                plan = _static_plan(name, side, scales, source)
+            scale = None if scales is None else getattr(scales, f"{side}_scale")
+            if scale is not None and declared in (None, name):
+                plan = _static_plan(name, source, scale, getattr(scales, f"{side}_zero"))
             else:
                 plan = _plan_without_scales(config, name)
             bias = (key_biases or {}).get(index) if side == "k" else None
@@ -281,10 +282,8 @@ def _checkpoint_scales(
     ]
 
 
-def _static_plan(name: str, side: str, scales: LayerScales, source: str) -> SidePlan:
-    if not get_format(name).is_quantized:
-        return UNQUANTIZED
-    return SidePlan(name, "static", source, getattr(scales, f"{side}_scale"), getattr(scales, f"{side}_zero"))
+def _static_plan(name: str, source: str, scale: torch.Tensor, zero: torch.Tensor | None) -> SidePlan:
+    return SidePlan(name, "static", source, scale, zero) if get_format(name).is_quantized else UNQUANTIZED
 
 
 def _plan_without_scales(config: KVQuantConfig, name: str) -> SidePlan:

@@ -11,15 +11,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .checkpoints import CheckpointScales, ModelLayers, Wanted, read_checkpoint
+from .checkpoints import CheckpointScales, ModelLayers, NoUsableScalesError, Wanted, read_checkpoint
 from .checkpoints.snapshots import loaded_commits
 from .hosts import checkpoint_of, model_layers, without_wrapper
 
 logger = logging.get_logger(__name__)
 
-# What was read for a model's own checkpoint, and from which state of it: every `generate` asks, and the names of a
-# hundred thousand tensors take seconds.
-_own: WeakKeyDictionary[PreTrainedModel, tuple[Hashable, CheckpointScales | None]] = WeakKeyDictionary()
+# What was read for a model's own checkpoint, or why it is of no use, and from which state of it: every `generate` asks,
+# and the names of a hundred thousand tensors take seconds.
+_own: WeakKeyDictionary[PreTrainedModel, tuple[Hashable, CheckpointScales | str | None]] = WeakKeyDictionary()
 
 
 def read_scales(
@@ -69,13 +69,19 @@ def _read_own(
     asked = (path, state, fetch, kv_cache_dtype, granularity)
     if known is None or state is None or known[0] != asked:
         wanted = Wanted(model_layers(model), kv_cache_dtype, granularity)
-        found = read_checkpoint(path, wanted, revision=revision, fetch=fetch)
+        try:
+            found = read_checkpoint(path, wanted, revision=revision, fetch=fetch)
+        except NoUsableScalesError as error:
+            _own[model] = (asked, str(error))
+            raise
         has_config = not os.path.isdir(path) or os.path.exists(os.path.join(path, "config.json"))
         if found is None and not fetch and not has_config:
             raise FileNotFoundError(f"{path} has no config.json, so the model may come from a folder in it")
         if found is not None and revision is not None and getattr(model.config, "_commit_hash", None) is None:
             _warn_of_others(found, path, revision, wanted)
         _own[model] = known = (asked, found)
+    if isinstance(known[1], str):
+        raise NoUsableScalesError(known[1])
     return known[1]
 
 

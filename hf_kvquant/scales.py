@@ -20,15 +20,17 @@ class LayerScales:
     """Scales and zeros of K and V of one layer, fp32.
 
     Attributes:
-        k_scale, v_scale: `[1]`, `[H]` or `[H, D]`, finite and positive; a 0-d tensor or a number counts as `[1]`.
+        k_scale, v_scale: `[1]`, `[H]` or `[H, D]`, finite and positive; a 0-d tensor or a number counts as `[1]`. One
+            of them may be None: that side gets dynamic scales.
         q_scale: `[1]` or `[Hq]`, one per query head, for queries in fp8 (`q_dtype`); or None.
         k_zero, v_zero: finite, same shapes, or None for symmetric quantization.
 
-    Raises ValueError naming the field for values that are NaN, infinite, zero or negative, or of another rank.
+    Raises ValueError naming the field for values that are NaN, infinite, zero or negative, or of another rank, for a
+    zero without its scale, and for a q_scale without a k_scale, beside which alone it is used.
     """
 
-    k_scale: torch.Tensor
-    v_scale: torch.Tensor
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
     q_scale: torch.Tensor | None = None
     k_zero: torch.Tensor | None = None
     v_zero: torch.Tensor | None = None
@@ -40,11 +42,19 @@ class LayerScales:
             tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
             _check_values(name, tensor, positive=name.endswith("scale"))
             object.__setattr__(self, name, tensor)
-        if self.k_scale is None or self.v_scale is None:
-            raise ValueError("LayerScales needs both k_scale and v_scale")
+        if self.k_scale is None and self.v_scale is None:
+            raise ValueError("LayerScales needs k_scale or v_scale; a layer without either is None instead of it")
+        for name, needed in (("k_zero", "k_scale"), ("v_zero", "v_scale"), ("q_scale", "k_scale")):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise ValueError(f"LayerScales has {name}, but no {needed}, without which it means nothing; give both")
 
     def _given(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None)
+
+    @property
+    def of_sides(self) -> list[torch.Tensor]:
+        """The scales of K and of V, without one that is None."""
+        return [scale for scale in (self.k_scale, self.v_scale) if scale is not None]
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> LayerScales:

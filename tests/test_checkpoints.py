@@ -228,9 +228,10 @@ def test_scales_of_weights_are_not_scales_of_the_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["k", "v"])
 @pytest.mark.parametrize("how", ["absent", "zero", "negative"])
-def test_one_side_missing_takes_the_other(tmp_path: Path, missing: str, how: str) -> None:
-    """Zero and negative are what some tools write for "not set"."""
+def test_a_side_without_a_scale_is_dynamic(tmp_path: Path, missing: str, how: str) -> None:
+    """Zero and negative are what some tools write for "not set"; what belongs to such a scale means nothing."""
     given = scales_of_layers()
+    given |= {f"model.layers.1.self_attn.{name}": torch.ones(1) for name in (f"{missing}_zero_point", "q_scale")}
     key = f"model.layers.1.self_attn.{missing}_scale"
     other = "v" if missing == "k" else "k"
     if how == "absent":
@@ -241,11 +242,26 @@ def test_one_side_missing_takes_the_other(tmp_path: Path, missing: str, how: str
         found = read_scales(write(tmp_path, given), PATHS)
     assert found is not None
     layer = layers_of(found)[1]
-    assert torch.equal(layer.k_scale, layer.v_scale)
-    assert torch.equal(layer.k_scale, given[f"model.layers.1.self_attn.{other}_scale"])
-    assert {source.key for source in found.sources[1].values()} == {f"model.layers.1.self_attn.{other}_scale"}
-    assert len(found.notes) == 1
-    assert f"{other}_scale is used for both" in found.notes[0]
+    assert set(layer.to_dict()) == ({"k_scale", "q_scale"} if missing == "v" else {"v_scale"})
+    assert torch.equal(getattr(layer, f"{other}_scale"), given[f"model.layers.1.self_attn.{other}_scale"])
+    assert set(found.sources[1]) == set(layer.to_dict())
+    module = "model.layers.1.self_attn"
+    assert found.notes == [
+        f"{module} has a usable {other}_scale but no {missing}_scale; {missing.upper()} is dynamic there"
+    ]
+    row = QuantizedPagedCache(llama_config(), checkpoint=found).report().layers[1]
+    assert row.kv_cache_dtype == ("fp8_e4m3", "fp8_e4m3")
+    assert dict(zip("kv", row.scales, strict=True)) == {
+        missing: "dynamic",
+        other: f"checkpoint: {module}.{other}_scale",
+    }
+
+
+@pytest.mark.parametrize("names", [("k_scale", "kv_scale"), ("kv_scale",)], ids="+".join)
+def test_a_scale_for_both_serves_both(tmp_path: Path, names: tuple[str, ...]) -> None:
+    given = {f"model.layers.0.self_attn.{name}": torch.tensor([0.5 * len(name)]) for name in names}
+    (layer,) = layers_of(read_scales(write(tmp_path, given)))
+    assert (layer.k_scale.tolist(), layer.v_scale.tolist()) == ([0.5 * len(names[0])], [0.5 * len("kv_scale")])
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
@@ -269,7 +285,8 @@ def test_one_head_that_is_not_set_spoils_its_side(tmp_path: Path) -> None:
     given["model.layers.0.self_attn.k_scale"] = torch.tensor([0.1, 0.0]).view(2, 1, 1)
     with pytest.warns(UserWarning, match="no k_scale"):
         (layer,) = layers_of(read_scales(write(tmp_path, given, {**FP8, "strategy": "attn_head"})))
-    torch.testing.assert_close(layer.k_scale, torch.tensor([0.1, 0.2]))
+    assert layer.k_scale is None
+    assert layer.v_scale.tolist() == given["model.layers.0.self_attn.v_scale"].flatten().tolist()
 
 
 @pytest.mark.parametrize("value", [None, 0.0, -1.0])

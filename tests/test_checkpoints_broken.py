@@ -92,13 +92,23 @@ def _quark(directory: Path) -> None:
         "quant_method": "quark",
         "export": {"kv_cache_group": ["*k_proj"]},
         "layer_quant_config": {"*k_proj": spec},
+        "algo_config": [{"name": "rotation", "r3": True}],
+        "kv_cache_post_rope": True,
     }
     write(directory, names, config={**HEADS, "quantization_config": quark})
 
 
+def _angelslim(directory: Path) -> None:
+    names = {f"{PREFIX.format(i)}.v_cache.scale": torch.ones(2) for i in range(2)}
+    schemes = {"k_quant": "dynamic", "v_quant": "static"}
+    sides = {side: {"dtype": "fp8_e4m3", "scheme": scheme} for side, scheme in schemes.items()}
+    write(directory, names, config={**HEADS, "attn_quant_config": {"kv_cache_quant": sides}})
+
+
 def _attention_group(directory: Path) -> None:
     group = {"targets": ["LlamaAttention"], "weights": None, "input_activations": FP8}
-    config = {**HEADS, "quantization_config": {"config_groups": {"group_0": group}}}
+    transform = {"config_groups": {"R3": {"apply": [{"location": "k_cache"}]}}}
+    config = {**HEADS, "quantization_config": {"config_groups": {"group_0": group}, "transform_config": transform}}
     write(directory, scales_of_layers(), config=config)
 
 
@@ -143,6 +153,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "sharded": _sharded,
     "modelopt": _modelopt,
     "quark": _quark,
+    "angelslim": _angelslim,
     "attention_group": _attention_group,
     "ascend": _ascend,
     "tensorrt_llm": _tensorrt_llm,
@@ -316,8 +327,10 @@ def test_any_number(values: list[float]) -> None:
         found = read_scales(directory, PATHS)
         assert found is not None
         assert found.layers[0] is not None
-        expected = torch.tensor(values if min(values) > 0 else [1.0])
-        assert torch.equal(found.layers[0].k_scale, expected)
+        if min(values) > 0:
+            assert torch.equal(found.layers[0].k_scale, torch.tensor(values))
+        else:
+            assert found.layers[0].k_scale is None
 
 
 def test_a_scale_that_is_far_too_large(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ CASES: dict[str, tuple[dict[str, Any], Any, str, float, float]] = {
     "compressed_tensors_0.5": (OUTPUTS, COMPRESSED, "compressed-tensors", K, V),
     "compressed_tensors_attention": (OWN, ATTENTION, "compressed-tensors", K, V),
     "autoround": (OWN, AUTOROUND, "compressed-tensors", K, V),
-    "autoround_gaudi": (OWN, {**AUTOROUND, "fp8_dtype_flavor": "float8_e4m3fnuz"}, "compressed-tensors", K / 2, V / 2),
+    "autoround_gaudi": (OWN, {**AUTOROUND, "fp8_dtype_flavor": "float8_e4m3fnuz"}, "compressed-tensors", K, V),
     "autofp8": ({f"{PREFIX}.k_scale": K, f"{PREFIX}.v_scale": V}, AUTOFP8, "autofp8", K, V),
     "autofp8_shared": (SHARED, AUTOFP8, "autofp8", K, K),
     "angelslim": (CACHES, ABBREVIATED, "compressed-tensors", K, V),
@@ -138,12 +138,25 @@ def test_undeclared(tmp_path: Path, names: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantization", "is_noted"), [(QUARK, True), ({**QUARK, "kv_cache_post_rope": True}, False), (AUTOFP8, True)]
+    ("names", "quantization", "is_noted"),
+    [
+        (OUTPUTS, QUARK, True),
+        (OUTPUTS, {**QUARK, "kv_cache_post_rope": True}, False),
+        (OUTPUTS, AUTOFP8, True),
+        (CACHES, AUTOFP8, False),  # whose names say that AngelSlim measured them
+    ],
 )
-def test_keys_measured_before_rotation(tmp_path: Path, quantization: Any, is_noted: bool) -> None:
+def test_keys_measured_before_rotation(tmp_path: Path, names: Any, quantization: Any, is_noted: bool) -> None:
     """Such scales are what servers use too; they may clip a little, and the report says so."""
-    found = read(checkpoint(tmp_path, OUTPUTS, quantization))
+    found = read(checkpoint(tmp_path, names, quantization))
     assert any("before their rotary embedding" in note for note in found.notes) == is_noted
+
+
+def test_keys_without_a_scale_were_not_measured_at_all(tmp_path: Path) -> None:
+    names = {name: value for name, value in OUTPUTS.items() if "v_proj" in name}
+    with pytest.warns(UserWarning, match="K is dynamic there"):
+        found = read(checkpoint(tmp_path, names, QUARK))
+    assert not any("before their rotary embedding" in note for note in found.notes)
 
 
 def test_query_scales(tmp_path: Path) -> None:
@@ -153,12 +166,50 @@ def test_query_scales(tmp_path: Path) -> None:
         assert found.sources[1]["q_scale"].key == f"{PREFIX}.{name}".format(1)
 
 
+def transformed(*locations: str) -> dict[str, Any]:
+    """What compressed-tensors writes of SpinQuant's R3."""
+    applied = [{"targets": ["re:.*self_attn$"], "location": location, "inverse": False} for location in locations]
+    return {"config_groups": {"R1": {"type": "hadamard", "apply": []}, "R3": {"type": "hadamard", "apply": applied}}}
+
+
+@pytest.mark.parametrize(
+    ("locations", "used"),
+    [
+        (["weight_output", "input"], {"k_scale", "v_scale", "q_scale"}),
+        (["q_attn"], {"k_scale", "v_scale"}),
+        (["q_attn", "k_cache"], {"v_scale"}),
+        (["v_cache"], {"k_scale", "q_scale"}),
+        (["k_cache", "v_cache"], set()),
+    ],
+    ids=["weights", "q", "k", "v", "both"],
+)
+def test_scales_of_transformed_numbers(tmp_path: Path, locations: list[str], used: set[str]) -> None:
+    """Nobody transforms K or V on their way into this cache, so such scales have the wrong range."""
+    quantization = {**COMPRESSED, "transform_config": transformed(*locations)}
+    found = read(checkpoint(tmp_path, {**OWN, f"{PREFIX}.q_scale": 0.75}, quantization))
+    assert [set(sources) for sources in found.sources] == [used, used]
+    assert [set() if layer is None else set(layer.to_dict()) for layer in found.layers] == [used, used]
+    assert found.dynamic == (not used)
+    of_sides = [location for location in locations if location.endswith(("cache", "attn"))]
+    said = [note for note in found.notes if "which transformers does not do; its scales are not used" in note]
+    assert sorted(re.findall(r"transform_config: (\w+)", "".join(said))) == sorted(of_sides)
+    row = QuantizedPagedCache(llama_config(), checkpoint=found).report().layers[0]
+    assert row.kv_cache_dtype == ("fp8_e4m3", "fp8_e4m3")
+    assert [source == "dynamic" for source in row.scales] == [f"{side}_scale" not in used for side in "kv"]
+
+
+def test_a_scale_for_both_of_which_one_is_transformed(tmp_path: Path) -> None:
+    quantization = {**COMPRESSED, "transform_config": transformed("k_cache")}
+    layers = layers_of(read(checkpoint(tmp_path, SHARED, quantization)))
+    assert [(layer.k_scale, layer.v_scale.tolist()) for layer in layers] == [(None, [K]), (None, [2 * K])]
+
+
 # -- NVIDIA ModelOpt ---------------------------------------------------------------------------------------------------
 
 
-def hf_quant_config(directory: Path, algorithm: Any) -> None:
+def hf_quant_config(directory: Path, algorithm: Any) -> Path:
     content = {"producer": {"name": "modelopt", "version": "0.23"}, "quantization": {"kv_cache_quant_algo": algorithm}}
-    (directory / "hf_quant_config.json").write_text(json.dumps(content))
+    return write_json(directory, "hf_quant_config.json", content)
 
 
 @pytest.mark.parametrize(("algorithm", "name"), [("FP8", "fp8_e4m3"), ("fp8", "fp8_e4m3"), ("INT8", "int8")])
@@ -291,6 +342,25 @@ def test_quark_aliases_are_one_module(tmp_path: Path) -> None:
     assert len(found.ignored) == 4
 
 
+@pytest.mark.parametrize(
+    ("algorithms", "post_rope", "is_rotated"),
+    [
+        ([{"name": "gptq"}, {"name": "rotation", "r1": True, "r3": True}], True, True),
+        ({"name": "rotation", "r3": True}, True, True),
+        ({"name": "quarot"}, True, True),
+        ([{"name": "rotation", "r1": True, "r3": False}], True, False),
+        ([{"name": "rotation", "r3": True}], False, False),  # measured at the projection, before all of that
+        (None, True, False),
+    ],
+)
+def test_quark_with_rotated_keys(tmp_path: Path, algorithms: Any, post_rope: bool, is_rotated: bool) -> None:
+    quantization = {**QUARK_NEW, "algo_config": algorithms, "kv_cache_post_rope": post_rope}
+    found = read(checkpoint(tmp_path, OUTPUTS, quantization))
+    assert [layer.k_scale is None for layer in layers_of(found)] == [is_rotated] * 2
+    assert [layer.v_scale.tolist() for layer in layers_of(found)] == [[V], [2 * V]]
+    assert any("algo_config: r3" in note for note in found.notes) == is_rotated
+
+
 def test_quark_without_a_cache(tmp_path: Path) -> None:
     assert read_scales(checkpoint(tmp_path, {}, {**QUARK, "export": {"kv_cache_group": []}}), PATHS) is None
 
@@ -317,6 +387,17 @@ def test_unknown_names_alone_are_warned_of(tmp_path: Path, name: str) -> None:
         assert read_scales(checkpoint(tmp_path, {f"{PREFIX}.{name}": 1.0}), PATHS) is None
 
 
+def test_scales_of_unknown_width_are_not_used(tmp_path: Path) -> None:
+    """What nothing declares is not guessed: whether Gemma's are for 8 or for 4 bits."""
+    names = {f"model.language_model.layers.{{}}.self_attn.{side}_cache_scale": 0.05 for side in "kv"}
+    checkpoint(tmp_path, names, {"quant_method": "gemma", "num_bits": 4})
+    model = tiny_llama()
+    model.config._name_or_path = str(tmp_path)
+    with pytest.warns(UserWarning, match="k_cache_scale, a scale of Google's .* nothing declares; it is not used"):
+        cache = QuantizedPagedCache.from_model(model)
+    assert cache.report().layers[0].scales[0].startswith("dynamic")
+
+
 # -- AutoFP8, TGI ------------------------------------------------------------------------------------------------------
 
 
@@ -336,13 +417,23 @@ def test_declared_without_scales(tmp_path: Path, quantization: Any) -> None:
 
 
 @pytest.mark.parametrize("key", ["kv_cache_torch_dtype", "kv_cache_dtype"])
-@pytest.mark.parametrize(("value", "factor"), [("float8_e4m3fn", 1.0), ("torch.float8_e4m3fnuz", 0.5)])
-def test_tgi(tmp_path: Path, key: str, value: str, factor: float) -> None:
-    """The bits of e4m3fnuz mean half of what they mean in e4m3fn."""
+@pytest.mark.parametrize("value", ["float8_e4m3fn", "torch.float8_e4m3fnuz"])
+def test_tgi(tmp_path: Path, key: str, value: str) -> None:
     found = read(checkpoint(tmp_path, SHARED, **{key: value}))
     assert (found.producer, found.kv_cache_dtype) == ("tgi", "fp8_e4m3")
-    assert [layer.v_scale.item() for layer in layers_of(found)] == [K * factor, 2 * K * factor]
-    assert bool(found.notes) == (factor != 1.0)
+    assert [layer.v_scale.item() for layer in layers_of(found)] == [K, 2 * K]
+    assert found.notes == []
+
+
+@pytest.mark.parametrize("qmax", [240.0, 448.0])
+def test_scales_for_e4m3fnuz_hold_what_was_measured(tmp_path: Path, qmax: float) -> None:
+    """Tools divide by 240, or by 448 all the same (AutoRound, per head); codes of either lie in no checkpoint."""
+    key = torch.linspace(-10, 10, 2 * 7 * 16).view(1, 2, 7, 16)
+    quantization = {**COMPRESSED, "fp8_dtype_flavor": "float8_e4m3fnuz"}
+    names = {name: [10 / qmax] for name in OWN}
+    cache = QuantizedPagedCache(llama_config(), checkpoint=read(checkpoint(tmp_path, names, quantization)))
+    cache.update(key, key, 0)
+    assert cache.report().layers[0].clipped == (0, 0)
 
 
 def test_tgi_e5m2_has_no_scales(tmp_path: Path) -> None:
@@ -368,12 +459,27 @@ def test_autoround_heads_are_flat_and_unused_ones_zero(tmp_path: Path) -> None:
     assert found.layers[1] is None
 
 
-@pytest.mark.parametrize("target", ["LlamaAttention", "re:.*self_attn$", "re:model[.]layers[.].*[.]attn"])
-def test_attention_modules_by_class_or_pattern(tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("LlamaAttention", "int8"),
+        ("re:.*self_attn$", "int8"),
+        ("re:model[.]layers[.].*[.]attn", "int8"),
+        ("re:.*(self_attn|attention)$", "int8"),  # what compressed-tensors has for a kv_cache_scheme
+        ("re:.*(?:attn|mixer)$", "int8"),
+        ("re:.*self_attn.*", "int8"),
+        ("Linear", "fp8_e4m3"),
+        ("re:.*(self_attn|attention)[.]o_proj$", "fp8_e4m3"),
+        ("re:.*attn[.](q|k|v)_proj", "fp8_e4m3"),
+        ("re:.*attn[.](qkv_proj)$", "fp8_e4m3"),
+        ("re:((a+)+)+$(", "fp8_e4m3"),
+    ],
+)
+def test_attention_modules_by_class_or_pattern(tmp_path: Path, target: str, name: str) -> None:
     group = {"targets": [target], "weights": None, "input_activations": {**FP8, "type": "int"}}
-    quantization = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    quantization = {"quant_method": "compressed-tensors", "kv_cache_scheme": None, "config_groups": {"group_0": group}}
     found = read(checkpoint(tmp_path, OWN, quantization))
-    assert (found.kv_cache_dtype, found.notes) == ("int8", [])
+    assert (found.kv_cache_dtype, bool(found.notes)) == (name, name == "fp8_e4m3")
 
 
 def test_flat_values_without_the_number_of_heads(tmp_path: Path) -> None:
@@ -394,6 +500,35 @@ def test_angelslim_in_a_file_of_its_own(tmp_path: Path) -> None:
         found = read(directory)
         assert [layer.k_scale.item() for layer in layers_of(found)] == [K, 2 * K]
         assert found.sources[0]["k_scale"].file == "kv_cache_scales.safetensors"
+
+
+def angelslim(**schemes: str) -> dict[str, Any]:
+    sides = {f"{side}_quant": {"dtype": "fp8_e4m3", "scheme": scheme} for side, scheme in schemes.items()}
+    return {"kv_cache_quant": {"dtype": "fp8_e4m3", **sides}, "q_quant": {"dtype": "fp8_e4m3", "scheme": "dynamic"}}
+
+
+@pytest.mark.parametrize("dynamic", ["", "k", "v", "kv"])
+def test_angelslims_own_declaration(tmp_path: Path, dynamic: str) -> None:
+    """K and V are declared apart; a side that is meant to be dynamic has no scales, which is nothing to warn of."""
+    schemes = {side: "dynamic" if side in dynamic else "static" for side in "kv"}
+    names = {name: value for name, value in CACHES.items() if name.split(".")[-2][0] not in dynamic}
+    quantization = {**AUTOFP8, "kv_cache_scheme": "static" if names else None}
+    found = read(checkpoint(tmp_path, names, quantization, attn_quant_config=angelslim(**schemes)))
+    assert (found.producer, found.kv_cache_dtype, found.dynamic) == ("angelslim", "fp8_e4m3", dynamic == "kv")
+    assert found.notes == [f"config.json asks for dynamic scales of {side.upper()}" for side in dynamic if names]
+    row = QuantizedPagedCache(llama_config(), checkpoint=found).report().layers[1]
+    assert row.kv_cache_dtype == ("fp8_e4m3", "fp8_e4m3")
+    assert row.scales == tuple(
+        "dynamic" if side in dynamic else f"checkpoint: {PREFIX.format(1)}.{side}_cache.scale" for side in "kv"
+    )
+
+
+@pytest.mark.parametrize("missing", ["k", "v"])
+def test_angelslim_that_lacks_what_it_declares(tmp_path: Path, missing: str) -> None:
+    names = {name: value for name, value in CACHES.items() if f".{missing}_cache." not in name}
+    checkpoint(tmp_path, names, AUTOFP8, attn_quant_config=angelslim(k="static", v="static"))
+    with pytest.warns(UserWarning, match=f"no {missing}_scale; {missing.upper()} is dynamic there"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -873,6 +1008,77 @@ def test_explicit_formats_win(tmp_path: Path) -> None:
     row = explicit.report().layers[0]
     assert (row.kv_cache_dtype, row.scales) == (("fp8_e5m2", "fp8_e5m2"), ("dynamic", "dynamic"))
     assert any("are for fp8_e4m3; they are not used for fp8_e5m2" in note for note in explicit.notes)
+
+
+NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+GROUPS = {**COMPRESSED, "kv_cache_scheme": {**FP8, "strategy": "group"}}
+AUTOROUND_NVFP4 = {"attention_input_activations": {"targets": ["LlamaAttention"], "input_activations": NVFP4}}
+QUARK_FP4 = {**QUARK, "layer_quant_config": {"*k_proj": spec(dtype="fp4")}}
+ORT = {"scales": {"k_scales": [], "v_scales": []}, "qmax": 7}
+# What declares a format that is not supported, and what is said of it.
+UNSUPPORTED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "compressed_tensors": (lambda d: checkpoint(d, OWN, {**COMPRESSED, "kv_cache_scheme": NVFP4}), "num_bits=4"),
+    "groups": (lambda d: checkpoint(d, OWN, GROUPS), "'group'"),
+    "autoround": (lambda d: checkpoint(d, OWN, AUTOROUND_NVFP4), "num_bits=4"),
+    "modelopt": (lambda d: checkpoint(d, PROJECTIONS, {**MODELOPT, "kv_cache_scheme": "NVFP4"}), "format 'NVFP4'"),
+    "modelopt_beside": (lambda d: hf_quant_config(checkpoint(d, PROJECTIONS), "NVFP4"), "format 'NVFP4'"),
+    "quark": (lambda d: checkpoint(d, OUTPUTS, QUARK_FP4), "'fp4'"),
+    "angelslim": (
+        lambda d: checkpoint(d, CACHES, AUTOFP8, attn_quant_config=angelslim(k="static", v="block")), "scheme 'block'",
+    ),
+    "autofp8": (lambda d: checkpoint(d, OWN, {**AUTOFP8, "kv_cache_scheme": "nvfp4"}), "'nvfp4'"),
+    "tgi": (lambda d: checkpoint(d, SHARED, kv_cache_dtype="float8_e3m4"), "'float8_e3m4'"),
+    "tgi_e5m2": (lambda d: checkpoint(d, SHARED, kv_cache_dtype="float8_e5m2"), "fp8_e5m2, which has no scales"),
+    "ascend": (
+        lambda d: write_json(checkpoint(d, {}), "quant_model_description.json", {"kv_cache_type": "C4"}), "type 'C4'",
+    ),
+    "vllm": (lambda d: write_json(d, "kv_cache_scales.json", vllm_json({"0": 0.1, "1": 0.1}, dtype="fp4")), "'fp4'"),
+    "lightllm": (lambda d: write_json(d, "kv_cache_calib.json", lightllm_json(qmax=6.0)), "qmax 6"),
+    "ort_genai": (lambda d: write_json(d, "kv_cache_scales.json", ORT), "qmax 7"),
+    "tensorrt_llm": (lambda d: write_ranks(d, [{TRT + "kv_cache_scaling_factor": [K]}], "FP4"), "format 'FP4'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_a_declared_format_that_is_not_supported(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody asked for its scales, so it is no reason to fail; who names them is told."""
+    make, said = UNSUPPORTED[case]
+    make(tmp_path)
+    model = tiny_llama()
+    model.config._name_or_path = str(tmp_path)
+    with caplog.at_level("WARNING", logger="transformers"):
+        for dtype, stored in (("auto", "int8"), ("fp8", "fp8_e4m3")):
+            cache = QuantizedPagedCache.from_model(model, kv_cache_dtype=dtype)
+            for row in cache.report().layers:
+                assert row.kv_cache_dtype == (stored, stored)
+                assert {source.split(",")[0] for source in row.scales} == {"dynamic"}
+            (note,) = [note for note in cache.report().notes if said in note]
+            assert str(tmp_path) in note
+            assert note.endswith("what it declares is not used, scales are dynamic now")
+    assert caplog.text.count("is not used, scales are dynamic now") == 1
+    for scales in ("checkpoint", tmp_path):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            QuantizedPagedCache.from_model(model, kv_cache_dtype="fp8", scales=scales)
+
+
+def test_what_is_of_no_use_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every generate asks, and an index may have a hundred thousand names."""
+    model = tiny_llama()
+    model.config._name_or_path = str(checkpoint(tmp_path, OWN, GROUPS))
+    caches = [QuantizedPagedCache.from_model(model)]
+    monkeypatch.setattr("hf_kvquant.reading.read_checkpoint", None)
+    caches.append(QuantizedPagedCache.from_model(model))
+    assert caches[0].notes == caches[1].notes
+    monkeypatch.undo()
+    checkpoint(tmp_path, OWN, COMPRESSED)
+    assert QuantizedPagedCache.from_model(model).report().layers[0].scales[0].startswith("checkpoint: ")
+
+
+def test_what_is_broken_is_an_error_though_nobody_asked(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.config._name_or_path = str(checkpoint(tmp_path, {**OWN, f"{PREFIX}.k_scale": [float("nan")]}, COMPRESSED))
+    with pytest.raises(ValueError, match="NaN"):
+        QuantizedPagedCache.from_model(model)
 
 
 def test_unit_scales_are_for_fp8() -> None:

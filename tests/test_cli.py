@@ -207,6 +207,17 @@ def test_inspect_nothing(base: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(run(capsys, "inspect", base, "--json"))["producer"] is None
 
 
+def test_inspect_names_of_no_known_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"model.layers.{index}.self_attn.{side}_cache_scale" for index in range(2) for side in "kv"]
+    save_file({name: torch.ones(1) for name in (*names, "lm_head.weight")}, tmp_path / "model.safetensors")
+    assert run(capsys, "inspect", tmp_path).splitlines() == [
+        f"{tmp_path}: no usable KV scales, and none declared",
+        *(f"ignored: {name}" for name in names),
+    ]
+    found = json.loads(run(capsys, "inspect", tmp_path, "--json"))
+    assert (found["producer"], found["layers"], found["ignored"]) == (None, [], names)
+
+
 @pytest.mark.parametrize(
     ("pairs", "expected"),
     [
@@ -240,6 +251,18 @@ def test_inspect_a_file_apart_from_its_model(base: Path, tmp_path: Path, capsys:
     other = tmp_path / "other"
     tiny_llama(num_hidden_layers=1).save_pretrained(other)
     assert "ignored: model.layers.1.self_attn" in run(capsys, "inspect", tmp_path / "file", "--model", other)
+
+
+def test_inspect_scales_of_one_side(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = Scales((0.02, 0.03), (0.03, 0.01))
+    layers.layers[1] = LayerScales(None, torch.tensor([0.6]))
+    write_scales(layers, base, layout="sidecar")
+    output = run(capsys, "inspect", base)
+    row = "1      -        0.6      - / tensor  - / hf_kvquant_scales.json: model.layers.1.self_attn.v_scale"
+    assert row in output.splitlines()
+    assert "suspicious: layer 1: V: its scale is 0.6" in output
+    (_, second) = json.loads(run(capsys, "inspect", base, "--json"))["layers"]
+    assert second["granularity"] == {"v_scale": "tensor"}
 
 
 def test_names_in_files_command_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

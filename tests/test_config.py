@@ -215,10 +215,11 @@ def test_skip_layers_of_an_unknown_type_lists_the_types() -> None:
         "first_batch",
         Path("somewhere"),
         LayerScales(torch.tensor([0.1, 1 / 3]), torch.rand(2, 5) + 0.1, k_zero=torch.tensor([-0.7])),
+        LayerScales(None, torch.tensor([0.1, 1 / 3]), v_zero=torch.tensor([-0.7])),
         {3: SCALES, 0: SCALES},
         [SCALES, None, SCALES],
     ],
-    ids=["name", "path", "scales", "dict", "list"],
+    ids=["name", "path", "scales", "one_side", "dict", "list"],
 )
 def test_a_config_survives_json(scales: Any) -> None:
     options = {
@@ -232,17 +233,20 @@ def test_a_config_survives_json(scales: Any) -> None:
     plain = [f.name for f in dataclasses.fields(KVQuantConfig) if f.name != "scales"]
     assert all(getattr(back, name) == getattr(config, name) for name in plain)
     if isinstance(scales, LayerScales):
-        assert torch.equal(back.scales.k_scale, scales.k_scale)
-        assert torch.equal(back.scales.v_scale, scales.v_scale)
-        assert torch.equal(back.scales.k_zero, scales.k_zero)
-        assert back.scales.v_zero is None
+        for name in (f.name for f in dataclasses.fields(LayerScales)):
+            given, kept = getattr(scales, name), getattr(back.scales, name)
+            assert kept is None if given is None else torch.equal(kept, given)
     elif not isinstance(scales, (str, Path)):
         assert type(back.scales) is type(scales)
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
-    [({"k_scale": [1.0]}, "both k_scale and v_scale"), ({"k_scale": [1.0], "v": [1.0]}, "unknown entry v .*v_scale")],
+    [
+        ({"k_scale": None}, "needs k_scale or v_scale"),
+        ({"v_scale": [1.0], "k_zero": [1.0]}, "k_zero, but no k_scale"),
+        ({"k_scale": [1.0], "v": [1.0]}, "unknown entry v .*v_scale"),
+    ],
 )
 def test_entries_that_are_no_scales(entries: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -169,6 +169,8 @@ def test_the_report_names_the_source(tmp_path: Path) -> None:
     assert queries(from_model(model, **FP8)) == [("fp8_e4m3", "dynamic")] * 2
     assert queries(from_model(model, **FP8, scales=given)) == [("fp8_e4m3", "given")] * 2
     assert queries(from_model(model, **FP8, scales={1: given})) == [("fp8_e4m3", "dynamic"), ("fp8_e4m3", "given")]
+    values = LayerScales(None, torch.ones(1))
+    assert queries(from_model(model, **FP8, scales=[given, values])) == [("fp8_e4m3", "given"), ("fp8_e4m3", "dynamic")]
     assert queries(from_model(model, **FP8, scales="unit")) == [("fp8_e4m3", "unit (1.0)")] * 2
     assert queries(from_model(model, **FP8, skip_layers=0)) == [(None, ""), ("fp8_e4m3", "dynamic")]
     assert queries(from_model(model, kv_cache_dtype="fp8")) == [(None, "")] * 2

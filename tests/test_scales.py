@@ -52,10 +52,40 @@ def test_wrong_rank(field: str, shape: tuple[int, ...]) -> None:
     assert "[num_kv_heads, head_dim]" in str(error.value)
 
 
-@pytest.mark.parametrize("missing", ["k_scale", "v_scale"])
-def test_needs_both_sides(missing: str) -> None:
-    with pytest.raises(ValueError, match="needs both k_scale and v_scale"):
-        _with(**{missing: None})
+def test_needs_one_side() -> None:
+    with pytest.raises(ValueError, match="needs k_scale or v_scale"):
+        LayerScales(None, None)
+
+
+@pytest.mark.parametrize(("field", "needed"), [("k_zero", "k_scale"), ("v_zero", "v_scale"), ("q_scale", "k_scale")])
+def test_what_means_nothing_without_a_scale(field: str, needed: str) -> None:
+    with pytest.raises(ValueError, match=f"has {field}, but no {needed}"):
+        _with(**{field: torch.ones(1), needed: None})
+
+
+@pytest.mark.parametrize("missing", ["k", "v"])
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_a_side_without_a_scale_is_dynamic(name: str, missing: str) -> None:
+    """Bit for bit what a cache with dynamic scales stores, beside what one with both scales does."""
+    from helpers import llama_config
+
+    from hf_kvquant import KVQuantConfig
+
+    one_side = _with(**{f"{missing}_scale": None})
+    caches = [
+        QuantizedPagedCache(llama_config(), KVQuantConfig(name, scales=scales))
+        for scales in (one_side, _with(), "dynamic")
+    ]
+    for cache in caches:
+        generator = torch.Generator().manual_seed(0)
+        for length in (19, 1):
+            for index in range(2):
+                cache.update(*torch.randn(2, 2, 2, length, 16, generator=generator), index)
+    for mixed, static, dynamic in zip(*(cache.layers for cache in caches), strict=True):
+        for side, stored in (("k", "keys"), ("v", "values")):
+            same, other = (dynamic, static) if side == missing else (static, dynamic)
+            assert torch.equal(getattr(mixed, stored), getattr(same, stored))
+            assert not torch.equal(getattr(mixed, stored), getattr(other, stored))
 
 
 def test_numbers_and_other_dtypes_become_fp32() -> None:

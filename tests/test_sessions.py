@@ -156,9 +156,10 @@ def test_beams_and_layers_that_went_their_own_way(tmp_path: Path) -> None:
     assert equal(loaded, cache)
 
 
-def test_scales_of_a_checkpoint_come_with_the_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [None, LayerScales(None, torch.rand(2, 16) + 0.01)], ids=["none", "one_side"])
+def test_scales_of_a_checkpoint_come_with_the_cache(other: LayerScales | None, tmp_path: Path) -> None:
     model = tiny_llama()
-    scales = {0: LayerScales(torch.rand(2) + 0.01, torch.rand(2, 16) + 0.01, k_zero=torch.randn(2)), 1: None}
+    scales = {0: LayerScales(torch.rand(2) + 0.01, torch.rand(2, 16) + 0.01, k_zero=torch.randn(2)), 1: other}
     cache, text = filled(model, kv_cache_dtype="fp8", scales=scales)
     cache.save_pretrained(tmp_path)
     loaded = QuantizedPagedCache.from_pretrained(tmp_path, model)

@@ -707,6 +707,26 @@ def test_layers_that_are_missing(tmp_path: Path, base: Path) -> None:
     same(read_scales(base, LAYERS).layers, partial.layers)
 
 
+def test_scales_of_one_side(base: Path) -> None:
+    """What a file of ours leaves out is meant to be dynamic, and no reason for a warning."""
+    one, other = scales_of((2,))
+    layers = [
+        LayerScales(None, one.v_scale, v_zero=one.v_scale),
+        LayerScales(other.k_scale, None, q_scale=torch.ones(1)),
+    ]
+    write_scales(Scales(layers, "int8"), base, layout="sidecar")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read_scales(base, LAYERS)
+    same(found.layers, layers)
+    assert len(found.notes) == 2
+    report = QuantizedPagedCache.from_model(load_plain(base)).report()
+    assert [[source.split(":")[0] for source in row.scales] for row in report.layers] == [
+        ["dynamic, equalized channels", "checkpoint"],
+        ["checkpoint", "dynamic, equalized channels"],
+    ]
+
+
 def test_vllm_json(tmp_path: Path, base: Path) -> None:
     scales, _ = make("fp8")
     write(scales, ["K and V share one scale"], base, tmp_path / "new", layout="vllm-json")
@@ -762,6 +782,10 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "unknown": (Scales(scales_of(), None), {}, "do not say which format"),
     "json_int8": (Scales(scales_of(), "int8"), {"layout": "vllm-json"}, "cannot hold scales for int8"),
     "json_head": (Scales(scales_of((2,))), {"layout": "vllm-json"}, "cannot hold scales per head"),
+    "one_side": (Scales([scales_of()[0], LayerScales(None, torch.ones(1))]), {}, "scales of K or of V alone; layout="),
+    "json_one_side": (
+        Scales([LayerScales(torch.ones(1), None)] * 2), {"layout": "vllm-json"}, "cannot hold scales of K or of V",
+    ),
     "layout": (Scales(scales_of()), {"layout": "npz"}, "choose auto or one of compressed-tensors"),
     "other_layout": (Scales(scales_of()), {"layout": "modelopt"}, "are added as 'compressed-tensors', not 'modelopt'"),
     "number": (Scales(scales_of()[:1]), {}, "scales of 1 layers, but this model has 2"),

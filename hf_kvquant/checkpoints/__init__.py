@@ -55,21 +55,27 @@ def read_checkpoint(
     return None
 
 
+def names_like_scales(source: str | os.PathLike[str], *, revision: str | None = None) -> list[str]:
+    """The names of tensors that look like KV scales, read or not."""
+    files = CheckpointFiles.find(source, revision, only_scales=True)
+    return [name for name in files.names if looks_like_kv_scale(name)]
+
+
 def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -> CheckpointScales | None:
     declared = found.declared
     dynamic = declared.dynamic
     modules = _modules_of_layers(files, found, model)
-    notes = [*files.broken, *found.notes]
+    notes = [*files.broken, *found.notes, *declared.unused.values()]
     ignored = [*found.ignored, *_surplus(found, modules), *_beside(files, found)]
     layers: list[LayerScales | None] = [None] * len(modules)
     sources: list[dict[str, ScaleSource]] = [{} for _ in modules]
     if not declared.dynamic:
-        reader = LayerReader(files.path, declared.factor, found.ranks, found.shaped, notes)
+        reader = LayerReader(files.path, found.ranks, found.shaped, found.one_sided, declared.unused.keys(), notes)
         for index, (module, parts) in enumerate(modules):
             read = reader.read(module, parts, _num_kv_heads(files, model, index))
             if read is not None:
                 layers[index], sources[index] = read
-        if declared.before_rotation and any(layers):
+        if declared.before_rotation and any(layer is not None and layer.k_scale is not None for layer in layers):
             notes.append(
                 f"{declared.producer} measures keys before their rotary embedding, which can make a number 1.41 times "
                 "as large; 'clipped' in the report says whether that happened"
@@ -170,4 +176,7 @@ def _fill_with_ones(
     notes.append(f"{files.path} holds no KV scales; {declared.producer} means 1.0 by that")
 
 
-__all__ = ["CheckpointScales", "ModelLayers", "NoUsableScalesError", "ScaleSource", "Wanted", "read_checkpoint"]
+__all__ = [
+    "CheckpointScales", "ModelLayers", "NoUsableScalesError", "ScaleSource", "Wanted", "names_like_scales",
+    "read_checkpoint",
+]  # fmt: skip

@@ -7,7 +7,7 @@ by `kv_cache_type` or `kv_quant_type` in quant_model_description*.json. Source: 
 from __future__ import annotations
 
 from .files import CheckpointFiles
-from .found import Declared
+from .found import Declared, NoUsableScalesError
 from .names import Producer
 
 
@@ -18,7 +18,7 @@ def declared(files: CheckpointFiles) -> Declared | None:
         if kind == "C8":
             return Declared("ascend", file, "int8")
         if kind:
-            raise ValueError(
+            raise NoUsableScalesError(
                 f"{files.path}: {file} declares a KV cache of type {kind!r}, which is not supported; supported is "
                 "'C8'; scales='dynamic' works with any model"
             )

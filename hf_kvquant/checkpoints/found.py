@@ -11,7 +11,10 @@ from ..scales import LayerScales
 
 
 class NoUsableScalesError(ValueError):
-    """A checkpoint declares an 8-bit KV cache with static scales, and holds none."""
+    """What a checkpoint declares of its KV cache cannot be had: a format that is not supported, or scales it has not.
+
+    Nothing is broken, so `scales="auto"` goes on without.
+    """
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ class Declared:
         kv_cache_dtype: `fp8_e4m3`, `fp8_e5m2` or `int8`.
         dynamic: scales are computed at run time.
         means_one: this producer leaves scales out where it means 1.0.
-        factor: what scales are multiplied by to fit `kv_cache_dtype`.
         before_rotation: this producer measures keys before their rotary embedding.
+        unused: `k`, `v` or `q` (the query) -> in words why static scales of it are not used; it is dynamic.
     """
 
     producer: str
@@ -98,8 +101,14 @@ class Declared:
     kv_cache_dtype: str
     dynamic: bool = False
     means_one: bool = False
-    factor: float = 1.0
     before_rotation: bool = False
+    unused: Mapping[str, str] = field(default_factory=dict)
+
+
+def not_transformed(side: str, where: str) -> str:
+    """Why static scales of `k`, `v` or `q` are not used if config.json has them transformed, as `where` says."""
+    what = {"k": "K", "v": "V", "q": "the query"}[side]
+    return f"config.json has {what} transformed ({where}), which transformers does not do; its scales are not used"
 
 
 # A value as it lies in a file, and where.
@@ -119,6 +128,7 @@ class Found:
         by_number: parts by the number of the decoder layer, where a format has no paths.
         ranks: values are one per tensor-parallel rank, so of so many equal groups of heads.
         shaped: values are `[H, 1]` or `[H, D]`, whatever is known of the model.
+        one_sided: a side without a scale is meant to be dynamic.
         notes, ignored: as in `CheckpointScales`.
     """
 
@@ -127,5 +137,6 @@ class Found:
     by_number: Mapping[int, Parts] = field(default_factory=dict)
     ranks: bool = False
     shaped: bool = False
+    one_sided: bool = False
     notes: Sequence[str] = ()
     ignored: Sequence[str] = ()

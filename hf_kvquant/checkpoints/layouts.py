@@ -75,7 +75,9 @@ def check_holds(layout: str, kv_cache_dtype: str, by_prefix: ByPrefix) -> None:
         return
     granularities = granularities_of(by_prefix)
     problem = None
-    if "channel" in granularities:
+    if any(len(layer.of_sides) < 2 for layer in by_prefix.values()):  # readers expect both
+        problem = "scales of K or of V alone"
+    elif "channel" in granularities:
         problem = "scales per channel"
     elif kv_cache_dtype not in (("fp8_e4m3", "int8") if layout == "compressed-tensors" else ("fp8_e4m3",)):
         problem = f"scales for {kv_cache_dtype}"
@@ -128,7 +130,7 @@ def limits(
             notes.append("transformers reports q_scale as unexpected and leaves it out; vLLM reads it")
     elif layout != "sidecar" and has_q_scale:
         notes.append("there is no place for q_scale; it is left out")
-    if layout == "vllm-json" and any(not torch.equal(layer.k_scale, layer.v_scale) for layer in by_prefix.values()):
+    if layout == "vllm-json" and any(not torch.equal(*layer.of_sides) for layer in by_prefix.values()):
         notes.append("K and V share one scale; the larger one is written")
     return notes
 
@@ -140,7 +142,7 @@ def has(by_prefix: ByPrefix, *names: str) -> bool:
 
 def granularities_of(by_prefix: ByPrefix) -> set[str]:
     """Those of K and V over all layers."""
-    return {granularity_of(scale) for layer in by_prefix.values() for scale in (layer.k_scale, layer.v_scale)}
+    return {granularity_of(scale) for layer in by_prefix.values() for scale in layer.of_sides}
 
 
 def by_head(by_prefix: ByPrefix) -> bool:
@@ -218,7 +220,7 @@ def vllm_json(by_prefix: ByPrefix, config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"layout 'vllm-json' needs scales of all {num_layers} layers, there are {len(by_prefix)}; {_ELSE_SIDECAR}"
         )
-    factors = {str(i): max(layer.k_scale.item(), layer.v_scale.item()) for i, layer in enumerate(by_prefix.values())}
+    factors = {str(i): max(scale.item() for scale in layer.of_sides) for i, layer in enumerate(by_prefix.values())}
     return {
         "model_type": config.get("model_type"),
         "kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": factors}},

@@ -7,7 +7,7 @@ or 2 * H numbers. Source: the LightLLM project.
 from __future__ import annotations
 
 from .files import CheckpointFiles
-from .found import Declared, Found, Wanted
+from .found import Declared, Found, NoUsableScalesError, Wanted
 from .parse import integer_at, list_at, number, numbers, numbers_at
 from .spellings import LARGEST
 
@@ -22,7 +22,7 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
         where = f"{files.path}/{file}"
         rows, kind, qmax = list_at(content, "scales", where), content["quant_type"], number(content["qmax"], where)
         if qmax not in LARGEST or kind not in ("per_tensor", "per_head"):
-            raise ValueError(
+            raise NoUsableScalesError(
                 f"{where}: quant_type {kind!r} with qmax {qmax:g} is not supported; supported are per_tensor and "
                 "per_head with 448 (fp8), 127 or 128 (int8); scales='dynamic' works with any model"
             )

@@ -14,7 +14,7 @@ from typing import Any
 
 from .compressed_tensors import read_scheme
 from .files import CheckpointFiles
-from .found import Declared
+from .found import Declared, NoUsableScalesError
 from .names import Producer
 from .spellings import ALGORITHMS, names_a_format
 
@@ -36,7 +36,7 @@ def _first(files: CheckpointFiles, schemes: Iterable[tuple[str, Any]]) -> Declar
             name, dynamic = read_scheme(scheme, files.path)
             return Declared("modelopt", file, name, dynamic, means_one=True)
         if str(scheme).upper() not in ALGORITHMS:
-            raise ValueError(
+            raise NoUsableScalesError(
                 f"{files.path}: {file} declares a KV cache of format {scheme!r}, which is not supported; supported are "
                 "FP8 and INT8; scales='dynamic' with kv_cache_dtype='fp8' or 'int8' works with any model"
             )

@@ -42,15 +42,17 @@ class Producer:
         name: as it is reported.
         names: pattern of a whole name -> the part it is (see `Found`). Groups: `module`, and `side` if the part has
             `{side}` in it.
-        declared: what the configuration says, or None if it says nothing in this producer's way. Raises ValueError for
-            formats that are not supported.
+        declared: what the configuration says, or None if it says nothing in this producer's way. Raises
+            NoUsableScalesError for formats that are not supported.
         implied: the format where nothing is declared.
+        after_rotation: whoever has these names measures keys after their rotary embedding, however it is declared.
     """
 
     name: str
     names: Mapping[str, str]
     declared: Callable[[CheckpointFiles], Declared | None]
     implied: str = "fp8_e4m3"
+    after_rotation: bool = False
 
 
 def parse(name: str, producers: tuple[Producer, ...]) -> tuple[Producer, str, str] | None:

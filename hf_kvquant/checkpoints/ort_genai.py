@@ -7,7 +7,7 @@ attention, a number (per tensor) or one per channel, head by head. Source: the o
 from __future__ import annotations
 
 from .files import CheckpointFiles
-from .found import Declared, Found, Wanted
+from .found import Declared, Found, NoUsableScalesError, Wanted
 from .parse import list_at, number, numbers, numbers_at, object_at
 from .spellings import LARGEST
 from .vllm import FILE
@@ -22,7 +22,7 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
         where = f"{files.path}/{file}"
         qmax = number(content.get("qmax"), f"qmax in {where}")
         if qmax not in LARGEST:
-            raise ValueError(
+            raise NoUsableScalesError(
                 f"{where}: qmax {qmax:g} is not supported; supported are 448 (fp8), 127 and 128 (int8); "
                 "scales='dynamic' works with any model"
             )

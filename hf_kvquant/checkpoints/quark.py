@@ -2,8 +2,9 @@
 
 Declared by `export.kv_cache_group` in config.json's `quantization_config`; the format is that of `output_tensors` in
 `kv_cache_quant_config` or in the entries of `layer_quant_config` that the group names. Fused projections
-(`query_key_value`, `Wqkv`) have one scale for queries, keys and values. Quark's other export, `quant_method: "fp8"`, is
-in autofp8.py. Source: the amd-quark package, `torch/export`.
+(`query_key_value`, `Wqkv`) have one scale for queries, keys and values. With `kv_cache_post_rope` keys are measured
+after their rotary embedding, and after rotation R3 if `algo_config` has it. The other export, `quant_method: "fp8"`, is
+in autofp8.py. Source: the amd-quark package, `torch/export` and `torch/algorithm/rotation`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from .files import CheckpointFiles
-from .found import Declared
+from .found import Declared, NoUsableScalesError, not_transformed
 from .names import Producer
 
 
@@ -30,14 +31,22 @@ def declared(files: CheckpointFiles) -> Declared | None:
             continue
         for spec in specs:
             if spec.get("dtype") != "fp8_e4m3" or spec.get("qscheme") != "per_tensor" or spec.get("is_dynamic"):
-                raise ValueError(
+                raise NoUsableScalesError(
                     f"{files.path}: config.json declares keys and values of dtype {spec.get('dtype')!r}, "
                     f"{spec.get('qscheme')!r}, dynamic {spec.get('is_dynamic')!r}, which is not supported; supported "
                     "is fp8_e4m3 per_tensor; scales='dynamic' with kv_cache_dtype='fp8' or 'int8' works with any model"
                 )
-        before_rotation = not quantization.get("kv_cache_post_rope", False)
-        return Declared("quark", "config.json", "fp8_e4m3", before_rotation=before_rotation)
+        if not quantization.get("kv_cache_post_rope", False):
+            return Declared("quark", "config.json", "fp8_e4m3", before_rotation=True)
+        unused = {"k": not_transformed("k", "algo_config: r3")} if _has_r3(quantization.get("algo_config")) else {}
+        return Declared("quark", "config.json", "fp8_e4m3", unused=unused)
     return None
+
+
+def _has_r3(algorithms: Any) -> bool:
+    """Whether queries and keys are rotated at run time; under the older name of these rotations they always are."""
+    entries = algorithms if isinstance(algorithms, list) else [algorithms]
+    return any(bool(entry.get("r3", entry.get("name") == "quarot")) for entry in entries if isinstance(entry, dict))
 
 
 def _specs(layers: Any, group: list[Any] | None) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 `{"format": "hf_kvquant scales", "version": 1, "kv_cache_dtype": "int8", "layers": {"model.layers.0.self_attn":
 {"k_scale": [...], "v_scale": [...], "k_zero": ...}}, "calibration": {...}}`; the fields of a layer are those of
-`LayerScales`, zeros in the units of x.
+`LayerScales`, zeros in the units of x; a side without a scale is dynamic.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
                 for part, values in parts.items()
                 if part in _PARTS and values is not None
             }
-        return Found(Declared("hf_kvquant", file, kv_cache_dtype), by_path, shaped=True)
+        return Found(Declared("hf_kvquant", file, kv_cache_dtype), by_path, shaped=True, one_sided=True)
     return None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .files import CheckpointFiles, tensors_in
-from .found import Declared, Found, ScaleSource, Value, Wanted
+from .found import Declared, Found, NoUsableScalesError, ScaleSource, Value, Wanted
 from .spellings import ALGORITHMS, names_a_format
 
 _NAME = re.compile(r".*\blayers\.(\d{1,5})\.attention\.(kv|k|v)_cache_scaling_factor")
@@ -28,7 +28,7 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
     algorithm = quantization.get("kv_cache_quant_algo") if isinstance(quantization, dict) else None
     algorithm = algorithm if names_a_format(algorithm) else None
     if algorithm is not None and str(algorithm) not in ALGORITHMS:
-        raise ValueError(
+        raise NoUsableScalesError(
             f"{files.path}: config.json declares a KV cache of format {algorithm!r}, which is not supported; supported "
             "are FP8 and INT8; scales='dynamic' works with any model"
         )

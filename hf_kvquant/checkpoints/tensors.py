@@ -7,23 +7,26 @@ producer and the declaration of another.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 from . import angelslim, ascend, autofp8, compressed_tensors, mistral, modelopt, quark
 from .files import CheckpointFiles
-from .found import Declared, Found, ScaleSource, Value, Wanted
+from .found import Declared, Found, NoUsableScalesError, ScaleSource, Value, Wanted
 from .names import looks_like_kv_scale, parse
 
 # The most special names and declarations come first; what a file beside config.json declares comes last, as in vLLM.
 PRODUCERS = (
     modelopt.PRODUCER,
     quark.PRODUCER,
+    angelslim.PRODUCER,
     autofp8.PRODUCER,
     ascend.PRODUCER,
-    angelslim.PRODUCER,
     mistral.PRODUCER,
     compressed_tensors.PRODUCER,
     modelopt.BESIDE,
 )
+# quant_method -> what is known of its scales under names of no producer.
+_UNREAD = {"gemma": "a scale of Google's quantization-aware training, for 8 or for 4 bits, which nothing declares"}
 
 
 def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
@@ -46,13 +49,18 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
         names[module][part] = name
         implied = Declared(producer.name, None, producer.implied)
         declared = declared or implied
+        if producer.after_rotation:
+            declared = replace(declared, before_rotation=False)
     if declared is None:
         if ignored:
-            message = f"{files.path} holds {ignored[0]}, which looks like a KV scale of no known format; it is not used"
-            warnings.warn(message, stacklevel=2)
+            methods = [str(quantization.get("quant_method")) for quantization in files.quantizations()]
+            known = (_UNREAD[method] for method in methods if method in _UNREAD)
+            what = next(known, "which looks like a KV scale of no known format")
+            outcome = "it is not used, and scales are dynamic unless others are given"
+            warnings.warn(f"{files.path} holds {ignored[0]}, {what}; {outcome}", stacklevel=2)
         return None
     if declared.kv_cache_dtype == "fp8_e5m2" and names:
-        raise ValueError(
+        raise NoUsableScalesError(
             f"{files.path}: {declared.file} declares fp8_e5m2, which has no scales in checkpoints, but there are some; "
             "use scales='dynamic'"
         )
@@ -66,8 +74,6 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
         notes.append(
             f"{files.path} declares no KV cache format; its scales are taken to be for {declared.kv_cache_dtype}"
         )
-    if declared.factor != 1.0:
-        notes.append(f"the scales of {files.path} are for e4m3fnuz; multiplied by {declared.factor} they are for e4m3")
     return Found(declared, by_path, notes=notes, ignored=ignored)
 
 

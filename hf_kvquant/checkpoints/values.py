@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,17 +21,19 @@ class LayerReader:
 
     Attributes:
         path: the checkpoint's directory, for errors.
-        factor: what scales are multiplied by.
         ranks: values are one per tensor-parallel rank.
         shaped: values are `[H, 1]` or `[H, D]` already.
+        one_sided: a side without a scale is meant to be dynamic.
+        unused: sides whose scales are left out (`k`, `v`, `q`).
         notes: what had to be decided; is added to.
         suspicious: those of the notes that deserve a warning.
     """
 
     path: str
-    factor: float = 1.0
     ranks: bool = False
     shaped: bool = False
+    one_sided: bool = False
+    unused: Collection[str] = ()
     notes: list[str] = field(default_factory=list)
     suspicious: list[str] = field(default_factory=list)
 
@@ -50,23 +52,24 @@ class LayerReader:
         scales: dict[str, torch.Tensor] = {}
         for side in "kv":
             value = parts.get(f"{side}_scale") or parts.get("kv_scale")
-            if value is None:
+            if value is None or side in self.unused:
                 continue
-            scale = numbers(value) * self.factor
+            scale = numbers(value)
             if bool((scale > 0).all()):
                 scales[side], used[f"{side}_scale"] = scale, value
                 self._check_plausible(value, scale)
         if not scales:
             return None
         for side, other in (("k", "v"), ("v", "k")):
-            if side not in scales:
-                message = f"{module} has a usable {other}_scale but no {side}_scale; {other}_scale is used for both"
-                self._suspect(message)
-                scales[side], used[f"{side}_scale"] = scales[other], used[f"{other}_scale"]
-        zeros = {side: self._zero(side, parts, scales[side], numbers, used) for side in "kv"}
-        q_scale = self._q_scale(parts, used)
+            if side not in scales and side not in self.unused:
+                message = f"{module} has a usable {other}_scale but no {side}_scale; {side.upper()} is dynamic there"
+                self.notes.append(message)
+                if not self.one_sided:
+                    self.suspicious.append(message)
+        zeros = {side: self._zero(side, parts, scale, numbers, used) for side, scale in scales.items()}
+        q_scale = self._q_scale(parts, used) if "k" in scales and "q" not in self.unused else None
         try:
-            layer = LayerScales(scales["k"], scales["v"], q_scale, zeros["k"], zeros["v"])
+            layer = LayerScales(scales.get("k"), scales.get("v"), q_scale, zeros.get("k"), zeros.get("v"))
         except ValueError as error:  # a product of two numbers may be infinite
             raise ValueError(f"{module} in {self.path}: {error}") from error
         return layer, {part: source for part, (source, _) in used.items()}
@@ -103,7 +106,7 @@ class LayerReader:
         if value is None:
             return None
         # Of query heads there are others than of key heads, and some tools leave memory here that was never written.
-        q_scale = _to_float(value, self.path).flatten() * self.factor
+        q_scale = _to_float(value, self.path).flatten()
         low, high = _PLAUSIBLE
         if q_scale.numel() == 0 or not bool((q_scale.isfinite() & (q_scale > low) & (q_scale < high)).all()):
             self._suspect(f"{value[0].key} is no finite, positive and plausible number; it is ignored")

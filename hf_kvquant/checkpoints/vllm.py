@@ -7,7 +7,7 @@ for K and V. A tensor-parallel rank has its own group of heads. Source: the docu
 from __future__ import annotations
 
 from .files import CheckpointFiles
-from .found import Declared, Found, Wanted
+from .found import Declared, Found, NoUsableScalesError, Wanted
 from .parse import check_model_type, indexed, number, numbers_at, object_at
 
 FILE = "kv_cache_scales.json"
@@ -21,7 +21,7 @@ def read(files: CheckpointFiles, wanted: Wanted) -> Found | None:
             continue
         where = f"{files.path}/{file}"
         if cache.get("dtype") != "float8_e4m3fn":
-            raise ValueError(
+            raise NoUsableScalesError(
                 f"{where}: dtype {cache.get('dtype')!r} is not supported; supported is 'float8_e4m3fn'; "
                 "scales='dynamic' works with any model"
             )
