@@ -660,6 +660,30 @@ def test_modelopt(tmp_path: Path, base: Path) -> None:
     same(found.layers, scales.layers)
 
 
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "copy"])
+@pytest.mark.parametrize("content", ['{"quantization":', "[]", '{"quantization": 5}'])
+def test_a_broken_file_beside_is_named_before_anything_is_written(
+    tmp_path: Path, base: Path, content: str, in_place: bool
+) -> None:
+    with_quantization(base, {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]})
+    (base / "hf_quant_config.json").write_text(content)
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    with pytest.raises(ValueError, match="hf_quant_config.json"):
+        write_scales(make("fp8")[0], base, None if in_place else tmp_path / "new")
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "vllm-json", "sidecar"])
+def test_a_decoder_configuration_that_is_none(tmp_path: Path, base: Path, layout: str) -> None:
+    """It is read as if it were not there, as `read_scales` reads it."""
+    config = config_of(base) | {"text_config": ["x"]}
+    (base / "config.json").write_text(json.dumps(config))
+    scales = Scales([LayerScales(torch.tensor([0.5]), torch.tensor([0.5]))] * len(MODULES))
+    write_scales(scales, base, layout=layout, model=LAYERS)
+    same(read_scales(base, LAYERS).layers, scales.layers)
+
+
 def test_fp8(tmp_path: Path, base: Path) -> None:
     with_quantization(base, {"quant_method": "fp8", "activation_scheme": "static"})
     scales = Scales(scales_of(q=(1,)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,16 +184,12 @@ class CheckpointFiles:
 
     def quantizations(self) -> Iterator[dict[str, Any]]:
         """Every quantization configuration in config.json."""
-        for config in (self.config, self.text_config):
-            for key in ("quantization_config", "compression_config"):
-                if isinstance(found := config.get(key), dict):
-                    yield found
+        return (holder[key] for holder, key in quantization_places(self.config))
 
     @property
-    def text_config(self) -> dict[str, Any]:
+    def text_config(self) -> Mapping[str, Any]:
         """The part of config.json that is about the decoder."""
-        nested = self.config.get("text_config")
-        return nested if isinstance(nested, dict) else self.config
+        return text_config_of(self.config)
 
     def number(self, *keys: str) -> int | None:
         """The first of these of the decoder's configuration that is a positive integer, of no absurd size."""
@@ -204,6 +200,20 @@ class CheckpointFiles:
                     raise ValueError(f"{Path(self.path) / 'config.json'}: {key} is beyond {MAX_COUNT}")
                 return value
         return None
+
+
+def text_config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a configuration that is about the decoder."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def quantization_places(config: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
+    """Where a configuration says how the model was quantized: the object, and under which name."""
+    for holder in (config, config.get("text_config")):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(holder, dict) and isinstance(holder.get(key), dict):
+                yield holder, key
 
 
 def whole_directory(source: str | os.PathLike[str], files: CheckpointFiles) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..scales import LayerScales, granularity_of
+from .files import quantization_places, text_config_of
 
 LAYOUTS = ("compressed-tensors", "modelopt", "fp8", "sidecar", "vllm-json")
 # Layouts of one JSON file, which leave the checkpoint as it is.
@@ -37,13 +38,10 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _place(config: Any) -> tuple[Any, str]:
+def _place(config: Mapping[str, Any]) -> tuple[Any, str]:
     """The object in which config.json says it, and under which name; where it would, if it does not."""
-    for holder in (config, config.get("text_config")):
-        for key in ("quantization_config", "compression_config"):
-            if isinstance(holder, dict) and isinstance(holder.get(key), dict) and holder[key]:
-                return holder, key
-    return config, "quantization_config"
+    said = ((holder, key) for holder, key in quantization_places(config) if holder[key])
+    return next(said, (config, "quantization_config"))
 
 
 def choose_layout(layout: str, config: Mapping[str, Any], where: str) -> str:
@@ -111,7 +109,7 @@ def limits(
         obstacle = None
         if any(".experts." in name for name in tensors):
             obstacle = "the experts of a checkpoint whose weights are not quantized"
-        elif not any("num_key_value_heads" in part for part in (config, config.get("text_config") or {})):
+        elif not any("num_key_value_heads" in part for part in (config, text_config_of(config))):
             obstacle = "a model without num_key_value_heads in config.json"
         if obstacle:
             notes.append(
@@ -190,7 +188,7 @@ def declared_in(layout: str, kv_cache_dtype: str, by_prefix: ByPrefix, config: M
     if layout == "fp8":
         scheme = "static"
     elif layout == "compressed-tensors":
-        num_kv_heads = (config.get("text_config") or config).get("num_key_value_heads", 1)
+        num_kv_heads = text_config_of(config).get("num_key_value_heads", 1)
         if by_head(by_prefix) and granularities_of(by_prefix) == {"tensor"} and num_kv_heads != 1:
             problem = "q_scale per head beside scales per tensor"
             raise ValueError(f"layout {layout!r} cannot hold {problem}; {_ELSE_SIDECAR}")
@@ -214,8 +212,7 @@ def vllm_json(by_prefix: ByPrefix, config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError if a layer of the model is without scales, which its readers do not take.
     """
-    text_config = config.get("text_config") or config
-    num_layers = text_config.get("num_hidden_layers", len(by_prefix))
+    num_layers = text_config_of(config).get("num_hidden_layers", len(by_prefix))
     if num_layers != len(by_prefix):
         raise ValueError(
             f"layout 'vllm-json' needs scales of all {num_layers} layers, there are {len(by_prefix)}; {_ELSE_SIDECAR}"

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ..scales import LayerScales
 from . import sidecar, vllm
-from .files import INDEX, CheckpointFiles, whole_directory
+from .files import INDEX, CheckpointFiles, read_json, whole_directory
 from .found import ModelLayers
 from .layouts import (
     JSON_LAYOUTS,
@@ -103,12 +103,10 @@ def prepare_checkpoint(
             name, content = vllm.FILE, vllm_json(by_prefix, files.config)
         return prepared(lambda: _put_json(target / name, content))
     _check_complete(scales, model, files)
-    addition = _Addition(
-        tensors_of(layout, by_prefix),
-        declared_in(layout, dtype, by_prefix, files.config),
-        list(by_prefix),
-        is_modelopt=layout == "modelopt",
-    )
+    declarations = {_CONFIG: declared_in(layout, dtype, by_prefix, files.config)}
+    if layout == "modelopt" and (beside := Path(files.path) / _MODELOPT_CONFIG).exists():
+        declarations[_MODELOPT_CONFIG] = _with_modelopts_own(beside)
+    addition = _Addition(tensors_of(layout, by_prefix), declarations, list(by_prefix))
     if output is None:
         if not Path(checkpoint).is_dir():
             raise ValueError(f"{checkpoint} is not a directory; give an output directory for the new checkpoint")
@@ -168,12 +166,11 @@ def _check_complete(scales: HasScales, model: ModelLayers, files: CheckpointFile
 
 @dataclass(frozen=True)
 class _Addition:
-    """What a checkpoint gets: tensors, its new config.json, and the modules whose old scales go."""
+    """What a checkpoint gets: tensors, new declarations by file, and the modules whose old scales go."""
 
     tensors: dict[str, torch.Tensor]
-    config: dict[str, Any]
+    declarations: dict[str, dict[str, Any]]
     prefixes: list[str]
-    is_modelopt: bool
 
 
 def _add_to_copy(directory: Path, files: CheckpointFiles, addition: _Addition, target: Path) -> list[str]:
@@ -247,7 +244,7 @@ def _check_in_place(files: CheckpointFiles, addition: _Addition) -> None:
     if stale := _stale(files, addition):
         raise ValueError(f"{files.path} has KV scales among the weights of {', '.join(sorted(stale))}; {advice}")
     before = quantization_of(files.config).get("kv_cache_scheme")
-    after = quantization_of(addition.config).get("kv_cache_scheme")
+    after = quantization_of(addition.declarations[_CONFIG]).get("kv_cache_scheme")
     if before not in (None, after) and _SHARD in files.tensors.values():
         raise ValueError(f"{files.path} has KV scales for {before}, the new ones are for {after}; {advice}")
 
@@ -282,13 +279,14 @@ def _add(files: CheckpointFiles, addition: _Addition) -> list[str]:
         changed.append(file)
     _put(directory / _SHARD, lambda path: save_file(addition.tensors, path, {"format": "pt"}))
 
-    index = _read_json(directory / INDEX) if (directory / INDEX).exists() else {}
+    index = read_json(directory / INDEX) if (directory / INDEX).exists() else {}
     single = directory / _SINGLE
     sizes = [(directory / file).stat().st_size for file in {*weight_map.values(), _SHARD}]
     becomes_sharded = single.exists()
     if becomes_sharded:
         weight_map = {name: _SINGLE_IN_INDEX if file == _SINGLE else file for name, file in weight_map.items()}
-    index["metadata"] = {**(index.get("metadata") or {}), "total_size": sum(sizes)}
+    metadata = index.get("metadata")
+    index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": sum(sizes)}
     index["weight_map"] = weight_map | dict.fromkeys(addition.tensors, _SHARD)
     if becomes_sharded:
         _link(single, directory / _SINGLE_IN_INDEX)
@@ -300,13 +298,18 @@ def _add(files: CheckpointFiles, addition: _Addition) -> list[str]:
         else:
             single.rename(directory / _SINGLE_IN_INDEX)
         changed.append(_SINGLE_IN_INDEX)
-    if addition.is_modelopt and (directory / _MODELOPT_CONFIG).exists():
-        declared = _read_json(directory / _MODELOPT_CONFIG)
-        declared.setdefault("quantization", {})["kv_cache_quant_algo"] = "FP8"
-        _put_json(directory / _MODELOPT_CONFIG, declared)
-        changed.append(_MODELOPT_CONFIG)
-    _put_json(directory / _CONFIG, addition.config)
-    return sorted({*changed, _CONFIG} - ({_SINGLE} if becomes_sharded else set()))
+    for file, content in reversed(addition.declarations.items()):  # config.json comes last
+        changed += _put_json(directory / file, content)
+    return sorted(set(changed) - ({_SINGLE} if becomes_sharded else set()))
+
+
+def _with_modelopts_own(file: Path) -> dict[str, Any]:
+    """The content of hf_quant_config.json with its declaration of the scales."""
+    content = read_json(file)
+    if not isinstance(quantization := content.setdefault("quantization", {}), dict):
+        raise ValueError(f"{file}: quantization is {quantization!r}, not an object; correct or remove the file")
+    quantization["kv_cache_quant_algo"] = "FP8"
+    return content
 
 
 def _link(file: Path, name: Path) -> None:
@@ -329,11 +332,6 @@ def _without(file: Path, names: set[str]) -> Callable[[Path], None]:
         save_file({name: value for name, value in load_file(file).items() if name not in names}, path, metadata)
 
     return write
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
 
 
 def _put_json(file: Path, content: Mapping[str, Any]) -> list[str]:
