@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,18 @@ def test_a_model_without_a_causal_head_is_refused(model: Any) -> None:
     for other in (T5ForConditionalGeneration(config), model.model):
         with pytest.raises(ValueError, match="is not a causal language model"):
             measured(other)
+
+
+def test_a_model_is_taken_as_everywhere_else(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of data parallelism, which would split its batches; and what is no model is named."""
+    monkeypatch.setattr(capacity, "check_device", lambda model: None)
+    monkeypatch.setattr(capacity, "_MOST", 2)
+    options: dict[str, Any] = {"formats": ["int8"], "contexts": [15]}
+    for measure in (partial(bench, new_tokens=6, rounds=1), measure_capacity):
+        rows = measure(torch.nn.DataParallel(model), **options).rows
+        assert {row.failed for row in rows if row.cache == "kvquant int8"} == {""}
+        with pytest.raises(TypeError, match="str is no transformers model; give what from_pretrained has returned"):
+            measure("a hub id", **options)
 
 
 # -- random weights ----------------------------------------------------------------------------------------------------

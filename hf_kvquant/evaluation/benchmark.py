@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..hosts import disable_fake_quantization, input_device, without_wrapper
+from ..hosts import disable_fake_quantization, input_device, without_data_parallelism, without_wrapper
 from .attempt import attempt
 from .caches import DEFAULT_FORMATS, Formats
 from .generating import (
@@ -65,8 +65,10 @@ def bench(
             same model, machine, versions and commit; rows that failed are tried again.
         on_row: called with every row as it is done.
 
-    Raises ValueError for amounts that do not fit, a model without a causal head, and a file of another measurement.
+    Raises ValueError for amounts that do not fit, a model without a causal head, and a file of another measurement;
+    TypeError for what is no transformers model.
     """
+    model = without_data_parallelism(model)
     check_generating(model, formats, contexts, batches, new_tokens, rounds, save)
     contexts = contexts or contexts_for(model, _CONTEXTS, new_tokens)
     check_length(model, max(contexts) + new_tokens)

@@ -14,7 +14,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..hosts import disable_fake_quantization, input_device, longest_sequence, without_wrapper
+from ..hosts import (
+    disable_fake_quantization,
+    input_device,
+    longest_sequence,
+    without_data_parallelism,
+    without_wrapper,
+)
 from ..pools import OutOfPagesError
 from ..tables import printable, table
 from .attempt import attempt
@@ -143,8 +149,9 @@ def measure_capacity(
     32. Arguments are those of `bench`; contexts are 8,192 by default.
 
     Raises ValueError on a CPU, whose memory does not run out but slows everything down, for amounts that do not fit, a
-    model without a causal head, and a file of another measurement.
+    model without a causal head, and a file of another measurement; TypeError for what is no transformers model.
     """
+    model = without_data_parallelism(model)
     check_capacity(model, input_device(model), formats, contexts, batches, save)
     contexts = contexts or contexts_for(model, _CONTEXTS, _NEW_TOKENS)
     check_length(model, max(contexts) + _NEW_TOKENS)
