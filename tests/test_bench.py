@@ -206,6 +206,7 @@ def test_an_end_of_text_does_not_end_it() -> None:
         ({"rounds": 0}, "rounds: 0"),
         ({"new_tokens": SETTLING + 1}, f"new_tokens: {SETTLING + 1}; it must be an integer of at least {SETTLING + 2}"),
         ({"contexts": [504]}, "513 together, but the model is made for 512 .max_position_embeddings"),
+        ({"contexts": [], "new_tokens": 300}, "556 together"),  # beside half of what the model is made for
         ({"formats": {"StaticCache": {"kv_cache_dtype": "int9"}}}, "int9"),
         ({"save": "/nowhere/at/all.json"}, "there is no directory"),
     ],

@@ -64,10 +64,15 @@ def check_length(model: PreTrainedModel, num_tokens: int) -> None:
         )
 
 
-def contexts_for(model: PreTrainedModel, usual: Sequence[int], new_tokens: int) -> list[int]:
-    """Those of the usual contexts that the model is made for; if it is for none, half of what it is made for."""
+def usual_contexts(model: PreTrainedModel, usual: Sequence[int], new_tokens: int) -> list[int]:
+    """Those that the model is made for; if it is for none, half of what it is made for.
+
+    Raises ValueError if not even that leaves room for the new tokens.
+    """
     longest = longest_sequence(model.config)
-    return [each for each in usual if longest is None or each + new_tokens <= longest] or [(longest or 0) // 2]
+    contexts = [each for each in usual if longest is None or each + new_tokens <= longest] or [(longest or 0) // 2]
+    check_length(model, max(contexts) + new_tokens)
+    return contexts
 
 
 def generating_candidates(model: PreTrainedModel, formats: Formats) -> list[Candidate]:
@@ -76,7 +81,7 @@ def generating_candidates(model: PreTrainedModel, formats: Formats) -> list[Cand
     return candidates(model, formats, reserved=fused and model.device.type in COMPILING_DEVICES)
 
 
-def generating_setup(model: PreTrainedModel, name: str | None) -> dict[str, Any]:
+def generating_setup(model: PreTrainedModel, name: str | None, new_tokens: int) -> dict[str, Any]:
     """What times depend on, as JSON. Weights are not among it."""
     device = input_device(model)
     setup = {key: value for key, value in model_setup(model).items() if key != "weights"}
@@ -87,6 +92,7 @@ def generating_setup(model: PreTrainedModel, name: str | None) -> dict[str, Any]
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "peak_memory": peak_kind(device),
         "commit": git_commit(),
+        "new_tokens": new_tokens,
     }
 
 
