@@ -54,7 +54,8 @@ def bench(
     Args:
         model: a causal language model; random weights will do. It gets its attention and mode back.
         formats: values of `kv_cache_dtype`; or the names of rows and their options, the fields of `KVQuantConfig`.
-        contexts: tokens of a prompt; they are random, and read in one go. By default 1,024 and 4,096.
+        contexts: tokens of a prompt; they are random, and read in one go. By default 1,024 and 4,096, if the model is
+            made for them; if it is for neither, half of what it is made for.
         batches: sequences at a time.
         new_tokens: how many are generated, at least 6: the first five only set the pace.
         rounds: how often.
