@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from ..generation import COMPILED_DEVICES
 from ..hosts import evaluating, input_device, longest_sequence, without_wrapper
 from ..interface import attention_by_part, attention_name, is_fused, uses_attention_interface
 from .caches import Candidate, Formats, candidates
@@ -18,7 +19,7 @@ from .machine import git_commit
 from .memory import peak_kind
 from .resume import check_place
 from .setup import model_setup
-from .timing import COMPILING_DEVICES, SETTLING
+from .timing import SETTLING
 
 Item = TypeVar("Item")
 _OURS, _HOSTS = "kvquant", "sdpa"
@@ -78,7 +79,7 @@ def usual_contexts(model: PreTrainedModel, usual: Sequence[int], new_tokens: int
 def generating_candidates(model: PreTrainedModel, formats: Formats) -> list[Candidate]:
     """The caches as `generate` would have them on the model's device."""
     fused = uses_attention_interface(model.config.get_text_config(decoder=True))
-    return candidates(model, formats, reserved=fused and model.device.type in COMPILING_DEVICES)
+    return candidates(model, formats, reserved=fused and model.device.type in COMPILED_DEVICES)
 
 
 def generating_setup(model: PreTrainedModel, name: str | None, new_tokens: int) -> dict[str, Any]:
