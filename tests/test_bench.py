@@ -286,20 +286,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("unit", [1, 256])
 @pytest.mark.parametrize("most", [1, 255, 256, 1000, 1 << 20])
 @pytest.mark.parametrize("limit", [0, 1, 3, 31, 33, 255, 257, 777, 9999, 10**7])
-def test_the_search_finds_the_largest(unit: int, most: int, limit: int) -> None:
+@pytest.mark.parametrize(("first", "precision"), [(1, 32), (901, 100), (7, 2)])
+def test_the_search_finds_the_largest(unit: int, most: int, limit: int, first: int, precision: int) -> None:
     tried: list[int] = []
 
     def fits(size: int) -> bool:
         tried.append(size)
         return size <= limit
 
-    found = largest_fitting(fits, unit, most)
+    found = largest_fitting(fits, unit, most, first * unit, precision)
     best = min(limit, most) // unit * unit
-    assert best - max(best // 32, unit - 1) <= found <= best
+    assert best - max(best // precision, unit - 1) <= found <= best
     assert found % unit == 0
     assert len(set(tried)) == len(tried)
     assert all(0 < size <= most and size % unit == 0 for size in tried)
-    assert all(size <= 2 * max(limit, unit) for size in tried)
+    assert all(size <= max(2 * limit, first * unit) for size in tried)
 
 
 def test_capacity_by_filling_memory(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,7 +201,7 @@ def _row(model: PreTrainedModel, candidate: Candidate, batch: int | None, contex
     def fits(count: int) -> bool:
         return _fits(model, candidate, count if batch is None else batch, count if context is None else context)
 
-    largest, failed = attempt(partial(largest_fitting, fits, unit, most))
+    largest, failed = attempt(partial(largest_fitting, fits, unit, most, first=unit, precision=_PRECISION))
     row = CapacityRow(candidate.name, candidate.options, batch, context, largest or 0, failed=failed)
     return dataclasses.replace(row, bounded=row.largest + unit <= most)
 
@@ -221,15 +221,16 @@ def _fits(model: PreTrainedModel, candidate: Candidate, batch: int, context: int
         return False
 
 
-def largest_fitting(fits: Callable[[int], bool], unit: int, most: int) -> int:
+def largest_fitting(fits: Callable[[int], bool], unit: int, most: int, first: int, precision: int) -> int:
     """The largest multiple of `unit`, up to `most`, that fits; 0 if not even `unit` does.
 
-    By doubling, then bisection to one part in 32. What is larger than something that does not fit is not tried.
+    By doubling `first`, then bisection to one part in `precision`. What is larger than something that does not fit is
+    not tried.
     """
     most -= most % unit
     below, above = 0, most + unit
-    while above - below > max(unit, below // _PRECISION // unit * unit):
-        doubled = 2 * below or unit
+    while above - below > max(unit, below // precision // unit * unit):
+        doubled = 2 * below or first
         middle = (below + above) // 2 // unit * unit
         trial = min(doubled, most) if above > most else middle
         if fits(trial):
