@@ -94,6 +94,8 @@ def saved(folder: Path) -> list[Path]:
         [],
     )
     models = [{"name": f"model {n}", "description": "It is", "comparison": comparison().to_dict()} for n in (1, 2)]
+    for name in ("machine", "commit"):
+        del models[0]["comparison"]["setup"][name]  # which then are the record's
     record = {"git_commit": "fedcba9876543210", "machine": "Another CPU", "models": models}
     parts = {
         "about": {"device": "Some GPU", "versions": {"torch": "1"}, "date": "2026-01-02T03:04:05"},
