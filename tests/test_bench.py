@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hf_kvquant import Benchmark, bench, cli
 from hf_kvquant.evaluation import capacity
 from hf_kvquant.evaluation.caches import candidates
 from hf_kvquant.evaluation.capacity import Capacity, largest_fitting, measure_capacity
+from hf_kvquant.evaluation.machine import processor_name
 from hf_kvquant.evaluation.random_weights import random_model
 from hf_kvquant.evaluation.speed import BenchRow
 from hf_kvquant.evaluation.timing import SETTLING, Run, generate_once
@@ -236,6 +238,18 @@ def test_a_model_is_taken_as_everywhere_else(model: Any, monkeypatch: pytest.Mon
         assert {row.failed for row in rows if row.cache == "kvquant int8"} == {""}
         with pytest.raises(TypeError, match="str is no transformers model; give what from_pretrained has returned"):
             measure("a hub id", **options)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n", "AMD EPYC (family 25, model 17)"),
+        ("processor\t: 0\nCPU part\t: 0xd40\n", platform.processor() or platform.machine()),
+        ("", platform.processor() or platform.machine()),
+    ],
+)
+def test_processors_that_have_one_name_are_told_apart(cpuinfo: str, expected: str) -> None:
+    assert processor_name(cpuinfo) == expected
 
 
 # -- random weights ----------------------------------------------------------------------------------------------------
