@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_kvquant.evaluation.capacity import largest_fitting
 from hf_kvquant.evaluation.memory import free, synchronize
 from hf_kvquant.hosts import with_cache
 
@@ -34,35 +35,26 @@ def fits(model: PreTrainedModel, way: Way, batch: int, context: int) -> bool:
         return False
 
 
-def largest(
-    model: PreTrainedModel, way: Way, batch: int | None, context: int | None, tolerance: float
-) -> dict[str, Any]:
-    """The largest value of whichever of `batch` and `context` is None, to within `tolerance` of it.
+def largest(model: PreTrainedModel, way: Way, batch: int | None, context: int | None, precision: int) -> dict[str, Any]:
+    """The largest value of whichever of `batch` and `context` is None, to one part in `precision`.
 
     Stops with what is known after a minute; `exact` says whether it did not have to.
     """
-    device, start = model.device, time.perf_counter()
+    device, end = model.device, time.perf_counter() + _SECONDS_A_ROW
     unit = 1 if batch is None else 1024
     free(device)
     memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 20
 
     def sizes(value: int) -> tuple[int, int]:
-        return (value, context or 0) if batch is None else (batch, value * unit)
+        return (value, context or 0) if batch is None else (batch, value)
 
-    a_unit = cache_bytes(model, *sizes(1), way.kv_cache_dtype)
-    below, above = 0, max(2, int(memory / a_unit * 1.02) + 1)  # what does not fit for sure
-    trial = max(1, int(above * 0.9))
-    while above - below > max(1, tolerance * below) and time.perf_counter() - start < _SECONDS_A_ROW:
-        if fits(model, way, *sizes(trial)):
-            below = trial
-        else:
-            above = trial
-        trial = (below + above) // 2
-    return {
-        "largest": below * unit,
-        "exact": above - below <= max(1, tolerance * below),
-        "share_of_memory": below * a_unit / memory,
-    }
+    def fits_in_time(value: int) -> bool:
+        return time.perf_counter() < end and fits(model, way, *sizes(value))
+
+    units = memory / cache_bytes(model, *sizes(unit), way.kv_cache_dtype)  # that fill the memory
+    most, first = (max(1, int(units * share)) * unit for share in (1.02, 0.9))
+    found = largest_fitting(fits_in_time, unit, most, first, precision)
+    return {"largest": found, "exact": time.perf_counter() < end, "share_of_memory": found / unit / units}
 
 
 def measure(results: Results, quick: bool = False, tiny: bool = False) -> None:
@@ -79,7 +71,7 @@ def measure(results: Results, quick: bool = False, tiny: bool = False) -> None:
                 way: Way = way, batch: int | None = batch, context: int | None = context, known: list[int] = known
             ) -> dict[str, Any]:
                 model.set_attn_implementation(way.attention)
-                values = largest(model, way, batch, context, 0.5 if tiny else 0.01)
+                values = largest(model, way, batch, context, 2 if tiny else 100)
                 known.append(values["largest"])
                 return {**values, "vs_dynamic": values["largest"] / max(known[0], 1)}
 

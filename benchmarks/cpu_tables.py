@@ -17,7 +17,10 @@ def pictures(bench: dict[str, Any]) -> list[Picture]:
 
 
 def over_dense(part: dict[str, Any]) -> dict[str, Any]:
-    """A part of tokens a second with `x` over `DynamicCache`, where `benchmarks.cpu` has our int8 over each cache."""
+    """A part of tokens a second with `x` over `DynamicCache`, where `benchmarks.cpu` has our int8 over each cache.
+
+    Readers compare with what they have. The records stay as they are: some are of machines that are not at hand.
+    """
     title, replaced = part["title"], "x: kvquant int8 over it"
     if replaced not in title:
         return part

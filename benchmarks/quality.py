@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from hf_kvquant import Calibration, ComparisonRow, calibrate, compare, write_scales
 from hf_kvquant.evaluation.caches import candidates, held_bytes
 from hf_kvquant.evaluation.machine import device_name, git_commit
+from hf_kvquant.evaluation.reporting import comparisons_of
 from hf_kvquant.hosts import with_cache
 
 from .twins import TWINS, twins_of
@@ -183,9 +184,11 @@ def main() -> None:
     torch.set_num_threads(1)
     wanted = None if args.only is None else set(args.only.split(","))
     record: dict[str, Any] = {"git_commit": git_commit(), "machine": device_name(torch.device("cpu")), "models": []}
-    entries = {}
+    entries: dict[str, Any] = {}
     if args.json.exists():
-        entries = {entry["name"]: entry for entry in json.loads(args.json.read_text(encoding="utf-8"))["models"]}
+        # With the machine and commit of each, which need not be those of this run.
+        known = comparisons_of(json.loads(args.json.read_text(encoding="utf-8")))
+        entries = {entry["name"]: {**entry, "comparison": comparison.to_dict()} for entry, comparison in known}
     args.work.mkdir(parents=True, exist_ok=True)
     labels = {
         name if twin == "plain" else f"{name}/{twin}": (name, twin)

@@ -39,14 +39,14 @@ def readme_table(record: dict[str, Any]) -> str:
         if twins:
             line.append(_worst(twins, cache))
         lines.append(line)
-    setup = _setup(record)
+    context = next(comparison.setup["context"] for _, comparison in comparisons_of(record))
     return (
         Table(header, lines).markdown()
         + "\nKL divergence of the predictions from those over `DynamicCache`, nats a token; windows of "
-        f"{setup['context']:,} tokens of unseen text in growing chunks, the repository's models in fp32 (trained to be "
+        f"{context:,} tokens of unseen text in growing chunks, the repository's models in fp32 (trained to be "
         "small, one of each kind); bytes as held for a model in bf16. Outlier twins compute the same function, with a "
         "few channels or heads of K or V made large and the weights that read them small. transformers' caches with "
-        f"their defaults. {provenance(setup)}.\n"
+        f"their defaults. {_provenance(record)}.\n"
     )
 
 
@@ -63,7 +63,7 @@ def document(record: dict[str, Any], images: dict[str, list[Picture]]) -> str:
         "`model` is our cache without quantization, `auto` what it does by itself with the scales of the checkpoint. "
         "`hf-kvquant report` makes a page of the same file, with errors by layer.",
         "",
-        f"{provenance(_setup(record))}.",
+        f"{_provenance(record)}.",
         "",
         "## Perplexity over that of DynamicCache, in percent",
         "",
@@ -105,8 +105,9 @@ def _qualities(comparison: Comparison) -> Qualities:
     return {row.cache: row.quality for row in comparison.rows if row.quality is not None}
 
 
-def _setup(record: dict[str, Any]) -> dict[str, Any]:
-    return next(comparison.setup for _, comparison in comparisons_of(record))
+def _provenance(record: dict[str, Any]) -> str:
+    """That of its models, which need not be measured together."""
+    return ", and ".join(dict.fromkeys(provenance(comparison.setup) for _, comparison in comparisons_of(record)))
 
 
 def _increase(qualities: Qualities, cache: str) -> float | None:

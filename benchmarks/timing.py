@@ -14,6 +14,7 @@ from hf_kvquant.evaluation.memory import synchronize
 
 # What a timed graph should take at least. Calls that the host needs longer for than the device are counted instead.
 _GRAPH_SECONDS, _HOST_BOUND_SECONDS, _CALLS = 4e-3, 2e-4, 128
+_WARMUP = 5  # steps of the host that do not count
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -64,14 +65,14 @@ def replay_seconds(calls: Sequence[Callable[[], Any]], device: torch.device, rep
     return statistics.median(times)
 
 
-def host_seconds(step: Callable[[], Any], device: torch.device, steps: int = 40, warmup: int = 5) -> float:
+def host_seconds(step: Callable[[], Any], device: torch.device, steps: int) -> float:
     """Median seconds that the host spends in `step`, the device idle at its start."""
     times = []
-    for index in range(warmup + steps):
+    for index in range(_WARMUP + steps):
         synchronize(device)
         start = time.perf_counter()
         step()
-        if index >= warmup:
+        if index >= _WARMUP:
             times.append(time.perf_counter() - start)
     synchronize(device)
     return statistics.median(times)

@@ -33,7 +33,7 @@ from .policy import asks_for_files
 
 CACHE_IMPLEMENTATION = "kvquant"
 _COMPILED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-_COMPILED_DEVICES = ("cuda", "xpu")  # on which `generate` compiles without being asked
+COMPILED_DEVICES = ("cuda", "xpu")  # on which `generate` compiles without being asked
 _NAMES = "ALL_CACHE_IMPLEMENTATIONS"
 _METHOD = "_prepare_cache_for_generation"
 _CONTINUOUS = "init_continuous_batching"
@@ -377,7 +377,7 @@ def _will_compile(model: Any, generation_config: Any, generation_mode: Any) -> b
         return False
     # Not every model works over such a cache, and transformers says of some that they do.
     fused = is_fused(model.config.get_text_config(decoder=True))
-    return fused and model._can_compile_fullgraph and model.device.type in _COMPILED_DEVICES
+    return fused and model._can_compile_fullgraph and model.device.type in COMPILED_DEVICES
 
 
 def _may_reserve_more(model: Any, generation_config: Any) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hf_kvquant import Benchmark, bench, cli
 from hf_kvquant.evaluation import capacity
 from hf_kvquant.evaluation.caches import candidates
 from hf_kvquant.evaluation.capacity import Capacity, largest_fitting, measure_capacity
+from hf_kvquant.evaluation.machine import processor_name
 from hf_kvquant.evaluation.random_weights import random_model
 from hf_kvquant.evaluation.speed import BenchRow
 from hf_kvquant.evaluation.timing import SETTLING, Run, generate_once
@@ -205,6 +208,7 @@ def test_an_end_of_text_does_not_end_it() -> None:
         ({"rounds": 0}, "rounds: 0"),
         ({"new_tokens": SETTLING + 1}, f"new_tokens: {SETTLING + 1}; it must be an integer of at least {SETTLING + 2}"),
         ({"contexts": [504]}, "513 together, but the model is made for 512 .max_position_embeddings"),
+        ({"contexts": [], "new_tokens": 300}, "556 together"),  # beside half of what the model is made for
         ({"formats": {"StaticCache": {"kv_cache_dtype": "int9"}}}, "int9"),
         ({"save": "/nowhere/at/all.json"}, "there is no directory"),
     ],
@@ -222,6 +226,30 @@ def test_a_model_without_a_causal_head_is_refused(model: Any) -> None:
     for other in (T5ForConditionalGeneration(config), model.model):
         with pytest.raises(ValueError, match="is not a causal language model"):
             measured(other)
+
+
+def test_a_model_is_taken_as_everywhere_else(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of data parallelism, which would split its batches; and what is no model is named."""
+    monkeypatch.setattr(capacity, "check_device", lambda model: None)
+    monkeypatch.setattr(capacity, "_MOST", 2)
+    options: dict[str, Any] = {"formats": ["int8"], "contexts": [15]}
+    for measure in (partial(bench, new_tokens=6, rounds=1), measure_capacity):
+        rows = measure(torch.nn.DataParallel(model), **options).rows
+        assert {row.failed for row in rows if row.cache == "kvquant int8"} == {""}
+        with pytest.raises(TypeError, match="str is no transformers model; give what from_pretrained has returned"):
+            measure("a hub id", **options)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n", "AMD EPYC (family 25, model 17)"),
+        ("processor\t: 0\nCPU part\t: 0xd40\n", platform.processor() or platform.machine()),
+        ("", platform.processor() or platform.machine()),
+    ],
+)
+def test_processors_that_have_one_name_are_told_apart(cpuinfo: str, expected: str) -> None:
+    assert processor_name(cpuinfo) == expected
 
 
 # -- random weights ----------------------------------------------------------------------------------------------------
@@ -272,20 +300,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("unit", [1, 256])
 @pytest.mark.parametrize("most", [1, 255, 256, 1000, 1 << 20])
 @pytest.mark.parametrize("limit", [0, 1, 3, 31, 33, 255, 257, 777, 9999, 10**7])
-def test_the_search_finds_the_largest(unit: int, most: int, limit: int) -> None:
+@pytest.mark.parametrize(("first", "precision"), [(1, 32), (901, 100), (7, 2)])
+def test_the_search_finds_the_largest(unit: int, most: int, limit: int, first: int, precision: int) -> None:
     tried: list[int] = []
 
     def fits(size: int) -> bool:
         tried.append(size)
         return size <= limit
 
-    found = largest_fitting(fits, unit, most)
+    found = largest_fitting(fits, unit, most, first * unit, precision)
     best = min(limit, most) // unit * unit
-    assert best - max(best // 32, unit - 1) <= found <= best
+    assert best - max(best // precision, unit - 1) <= found <= best
     assert found % unit == 0
     assert len(set(tried)) == len(tried)
     assert all(0 < size <= most and size % unit == 0 for size in tried)
-    assert all(size <= 2 * max(limit, unit) for size in tried)
+    assert all(size <= max(2 * limit, first * unit) for size in tried)
 
 
 def test_capacity_by_filling_memory(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

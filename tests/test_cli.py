@@ -21,6 +21,7 @@ from transformers import (
     EncoderDecoderCache,
     PreTrainedModel,
 )
+from transformers.utils import quantization_config
 
 import hf_kvquant
 from hf_kvquant import LayerScales, QuantizedPagedCache, read_scales, write_scales
@@ -173,6 +174,19 @@ def test_another_revision(
         assert found is not None
         same = [layer.to_dict() for layer in found.layers] == [layer.to_dict() for layer in read_scales(TINY).layers]
         assert same == (command[0] == "convert")
+
+
+@pytest.mark.parametrize("command", ["eval --data README.md", "bench", "calibrate --data README.md --output {}/new"])
+def test_without_compressed_tensors_the_extra_is_named(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(quantization_config, "is_compressed_tensors_available", lambda *_, **__: False)
+    monkeypatch.chdir(Path(__file__).parents[1])
+    command, *others = command.format(tmp_path).split()
+    said = fails(capsys, command, TINY, *others)
+    assert "pip install compressed-tensors" in said  # transformers' words
+    assert "pip install 'hf-kvquant[demo]'" in said
+    assert "del config.quantization_config" in said
 
 
 @pytest.mark.parametrize("command", ["inspect", "doctor", "plan"])

@@ -42,7 +42,7 @@ def test_models_that_are_not_for_fixed_addresses_get_pages_that_grow(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where nobody asks for fixed ones, as on a GPU; who does is told."""
-    monkeypatch.setattr(generation, "_COMPILED_DEVICES", ("cpu",))
+    monkeypatch.setattr(generation, "COMPILED_DEVICES", ("cpu",))
     kinds = []
     for model in (tiny_llama(), families.build("dbrx")):
         model.set_attn_implementation("kvquant")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
 
 from benchmarks.twins import TWINS, twins_of
-from hf_kvquant import Comparison, LayerScales, QuantizedPagedCache
+from hf_kvquant import LayerScales, QuantizedPagedCache
+from hf_kvquant.evaluation.reporting import comparisons_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # Of one tokenizer.
@@ -196,9 +198,27 @@ def test_the_record_can_be_made(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     command = [sys.executable, "-m", "benchmarks.quality", "--tiny", "--json", str(path), "--work", str(tmp_path)]
     label = f"{QK_NORM}/value_channel"
+    # Measured elsewhere and earlier, which stays said of it.
+    other = {"name": LLAMA, "description": "", "comparison": {"setup": {}, "rows": [], "notes": []}}
+    path.write_text(json.dumps({"machine": "another", "git_commit": "0123456", "models": [other]}))
     subprocess.run([*command, "--only", label], cwd=EXAMPLES.parent, check=True)
-    (entry,) = json.loads(path.read_text())["models"]
+    record = json.loads(path.read_text())
+    (_, kept), (entry, comparison) = comparisons_of(record)
+    assert kept.setup == {"machine": "another", "commit": "0123456"}
     assert entry["name"] == label
-    comparison = Comparison.from_dict(entry["comparison"])
+    assert (comparison.setup["machine"], comparison.setup["commit"]) == (record["machine"], record["git_commit"])
+    assert record["machine"] != "another"
     measured = {row.cache: row.quality for row in comparison.rows if not row.failed}
     assert measured["model"].chunks.kl_divergence == pytest.approx(0, abs=1e-6)
+
+
+def test_pages_name_every_machine_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "benchmarks"))
+    import quality_tables
+    import readme
+
+    record = json.loads(readme.QUALITY.read_text(encoding="utf-8"))
+    record["models"][-1]["comparison"]["setup"] |= {"machine": "Another", "commit": "0123456789"}
+    for page in (quality_tables.readme_table(record), quality_tables.document(record, {}).partition("##")[0]):
+        assert re.search(rf"{record['machine']}; .*{record['git_commit'][:7]}, and Another; .*0123456", page)

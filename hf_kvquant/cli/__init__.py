@@ -14,6 +14,11 @@ from .saying import remark
 
 __all__ = ["main"]
 
+_WITHOUT_COMPRESSED_TENSORS = (
+    "`pip install 'hf-kvquant[demo]'` brings compressed-tensors; in Python, a model whose cache alone it quantized "
+    "loads without it after `del config.quantization_config`, as the README shows"
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 130 if interrupted, 1 with a line on standard error otherwise."""
@@ -26,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             COMMANDS[options.command](options)
     except (ValueError, TypeError, OSError, ImportError) as error:
         remark(f"hf-kvquant: {error}")
+        if isinstance(error, ImportError) and "compressed" in str(error):  # transformers names the package alone
+            remark(_WITHOUT_COMPRESSED_TENSORS)
         return 1
     except KeyboardInterrupt:
         remark("hf-kvquant: interrupted")

@@ -36,13 +36,10 @@ def parser() -> argparse.ArgumentParser:
     doctor = command("doctor", "say what the cache will do with a model, without loading it")
     doctor.add_argument("model", help="directory or hub id")
     doctor.add_argument(
-        "--device", type=_device, help="where it is to run, such as cpu or cuda (default: what this machine has)"
-    )
-    doctor.add_argument(
         "--kv-cache-dtype", default="auto", type=_kv_cache_dtype,
-        help="as in cache_config; K,V for a pair (default: auto)",
+        help="as in cache_config; K,V for a pair (default: %(default)s)",
     )  # fmt: skip
-    doctor.add_argument("--scales", default="auto", help="as in cache_config (default: auto)")
+    doctor.add_argument("--scales", default="auto", help="as in cache_config (default: %(default)s)")
 
     plan = command("plan", "show what a model's cache takes by batch and format, and what fits")
     plan.add_argument("model", help="directory or hub id")
@@ -55,17 +52,16 @@ def parser() -> argparse.ArgumentParser:
 
     eval_ = command("eval", "compare what caches cost a model in quality, ours and those of transformers")
     eval_.add_argument("model", help="directory or hub id")
+    eval_.add_argument("--context", type=int, default=1024, help="tokens of a window (default: %(default)s)")
     eval_.add_argument(
-        "--formats", nargs="+", type=_kv_cache_dtype, default=list(DEFAULT_FORMATS), metavar="FORMAT",
-        help=f"formats of our cache; K,V for a pair (default: {' '.join(DEFAULT_FORMATS)})",
-    )  # fmt: skip
-    eval_.add_argument("--context", type=int, default=1024, help="tokens of a window (default: 1024)")
-    eval_.add_argument("--num-windows", type=int, default=8, help="number of windows to read, at most (default: 8)")
-    eval_.add_argument(
-        "--new-tokens", type=int, default=64, help="tokens to generate in each greedy continuation (default: 64)"
+        "--num-windows", type=int, default=8, help="number of windows to read, at most (default: %(default)s)"
     )
+    eval_.add_argument(
+        "--new-tokens", type=int, default=64,
+        help="tokens to generate in each greedy continuation (default: %(default)s)",
+    )  # fmt: skip
     eval_.add_argument("--steps", type=int, help="tokens of a window read one by one (default: half of it)")
-    eval_.add_argument("--attention", default="kvquant", help="attention implementation (default: kvquant)")
+    eval_.add_argument("--attention", default="kvquant", help="attention implementation (default: %(default)s)")
     eval_.add_argument(
         "--retrieval", nargs="+", type=int, default=[], metavar="LENGTH",
         help="also look for facts in contexts of so many tokens",
@@ -78,15 +74,15 @@ def parser() -> argparse.ArgumentParser:
     bench_ = command("bench", "time generation over each cache, ours and those of transformers, by size")
     bench_.add_argument("model", help="directory or hub id")
     bench_.add_argument(
-        "--formats", nargs="+", type=_kv_cache_dtype, default=list(DEFAULT_FORMATS), metavar="FORMAT",
-        help=f"formats of our cache; K,V for a pair (default: {' '.join(DEFAULT_FORMATS)})",
+        "--context", type=int, nargs="+",
+        help="tokens of a prompt (default: 1024 4096, with --largest 8192, if the model is made for them; if for none, "
+        "half of what it is made for)",
     )  # fmt: skip
-    bench_.add_argument(
-        "--context", type=int, nargs="+", help="tokens of a prompt (default: 1024 4096; with --largest 8192)"
-    )
     bench_.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences at a time (default: 1)")
-    bench_.add_argument("--new-tokens", type=int, default=32, help="tokens to generate after each prompt (default: 32)")
-    bench_.add_argument("--rounds", type=int, default=3, help="how often each cache is measured (default: 3)")
+    bench_.add_argument(
+        "--new-tokens", type=int, default=32, help="tokens to generate after each prompt (default: %(default)s)"
+    )
+    bench_.add_argument("--rounds", type=int, default=3, help="how often each cache is measured (default: %(default)s)")
     bench_.add_argument(
         "--random-weights", action="store_true", help="read the model's configuration only, and make its weights up"
     )
@@ -101,38 +97,48 @@ def parser() -> argparse.ArgumentParser:
     calibrate_ = command("calibrate", "measure scales on text and write them into a checkpoint")
     calibrate_.add_argument("model", help="directory or hub id")
     calibrate_.add_argument(
-        "--kv-cache-dtype", default="fp8", choices=["fp8", *STATIC_FORMATS], help="storage format (default: fp8)"
-    )
+        "--kv-cache-dtype", default="fp8", choices=["fp8", *STATIC_FORMATS],
+        help="storage format (default: %(default)s)",
+    )  # fmt: skip
     calibrate_.add_argument(
         "--granularity", default="tensor", choices=GRANULARITIES,
-        help="one scale per tensor, head or channel (default: tensor)",
+        help="one scale per tensor, head or channel (default: %(default)s)",
     )  # fmt: skip
     calibrate_.add_argument(
         "--estimator", default="absmax", choices=ESTIMATORS,
-        help="how the range is chosen: the largest number, a percentile, or the least squared error (default: absmax)",
+        help="how the range is chosen: the largest number, a percentile, or the least squared error "
+        "(default: %(default)s)",
     )  # fmt: skip
     calibrate_.add_argument(
-        "--percentile", type=float, default=99.99, help="percentile of --estimator percentile (default: 99.99)"
+        "--percentile", type=float, default=99.99, help="percentile of --estimator percentile (default: %(default)s)"
     )
     calibrate_.add_argument("--asymmetric", action="store_true", help="put a zero in the middle of the range")
     calibrate_.add_argument("--q-scale", action="store_true", help="measure scales of the queries as well")
     calibrate_.add_argument(
-        "--num-samples", type=int, default=512, help="number of sequences to read, at most (default: 512)"
+        "--num-samples", type=int, default=512, help="number of sequences to read, at most (default: %(default)s)"
     )
-    calibrate_.add_argument("--max-length", type=int, default=2048, help="tokens of a sequence (default: 2048)")
-    calibrate_.add_argument("--batch-size", type=int, default=1, help="sequences in a forward pass (default: 1)")
+    calibrate_.add_argument("--max-length", type=int, default=2048, help="tokens of a sequence (default: %(default)s)")
+    calibrate_.add_argument(
+        "--batch-size", type=int, default=1, help="sequences in a forward pass (default: %(default)s)"
+    )
     for added in (eval_, calibrate_):
         added.add_argument(
             "--data", required=True, help="text, JSON or JSONL file, or name[:config][:split] of a data set"
         )
     for added in (eval_, bench_):
         added.add_argument(
+            "--formats", nargs="+", type=_kv_cache_dtype, default=list(DEFAULT_FORMATS), metavar="FORMAT",
+            help=f"formats of our cache; K,V for a pair (default: {' '.join(DEFAULT_FORMATS)})",
+        )  # fmt: skip
+        added.add_argument(
             "--save", metavar="FILE", help="save after every row; if the file is there, what it lacks is measured"
         )
-    for added in (eval_, bench_, calibrate_):
+    for added in (doctor, eval_, bench_, calibrate_):
         added.add_argument(
-            "--device", default="auto", type=_device, help="cpu, cuda, ..., or auto: whatever there is (default)"
-        )
+            "--device", default="auto", type=_device,
+            help="cpu, cuda, ..., or auto: whatever there is (default: %(default)s)",
+        )  # fmt: skip
+    for added in (eval_, bench_, calibrate_):
         added.add_argument("--dtype", default="auto", type=_dtype, help="dtype to load the model in (default: its own)")
 
     convert = command("convert", "take the scales of one checkpoint or file into another")
@@ -168,9 +174,10 @@ def _bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _device(text: str) -> str:
+def _device(text: str) -> str | None:
+    """A device's name; None for `auto`."""
     try:
-        return text if text == "auto" else str(torch.device(text))
+        return None if text == "auto" else str(torch.device(text))
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no device; write cpu, cuda, cuda:1, ...") from error
 

@@ -45,10 +45,8 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    wanted = {"kv_cache_dtype": options.kv_cache_dtype, "scales": options.scales}
-    asked = {name: value for name, value in wanted.items() if value != "auto"}
-    device = None if options.device == "auto" else options.device
-    _show(diagnose(options.model, asked, device=device, revision=options.revision), options.json)
+    asked = {"kv_cache_dtype": options.kv_cache_dtype, "scales": options.scales}
+    _show(diagnose(options.model, asked, device=options.device, revision=options.revision), options.json)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -65,7 +63,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _place(options: argparse.Namespace) -> torch.device:
     """The device that is asked for. Raises ValueError if this machine does not have it."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if options.device == "auto":
+    if options.device is None:
         return accelerator or torch.device("cpu")
     device = torch.device(options.device)
     count = torch.accelerator.device_count() if accelerator is not None else 0
@@ -78,7 +76,7 @@ def _place(options: argparse.Namespace) -> torch.device:
 def _load(options: argparse.Namespace, assistant: str | None = None, **further: Any) -> Any:
     """The model where it is asked for, in evaluation mode; or its assistant."""
     device = _place(options)
-    spread = options.device == "auto" and device.type != "cpu" and is_accelerate_available()
+    spread = options.device is None and device.type != "cpu" and is_accelerate_available()
     placed: dict[str, Any] = {"device_map": "auto"} if spread else {}
     source, revision = (options.model, options.revision) if assistant is None else (assistant, None)
     model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=options.dtype, **placed, **further)

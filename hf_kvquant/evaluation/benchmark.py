@@ -7,24 +7,22 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..hosts import disable_fake_quantization, input_device, without_wrapper
+from ..hosts import disable_fake_quantization, input_device, without_data_parallelism, without_wrapper
 from .attempt import attempt
 from .caches import DEFAULT_FORMATS, Formats
 from .generating import (
     as_generating,
     check_generating,
-    check_length,
-    contexts_for,
     generating_candidates,
     generating_setup,
     random_ids,
     starting_at,
+    usual_contexts,
 )
 from .resume import read_rows, write_json
 from .speed import Benchmark, BenchRow
@@ -56,7 +54,8 @@ def bench(
     Args:
         model: a causal language model; random weights will do. It gets its attention and mode back.
         formats: values of `kv_cache_dtype`; or the names of rows and their options, the fields of `KVQuantConfig`.
-        contexts: tokens of a prompt; they are random, and read in one go. By default 1,024 and 4,096.
+        contexts: tokens of a prompt; they are random, and read in one go. By default 1,024 and 4,096, if the model is
+            made for them; if it is for neither, half of what it is made for.
         batches: sequences at a time.
         new_tokens: how many are generated, at least 6: the first five only set the pace.
         rounds: how often.
@@ -65,18 +64,17 @@ def bench(
             same model, machine, versions and commit; rows that failed are tried again.
         on_row: called with every row as it is done.
 
-    Raises ValueError for amounts that do not fit, a model without a causal head, and a file of another measurement.
+    Raises ValueError for amounts that do not fit, a model without a causal head, and a file of another measurement;
+    TypeError for what is no transformers model.
     """
+    model = without_data_parallelism(model)
     check_generating(model, formats, contexts, batches, new_tokens, rounds, save)
-    contexts = contexts or contexts_for(model, _CONTEXTS, new_tokens)
-    check_length(model, max(contexts) + new_tokens)
+    contexts = contexts or usual_contexts(model, _CONTEXTS, new_tokens)
     compared = generating_candidates(model, formats)
-    setup = {**generating_setup(model, name), "new_tokens": new_tokens}
-    path = None if save is None else Path(save)
-    saved = [] if path is None else read_rows(path, setup, BenchRow.from_dict)
+    setup = generating_setup(model, name, new_tokens)
+    rows = {(row.cache, row.batch, row.context): row for row in read_rows(save, setup, BenchRow.from_dict)}
     notes = disable_fake_quantization(without_wrapper(model))
     cells = list(product(batches, contexts))
-    rows = {(row.cache, row.batch, row.context): row for row in saved}
     for (batch, context), candidate in product(cells, compared):
         place = candidate.name, batch, context
         found = rows.get(place)
@@ -97,8 +95,7 @@ def bench(
                     row = rows[place]
                     bar.set_description(f"{batch} x {context:,} {candidate.name}", refresh=False)
                     bar.update(index >= 0)
-                    done = len(row.runs)
-                    if row.failed or done >= rounds or done > index >= 0:
+                    if not _is_due(row, index, rounds):
                         continue
                     attend(candidate)
                     run, failed = attempt(partial(generate_once, model, candidate.make, ids, new_tokens))
@@ -106,8 +103,14 @@ def bench(
                         continue
                     runs = row.runs if run is None else [*row.runs, run]
                     rows[place] = row = dataclasses.replace(row, runs=runs, failed=failed)
-                    if path is not None:
-                        write_json(path, result().to_dict())
+                    if save is not None:
+                        write_json(save, result().to_dict())
                     if on_row is not None and (failed or len(runs) == rounds):
                         on_row(row)
     return result()
+
+
+def _is_due(row: BenchRow, index: int, rounds: int) -> bool:
+    """Whether a row that did not fail lacks the run of this round; of any round in -1, which warms up."""
+    done = len(row.runs)
+    return not row.failed and done < rounds and (index < 0 or done <= index)

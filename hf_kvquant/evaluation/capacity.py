@@ -7,28 +7,32 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..hosts import disable_fake_quantization, input_device, longest_sequence, without_wrapper
+from ..hosts import (
+    disable_fake_quantization,
+    input_device,
+    longest_sequence,
+    without_data_parallelism,
+    without_wrapper,
+)
 from ..pools import OutOfPagesError
-from ..tables import printable, table
 from .attempt import attempt
 from .caches import DEFAULT_FORMATS, DENSE, Candidate, Formats
 from .generating import (
     as_generating,
     check_generating,
-    check_length,
-    contexts_for,
     generating_candidates,
     generating_setup,
     random_ids,
+    usual_contexts,
 )
 from .resume import read_rows, write_json
+from .text import told
 from .timing import SETTLING, generate_once
 
 _CONTEXTS = (8192,)
@@ -121,10 +125,7 @@ class Capacity:
         return f"{model}: random prompts and a few new tokens, more until memory ran out; to one part in 32"
 
     def __str__(self) -> str:
-        lines = [table(self.table())]
-        lines += [f"{what}: not measured: {why}" for what, why in self.failures()]
-        lines += [f"{self.caption()}; on {self.setup['machine']}", *(f"note: {note}" for note in self.notes)]
-        return printable("\n".join(lines))
+        return told(self)
 
 
 def measure_capacity(
@@ -143,18 +144,16 @@ def measure_capacity(
     32. Arguments are those of `bench`; contexts are 8,192 by default.
 
     Raises ValueError on a CPU, whose memory does not run out but slows everything down, for amounts that do not fit, a
-    model without a causal head, and a file of another measurement.
+    model without a causal head, and a file of another measurement; TypeError for what is no transformers model.
     """
+    model = without_data_parallelism(model)
     check_capacity(model, input_device(model), formats, contexts, batches, save)
-    contexts = contexts or contexts_for(model, _CONTEXTS, _NEW_TOKENS)
-    check_length(model, max(contexts) + _NEW_TOKENS)
+    contexts = contexts or usual_contexts(model, _CONTEXTS, _NEW_TOKENS)
     compared = generating_candidates(model, formats)
-    setup = {**generating_setup(model, name), "new_tokens": _NEW_TOKENS}
-    path = None if save is None else Path(save)
-    saved = [] if path is None else read_rows(path, setup, lambda row: CapacityRow(**row))
+    setup = generating_setup(model, name, _NEW_TOKENS)
+    rows = [row for row in read_rows(save, setup, lambda row: CapacityRow(**row)) if not row.failed]
     notes = disable_fake_quantization(without_wrapper(model))
     questions = [*((None, context) for context in contexts), *((batch, None) for batch in batches)]
-    rows = [row for row in saved if not row.failed]
     known = {(row.cache, row.batch, row.context): row.options for row in rows}
     with as_generating(model) as attend, tqdm(total=len(questions) * len(compared), disable=None) as bar:
         for batch, context in questions:
@@ -164,8 +163,8 @@ def measure_capacity(
                     attend(candidate)
                     row = _row(model, candidate, batch, context)
                     rows.append(row)
-                    if path is not None:
-                        write_json(path, Capacity(setup, rows, notes).to_dict())
+                    if save is not None:
+                        write_json(save, Capacity(setup, rows, notes).to_dict())
                     if on_row is not None:
                         on_row(row)
                 bar.update()
@@ -202,7 +201,7 @@ def _row(model: PreTrainedModel, candidate: Candidate, batch: int | None, contex
     def fits(count: int) -> bool:
         return _fits(model, candidate, count if batch is None else batch, count if context is None else context)
 
-    largest, failed = attempt(partial(largest_fitting, fits, unit, most))
+    largest, failed = attempt(partial(largest_fitting, fits, unit, most, first=unit, precision=_PRECISION))
     row = CapacityRow(candidate.name, candidate.options, batch, context, largest or 0, failed=failed)
     return dataclasses.replace(row, bounded=row.largest + unit <= most)
 
@@ -222,15 +221,16 @@ def _fits(model: PreTrainedModel, candidate: Candidate, batch: int, context: int
         return False
 
 
-def largest_fitting(fits: Callable[[int], bool], unit: int, most: int) -> int:
+def largest_fitting(fits: Callable[[int], bool], unit: int, most: int, first: int, precision: int) -> int:
     """The largest multiple of `unit`, up to `most`, that fits; 0 if not even `unit` does.
 
-    By doubling, then bisection to one part in 32. What is larger than something that does not fit is not tried.
+    By doubling `first`, then bisection to one part in `precision`. What is larger than something that does not fit is
+    not tried.
     """
     most -= most % unit
     below, above = 0, most + unit
-    while above - below > max(unit, below // _PRECISION // unit * unit):
-        doubled = 2 * below or unit
+    while above - below > max(unit, below // precision // unit * unit):
+        doubled = 2 * below or first
         middle = (below + above) // 2 // unit * unit
         trial = min(doubled, most) if above > most else middle
         if fits(trial):

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,8 +95,7 @@ def compare(
         "retrieval": list(retrieval),
         "speculation": bool(speculation) if assistant is None else model_setup(assistant),
     }
-    path = None if save is None else Path(save)
-    saved = {} if path is None else {row.cache: row for row in read_rows(path, setup, ComparisonRow.from_dict)}
+    saved = {row.cache: row for row in read_rows(save, setup, ComparisonRow.from_dict)}
     setup["commit"] = git_commit()  # to be told, not compared: rows are taken over from one to the next
     models = [model] if assistant is None else [model, assistant]
     notes = [note for each in models for note in disable_fake_quantization(without_wrapper(each))]
@@ -112,9 +110,9 @@ def compare(
                 row = ComparisonRow(candidate.name, candidate.options)
             row = measuring.completed(row, candidate, None if of_assistant is None else of_assistant[index])
             rows.append(row)
-            if path is not None:
+            if save is not None:
                 later = [saved[other.name] for other in compared[index + 1 :] if other.name in saved]
-                write_json(path, Comparison(setup, [*rows, *later], notes).to_dict())
+                write_json(save, Comparison(setup, [*rows, *later], notes).to_dict())
             if on_row is not None:
                 on_row(row)
     return Comparison(setup, rows, notes)

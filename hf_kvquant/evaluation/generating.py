@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from ..generation import COMPILED_DEVICES
 from ..hosts import evaluating, input_device, longest_sequence, without_wrapper
 from ..interface import attention_by_part, attention_name, is_fused, uses_attention_interface
 from .caches import Candidate, Formats, candidates
@@ -18,7 +19,7 @@ from .machine import git_commit
 from .memory import peak_kind
 from .resume import check_place
 from .setup import model_setup
-from .timing import COMPILING_DEVICES, SETTLING
+from .timing import SETTLING
 
 Item = TypeVar("Item")
 _OURS, _HOSTS = "kvquant", "sdpa"
@@ -64,19 +65,24 @@ def check_length(model: PreTrainedModel, num_tokens: int) -> None:
         )
 
 
-def contexts_for(model: PreTrainedModel, usual: Sequence[int], new_tokens: int) -> list[int]:
-    """Those of the usual contexts that the model is made for; if it is for none, half of what it is made for."""
+def usual_contexts(model: PreTrainedModel, usual: Sequence[int], new_tokens: int) -> list[int]:
+    """Those that the model is made for; if it is for none, half of what it is made for.
+
+    Raises ValueError if not even that leaves room for the new tokens.
+    """
     longest = longest_sequence(model.config)
-    return [each for each in usual if longest is None or each + new_tokens <= longest] or [(longest or 0) // 2]
+    contexts = [each for each in usual if longest is None or each + new_tokens <= longest] or [(longest or 0) // 2]
+    check_length(model, max(contexts) + new_tokens)
+    return contexts
 
 
 def generating_candidates(model: PreTrainedModel, formats: Formats) -> list[Candidate]:
     """The caches as `generate` would have them on the model's device."""
     fused = uses_attention_interface(model.config.get_text_config(decoder=True))
-    return candidates(model, formats, reserved=fused and model.device.type in COMPILING_DEVICES)
+    return candidates(model, formats, reserved=fused and model.device.type in COMPILED_DEVICES)
 
 
-def generating_setup(model: PreTrainedModel, name: str | None) -> dict[str, Any]:
+def generating_setup(model: PreTrainedModel, name: str | None, new_tokens: int) -> dict[str, Any]:
     """What times depend on, as JSON. Weights are not among it."""
     device = input_device(model)
     setup = {key: value for key, value in model_setup(model).items() if key != "weights"}
@@ -87,6 +93,7 @@ def generating_setup(model: PreTrainedModel, name: str | None) -> dict[str, Any]
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "peak_memory": peak_kind(device),
         "commit": git_commit(),
+        "new_tokens": new_tokens,
     }
 
 

@@ -13,17 +13,21 @@ _CHECKOUT = Path(__file__).parents[2]
 
 
 def device_name(device: torch.device) -> str:
-    """The model name of a GPU or of the processor, where the system tells it.
-
-    Virtual machines call very different processors by one name, so family and model are given as well.
-    """
+    """The model name of a GPU or of the processor, where the system tells it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return processor_name(info.read_text(encoding="utf-8") if info.exists() else "")
+
+
+def processor_name(cpuinfo: str) -> str:
+    """From what Linux says of the processors, or from what Python knows where that has no name.
+
+    Virtual machines call very different processors by one name, so family and model are given as well.
+    """
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in cpuinfo.splitlines())}
     name = facts.get("model name") or platform.processor() or platform.machine()
     return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
 

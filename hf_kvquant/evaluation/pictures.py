@@ -54,7 +54,6 @@ _RC: dict[Any, Any] = {
     "text.parse_math": False,  # a dollar in a name is a dollar
     "axes.formatter.useoffset": False,
 }
-_DIGEST = re.compile(r"drawn from data ([0-9a-f]{64})")
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,6 @@ class Picture:
             file = io.BytesIO()
             self.figure.savefig(file, format=kind, **options)
         return file.getvalue()
-
-
-def digest_in(svg: str) -> str | None:
-    """The digest of the data that an SVG file of `Picture.svg` was drawn from; None for other files."""
-    found = _DIGEST.search(svg)
-    return found[1] if found else None
 
 
 def style(name: str) -> AbstractContextManager[None]:

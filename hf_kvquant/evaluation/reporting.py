@@ -84,11 +84,11 @@ def _printable(content: Any) -> Any:
 
 
 def comparisons_of(record: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Comparison]]:
-    """The entries of a record of several models, and their comparisons with the record's machine and commit."""
+    """The entries of a record of several models, and their comparisons: of its machine and commit, if not of others."""
     origin = {"machine": record["machine"], "commit": record["git_commit"]}
     found = [(entry, Comparison.from_dict(entry["comparison"])) for entry in record["models"]]
     return [
-        (entry, dataclasses.replace(comparison, setup={**comparison.setup, **origin})) for entry, comparison in found
+        (entry, dataclasses.replace(comparison, setup={**origin, **comparison.setup})) for entry, comparison in found
     ]
 
 

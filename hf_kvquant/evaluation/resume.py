@@ -12,18 +12,21 @@ from typing import Any, TypeVar
 Row = TypeVar("Row")
 
 
-def read_rows(path: Path, setup: Mapping[str, Any], row_of: Callable[[Mapping[str, Any]], Row]) -> list[Row]:
+def read_rows(
+    path: str | os.PathLike[str] | None, setup: Mapping[str, Any], row_of: Callable[[Mapping[str, Any]], Row]
+) -> list[Row]:
     """The rows of an earlier run; none if there is no file.
 
     Args:
-        path: what `write_json` wrote: an object with the entries `setup` and `rows`.
+        path: what `write_json` wrote: an object with the entries `setup` and `rows`; None for a run that is not saved.
         setup: what the numbers depend on, as JSON. That of the file must be the same.
         row_of: makes a row of its JSON; may raise ValueError, TypeError and KeyError.
 
     Raises ValueError if the file's setup is another, and if it is no such file.
     """
-    if not path.exists():
+    if path is None or not Path(path).exists():
         return []
+    path = Path(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         differing = [name for name in setup if found["setup"][name] != setup[name]]
@@ -43,12 +46,13 @@ def check_place(path: str | os.PathLike[str] | None) -> None:
         raise ValueError(f"{path}: there is no directory {Path(path).parent} to save to")
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Write the whole file or, if interrupted, leave the one before.
 
     Raises ValueError for numbers that are none (NaN, infinity).
     """
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    path = Path(path)
     beside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     file = beside.open("x", encoding="utf-8")  # a new file: nothing is written through a link that lies there
     try:

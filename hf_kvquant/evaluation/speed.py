@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..tables import printable, size, table
+from ..tables import size
 from .caches import DENSE
+from .text import told
 from .timing import Run
 
 
@@ -174,7 +175,4 @@ class Benchmark:
         ) + (f"; peak: {peak}" if peak else "")
 
     def __str__(self) -> str:
-        lines = [table(self.table())]
-        lines += [f"{what}: not measured: {why}" for what, why in self.failures()]
-        lines += [f"{self.caption()}; on {self.setup['machine']}", *(f"note: {note}" for note in self.notes)]
-        return printable("\n".join(lines))
+        return told(self)

@@ -1,19 +1,30 @@
-"""The rows of a comparison as the cells of tables, header first; no cells where there is nothing to show."""
+"""Measurements for a terminal. Of a comparison the cells of its tables, header first; none where there is nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..tables import printable, table
 from .agreement import Agreement
 from .caches import DENSE
 from .quality import Quality
 
 if TYPE_CHECKING:
+    from .capacity import Capacity
     from .retrieval import Retrieval
     from .rows import ComparisonRow
+    from .speed import Benchmark
 
 Cells = list[tuple[str, ...]]
+
+
+def told(measured: Benchmark | Capacity) -> str:
+    """Its table, what is missing there and why, what the numbers are of, and its notes."""
+    lines = [table(measured.table())]
+    lines += [f"{what}: not measured: {why}" for what, why in measured.failures()]
+    lines += [f"{measured.caption()}; on {measured.setup['machine']}", *(f"note: {note}" for note in measured.notes)]
+    return printable("\n".join(lines))
 
 
 # What tables of qualities have in common: the columns before those of predictions, those of equal tokens, and the last.

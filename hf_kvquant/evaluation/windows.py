@@ -19,7 +19,7 @@ _LATER_CHUNKS = 256
 
 
 def read_windows(
-    data: Any, model: PreTrainedModel, tokenizer: Any, context: int, num_windows: int, num_tokens: int = 0
+    data: Any, model: PreTrainedModel, tokenizer: Any, context: int, num_windows: int, num_tokens: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Windows of the data, and its pieces up to the first `num_tokens` tokens: both at once, as data may be read once.
 
