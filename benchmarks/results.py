@@ -52,7 +52,8 @@ class Results:
     """All rows of a run, by part.
 
     Args:
-        path: the JSON file, None to only print. Parts that it already has and that are not measured again stay.
+        path: the JSON file, None to only print. Parts that it already has and that are not measured again stay; it may
+            not be another device's.
         device: what is measured.
         budget: seconds after which a part starts no further row.
     """
@@ -61,7 +62,7 @@ class Results:
         self.path, self.device, self.budget = path, device, budget
         self.data: dict[str, Any] = {"about": describe(device), "parts": {}}
         if path is not None and path.exists():
-            self.data["parts"] = json.loads(path.read_text(encoding="utf-8"))["parts"]
+            self.take(path)
         self._part, self._start = "", 0.0
         self._columns: tuple[str, ...] = ()
 

@@ -123,6 +123,8 @@ def test_parts_of_another_call_are_taken_in(tmp_path: Path) -> None:
     (tmp_path / "third.json").write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="measured on another"):
         second.take(tmp_path / "third.json")
+    with pytest.raises(ValueError, match="measured on another"):
+        Results(tmp_path / "third.json", torch.device("cpu"), budget=10)
 
 
 # Stands for SGLang's file: its names, imports and launch, and a loop of its own.
