@@ -74,7 +74,7 @@ def kvquant_attention(
         if layer.holds_tokens and layer.needs_tokens:
             layer.tell_padding(_valid_tokens(attention_mask, key))
             if key.raw is not None:  # else they are written when pages are read
-                layer.settle(None)
+                layer.settle()
         readable = True
         if query.requires_grad or (dropout and module.training):
             readable, reason = False, "gradients or dropout are asked for"

@@ -119,7 +119,7 @@ def _has_own_state(cache: QuantizedPagedCache, layer: Any) -> bool:
 
 def _crop(cache: QuantizedPagedCache, layers: Sequence[PagedLayer], length: int) -> None:
     for layer in layers:
-        layer.settle(None)
+        layer.settle()
     for table in cache._tables:
         if table.length > length:
             table.crop(table.length - length)

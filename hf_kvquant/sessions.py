@@ -92,7 +92,7 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
         if not isinstance(layer, PagedLayer) or layer.is_empty:
             continue
         entry["q"] = _query_entry(layer.plan.q)
-        layer.settle(None)
+        layer.settle()
         if isinstance(layer, GrowingLayer) and layer.length != layer.table.length:
             layer.leave_table()  # a step broke off before it came here, and in several processes it is not taken back
         table = layer.table
