@@ -156,7 +156,7 @@ def model_layers(model: PreTrainedModel) -> ModelLayers:
         path if isinstance(layer, DynamicLayer) else None
         for layer, path in zip(layers, attention_paths(model, len(layers)), strict=True)
     ]
-    num_kv_heads = [_num_kv_heads(config, None if path is None else model.get_submodule(path)) for path in paths]
+    num_kv_heads = [kv_heads_of(config, None if path is None else model.get_submodule(path)) for path in paths]
     in_files = _paths_in_files(model, [path for path in paths if path is not None])
     names = [[] if path is None else list(dict.fromkeys([path, in_files[path]])) for path in paths]
     return ModelLayers(names, num_kv_heads, model.config.model_type)
@@ -201,8 +201,8 @@ def config_number(config: PreTrainedConfig, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _num_kv_heads(config: PreTrainedConfig, module: torch.nn.Module | None) -> int | None:
-    """Of a layer by its module, since layers may differ, else by the configuration."""
+def kv_heads_of(config: PreTrainedConfig, module: torch.nn.Module | None = None) -> int | None:
+    """Heads of keys and values by a layer's module, since layers may differ, else by the configuration."""
     if getattr(module, "kv_lora_rank", None) is not None:
         return None  # whether latents or what they are expanded to is stored is the model's code's choice
     own, groups = getattr(module, "num_key_value_heads", None), getattr(module, "num_key_value_groups", None)

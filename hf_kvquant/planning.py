@@ -164,12 +164,7 @@ def _layer_bytes(shape: LayerShape, plan: SidePlan, tokens: int, dtype: torch.dt
     if plan.format != "model":  # whole pages; the newest page of a window may be all but empty
         page_size = KVQuantConfig.page_size
         kept = -(-kept // page_size) * page_size + (page_size if kept < tokens else 0)
-    return kept * _token_bytes(shape, plan, dtype) + index
-
-
-def _token_bytes(shape: LayerShape, plan: SidePlan, dtype: torch.dtype) -> int:
-    dims = (shape.k_head_dim, shape.v_head_dim)
-    return sum(plan.bytes_per_token(shape.num_kv_heads, dim, dtype) for dim in dims)
+    return kept * shape.bytes_per_token(plan, plan, dtype) + index
 
 
 def _of_cross_attention(shapes: Sequence[LayerShape], dtype: torch.dtype) -> str:
@@ -179,8 +174,9 @@ def _of_cross_attention(shapes: Sequence[LayerShape], dtype: torch.dtype) -> str
     if not layers:
         return note
     stored, quantized = (
-        size(sum(_token_bytes(layer, _FORMATS[name], dtype) for layer in layers))
-        for name in ("model", "8-bit, dynamic scales")  # no checkpoint has scales for them
+        size(sum(layer.bytes_per_token(plan, plan, dtype) for layer in layers))
+        # No checkpoint has scales for them.
+        for plan in (_FORMATS["model"], _FORMATS["8-bit, dynamic scales"])
     )
     return f"{note}: a token of the encoder takes {stored}, or {quantized} in 8 bits"
 
