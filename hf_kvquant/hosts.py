@@ -13,6 +13,8 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter
 
 from .checkpoints import ModelLayers
 from .checkpoints.snapshots import loaded_commits
@@ -164,11 +166,6 @@ def model_layers(model: PreTrainedModel) -> ModelLayers:
 
 def _paths_in_files(model: PreTrainedModel, paths: Sequence[str]) -> dict[str, str]:
     """What the modules at `paths` are called in checkpoints, whose names transformers changes while it loads some."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import PrefixChange, WeightConverter
-    except ImportError:
-        return {path: path for path in paths}
     changes = get_model_conversion_mapping(model, add_legacy=False)
     # Prefixes are left to matching, which knows them all. Names in files are what saving makes: the changes backwards,
     # one that makes other tensors before those of names alone.
