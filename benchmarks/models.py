@@ -127,7 +127,7 @@ def fill(cache: Any, model: PreTrainedModel, batch: int, length: int) -> None:
         for index in range(config.num_hidden_layers):  # as in a model: a layer ahead of others leaves their table
             cache.update(key[:, :, : stop - start], value[:, :, : stop - start], index)
             if ours:
-                cache.layers[index].settle(None)
+                cache.layers[index].settle()
 
 
 def cache_bytes(model: PreTrainedModel, batch: int, context: int, kv_cache_dtype: str | None) -> int:

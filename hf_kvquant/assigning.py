@@ -47,10 +47,10 @@ class Assignment:
                 "D]; call update() for the first ones and reset() to forget them"
             )
         if not self._new:
-            layer.settle(None)
+            layer.settle()
         self._new[side] = new
         if len(self._new) == 2:
-            layer.settle(None)
+            layer.settle()
 
     def finish(self, layer: PagedLayer) -> None:
         """Store what was assigned, if anything was; the other of both stays."""

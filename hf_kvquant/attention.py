@@ -68,23 +68,20 @@ def kvquant_attention(
     if sinks is not None and sinks.numel() == query.shape[1]:
         sinks = sinks.flatten()
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    reason = "the model passes one of keys and values dense"
+    why_dense = "the model passes one of keys and values dense"
     if isinstance(key, PagedKV) and isinstance(value, PagedKV):
-        layer = key.layer
-        if layer.holds_tokens and layer.needs_tokens:
-            layer.tell_padding(_valid_tokens(attention_mask, key))
-            if key.raw is not None:  # else they are written when pages are read
-                layer.settle(None)
-        readable = True
+        if key.layer.holds_tokens and key.layer.needs_tokens:
+            _tell_padding(attention_mask, key)
+        why_dense = ""
         if query.requires_grad or (dropout and module.training):
-            readable, reason = False, "gradients or dropout are asked for"
+            why_dense = "gradients or dropout are asked for"
         elif sinks is not None and sinks.ndim > 1:
-            readable, reason = False, "sinks differ between tokens"
-        if key.raw is None and readable:
+            why_dense = "sinks differ between tokens"
+        if not why_dense and key.raw is None:
             plain = is_causal and attention_mask is None and softcap is None and sinks is None and position_bias is None
             if plain and _is_long_turn(query, key):
-                return _attend_long_turn(query, layer, scaling), None
-            output = layer.attend(
+                return _attend_long_turn(query, key.layer, scaling), None
+            output = key.layer.attend(
                 query,
                 key.num_new,
                 with_bias(attention_mask, position_bias),
@@ -95,30 +92,42 @@ def kvquant_attention(
                 exact=key.exact,
             )
             return output.transpose(1, 2).contiguous(), None
-        if key.raw is not None and value.raw is not None and readable and layer.num_prompt < key.num_new:
-            options = DenseOptions(module, scaling, is_causal, softcap, sinks, dropout, kwargs)
-            return _attend_with_drafts(key, query, key.raw, value.raw, attention_mask, position_bias, options), None
+    options = DenseOptions(module, scaling, is_causal, softcap, sinks, dropout, kwargs)
+    return _attend_dense(query, key, value, attention_mask, position_bias, options, why_dense), None
+
+
+def _attend_dense(
+    query: torch.Tensor,
+    key: Any,
+    value: Any,
+    mask: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+    options: DenseOptions,
+    why_dense: str,
+) -> torch.Tensor:
+    """Attention over dense tensors, which handles become: of a fresh prompt the raw ones, else for the reason given."""
+    if isinstance(key, PagedKV) and isinstance(value, PagedKV):
+        if not why_dense and key.layer.num_prompt < key.num_new:
+            return _attend_with_drafts(query, key, value, mask, position_bias, options)
         if key.raw is not None:
             key, value = key.raw, value.raw
             if key.device.type == "cpu":  # kernels for pages need heads in one piece, torch's like them
                 key, value = key.contiguous(), value.contiguous()
-        elif attention_mask is None and is_causal and query.shape[2] > 1:
-            attention_mask = causal_mask(query, key.shape[2])
+        elif mask is None and options.is_causal and query.shape[2] > 1:
+            mask = causal_mask(query, key.shape[2])
     if isinstance(key, PagedKV):
-        key = key.dense(reason)
+        key = key.dense(why_dense)
     if isinstance(value, PagedKV):
-        value = value.dense(reason)
-    if attention_mask is not None and attention_mask.shape[-1] > key.shape[-2]:
-        attention_mask = attention_mask[..., : key.shape[-2]]  # a mask for reserved pages over a fresh prompt
-    options = DenseOptions(module, scaling, is_causal, softcap, sinks, dropout, kwargs)
-    return dense_attention(query, key, value, attention_mask, position_bias, options), None
+        value = value.dense(why_dense)
+    if mask is not None and mask.shape[-1] > key.shape[-2]:
+        mask = mask[..., : key.shape[-2]]  # a mask for reserved pages over a fresh prompt
+    return dense_attention(query, key, value, mask, position_bias, options)
 
 
 def _attend_with_drafts(
-    handle: PagedKV,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: PagedKV,
+    value: PagedKV,
     mask: torch.Tensor | None,
     position_bias: torch.Tensor | None,
     options: DenseOptions,
@@ -128,27 +137,27 @@ def _attend_with_drafts(
     The drafts are checked against what later steps would see, which is the pages: else a run with speculation would
     not be the run without.
     """
-    layer = handle.layer
-    num_new, num_drafts = key.shape[2], key.shape[2] - layer.num_prompt
-    prompt, drafts = slice(layer.num_prompt), slice(layer.num_prompt, None)
-    view = slice(num_new - layer.shape_of("key", num_drafts)[2], None)
+    num_prompt = key.layer.num_prompt
+    num_drafts = key.num_new - num_prompt
+    prompt, drafts = slice(num_prompt), slice(num_prompt, None)
+    view = slice(key.num_new - key.layer.shape_of("key", num_drafts)[2], None)
 
-    def part(x: torch.Tensor | None, rows: slice, columns: slice) -> torch.Tensor | None:
+    def part(x: Any, rows: slice, columns: slice = slice(None)) -> Any:
         return None if x is None else x[..., rows, columns]
 
     of_prompt = dense_attention(
-        query[:, :, prompt], key[:, :, prompt], value[:, :, prompt], part(mask, prompt, prompt),
+        part(query, prompt), part(key.raw, prompt), part(value.raw, prompt), part(mask, prompt, prompt),
         part(position_bias, prompt, prompt), options,
     )  # fmt: skip
-    of_drafts = layer.attend(
-        query[:, :, drafts],
+    of_drafts = key.layer.attend(
+        part(query, drafts),
         num_drafts,
         with_bias(part(mask, drafts, view), part(position_bias, drafts, view)),
         softmax_scale=options.scaling,
         sinks=options.sinks,
         softcap=options.softcap,
         causal=options.is_causal and mask is None,
-        exact=handle.exact,
+        exact=key.exact,
     )
     return torch.cat([of_prompt, of_drafts.transpose(1, 2)], dim=1)
 
@@ -177,11 +186,14 @@ def _attend_long_turn(query: torch.Tensor, layer: PagedLayer, scaling: float) ->
     return output.transpose(1, 2).contiguous()
 
 
-def _valid_tokens(mask: torch.Tensor | None, key: PagedKV) -> torch.Tensor | None:
-    """`[B, T]`, False for new tokens that no query may see, which is what padding is."""
-    if mask is None or mask.shape[-1] < key.shape[-2]:
-        return None
-    return seen_tokens(mask.index_select(-1, key.layer.columns_of(key.num_new))).expand(key.shape[0], -1)
+def _tell_padding(mask: torch.Tensor | None, key: PagedKV) -> None:
+    """Before scales are taken from new tokens: those that no query may see are padding."""
+    valid = None
+    if mask is not None and mask.shape[-1] >= key.shape[-2]:
+        valid = seen_tokens(mask.index_select(-1, key.layer.columns_of(key.num_new))).expand(key.shape[0], -1)
+    key.layer.tell_padding(valid)
+    if key.raw is not None:  # else they are written when pages are read
+        key.layer.settle()
 
 
 def seen_tokens(mask: torch.Tensor) -> torch.Tensor:

@@ -84,8 +84,8 @@ def _is_first_step(cache: QuantizedPagedCache, first: PagedLayer, last: PagedLay
     model = cache.shared.model() if cache.shared.model is not None else None
     if not isinstance(model, PreTrainedModel):
         return False
-    paths = attention_paths(model, len(cache.layers))[last.index]
-    return any("Cross" not in type(model.get_submodule(path)).__name__ for path in paths)
+    path = attention_paths(model, len(cache.layers))[last.index]
+    return path is not None and "Cross" not in type(model.get_submodule(path)).__name__
 
 
 def _check(cache: QuantizedPagedCache, lengths: set[int]) -> None:
@@ -119,7 +119,7 @@ def _has_own_state(cache: QuantizedPagedCache, layer: Any) -> bool:
 
 def _crop(cache: QuantizedPagedCache, layers: Sequence[PagedLayer], length: int) -> None:
     for layer in layers:
-        layer.settle(None)
+        layer.settle()
     for table in cache._tables:
         if table.length > length:
             table.crop(table.length - length)

@@ -388,7 +388,7 @@ class QuantizedPagedCache(DynamicCache):
     def _settle(self) -> None:
         self.shared.copies = 1  # sequences may differ from here on
         for layer in self._paged_layers:
-            layer.settle(None)
+            layer.settle()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
         """Keys, values and window (None for full attention) of every layer as dense tensors."""

@@ -141,14 +141,13 @@ def diagnose(
 
 def _diagnose(layer: PagedLayer, shape: LayerShape, dtype: torch.dtype) -> LayerDiagnosis:
     plans = (layer.plan.k, layer.plan.v)
-    dims = (shape.k_head_dim, shape.v_head_dim)
     risks = [f"{side}: {plan.risk}" for side, plan in zip("KV", plans, strict=True) if plan.risk]
     return LayerDiagnosis(
         layer.index,
         layer.layer_type,
         (plans[0].format, plans[1].format),
         (plans[0].source, plans[1].source),
-        sum(plan.bytes_per_token(shape.num_kv_heads, dim, dtype) for plan, dim in zip(plans, dims, strict=True)),
+        shape.bytes_per_token(*plans, dtype),
         shape.numbers_per_token * dtype.itemsize,
         "; ".join(risks) or None,
     )

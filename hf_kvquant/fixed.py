@@ -113,7 +113,7 @@ class FixedLayer(PagedLayer):
         if self._held is None or num_new <= self.table.most_at_once:
             return super().attend(query, num_new, attn_mask, exact, **options)
         key, value = self._held
-        self._observe(key, value, None)
+        self._observe(key, value)
         outputs = []
         for start in range(0, num_new, self.table.most_at_once):
             rows = slice(start, min(start + self.table.most_at_once, num_new))

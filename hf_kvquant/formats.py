@@ -78,6 +78,9 @@ FORMATS: dict[str, StorageFormat] = {
     )
 }  # fmt: skip
 
+# The smallest dynamic scale: its reciprocal is finite and normal where a whole token is zero.
+TINY_SCALE = 2.0**-100
+
 # The last ones are what torch calls them.
 ALIASES = {"fp8": "fp8_e4m3", "fp8_e4m3fn": "fp8_e4m3", "float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
 

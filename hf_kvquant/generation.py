@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import transformers
@@ -38,9 +38,18 @@ _NAMES = "ALL_CACHE_IMPLEMENTATIONS"
 _METHOD = "_prepare_cache_for_generation"
 _CONTINUOUS = "init_continuous_batching"
 _INPUTS = "prepare_inputs_for_generation"
-_PARAMETERS = ["self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"]
 
 logger = logging.get_logger(__name__)
+
+
+class _Call(NamedTuple):
+    """What `generate` gives the method that makes its cache."""
+
+    generation_config: Any
+    model_kwargs: dict[str, Any]
+    generation_mode: Any
+    batch_size: int
+    max_cache_length: int
 
 
 def register() -> None:
@@ -50,10 +59,10 @@ def register() -> None:
     """
     names = getattr(configuration_utils, _NAMES, None)
     method = getattr(GenerationMixin, _METHOD, None)
-    if hasattr(method, "__wrapped__") and getattr(method, "_is_kvquant", False):
+    if getattr(method, "_is_kvquant", False):
         return
     parameters = list(inspect.signature(method).parameters) if method is not None else None
-    if not isinstance(names, tuple) or parameters != _PARAMETERS:
+    if not isinstance(names, tuple) or parameters != ["self", *_Call._fields]:
         raise RuntimeError(
             f"transformers {transformers.__version__} is not a version that hf_kvquant knows: "
             f"generation.configuration_utils.{_NAMES} is {type(names).__name__}, GenerationMixin.{_METHOD} takes "
@@ -67,59 +76,55 @@ def register() -> None:
 
 def _extended(prepare_cache: Any) -> Any:
     @functools.wraps(prepare_cache)
-    def prepare(
-        self: Any,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> Any:
-        arguments = (model_kwargs, generation_mode, batch_size, max_cache_length)
-        chosen = generation_config.cache_implementation
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = _Call(*args, **kwargs)
+        config, model_kwargs = call.generation_config, call.model_kwargs
+        chosen = config.cache_implementation
         asked = chosen == CACHE_IMPLEMENTATION
-        fused = is_fused(self.config.get_text_config(decoder=True))
-        given = [model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None]
-        for cache in given:
-            if isinstance(cache, QuantizedPagedCache):
-                _warn_of_other_options(cache, generation_config)
-                if not generation_config.is_assistant:  # which may go through some layers only
-                    take_back_broken_step(cache)
-                cache.shared.speculates = generation_mode == GenerationMode.ASSISTED_GENERATION
-                _describe_prompt(self, model_kwargs, cache)
-                _take_adapters_prefix(self)
-                _keep_in_inputs(type(self))
-        if given and asked and generation_config.is_assistant:
+        if given := [model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None]:
+            for cache in given:
+                if isinstance(cache, QuantizedPagedCache):
+                    _go_on_with(self, cache, call)
             # An assistant is called again and again with the cache of its first call; the name was meant for that one.
-            with _without_name(generation_config):
-                return prepare_cache(self, generation_config, *arguments)
+            with _without_name(config) if asked and config.is_assistant else nullcontext():
+                return prepare_cache(self, *call)
+        fused = _is_fused(self)
         wanted = asked or (fused and chosen is None)
-        is_ignored = not given and not wanted and chosen is None and not generation_config.is_assistant
-        if is_ignored and generation_config.cache_config:
+        if not wanted and chosen is None and config.cache_config and not config.is_assistant:
             logger.warning_once(
                 "`cache_config` is ignored: the 8-bit cache is made by cache_implementation='kvquant', or by a kvquant "
                 "attention, which this model does not have (not every model takes one)."
             )
-        if given or not wanted or not self._supports_default_dynamic_cache():
-            return prepare_cache(self, generation_config, *arguments)
-        options = generation_config.cache_config
-        KVQuantConfig.parse(options)  # before anything is made
-        if asked and not fused:
+        if not wanted or not self._supports_default_dynamic_cache():
+            return prepare_cache(self, *call)
+        KVQuantConfig.parse(config.cache_config)  # before anything is made
+        if not fused:
             logger.info(
                 "The cache is stored in 8 bits and dequantized for attention %r; with attn_implementation='kvquant' "
                 "attention reads the 8-bit pages themselves, which is faster.",
                 self.config._attn_implementation,
             )
         # transformers makes a DynamicCache, with all it knows about models; ours takes its place.
-        with _without_name(generation_config):
-            result = prepare_cache(self, generation_config, *arguments)
+        with _without_name(config):
+            result = prepare_cache(self, *call)
         for name in CACHE_NAMES:
             if name in model_kwargs:
-                model_kwargs[name] = _replace(self, model_kwargs[name], generation_config, *arguments)
+                model_kwargs[name] = _replace(self, model_kwargs[name], call)
         return result
 
     prepare._is_kvquant = True  # type: ignore[attr-defined]
     return prepare
+
+
+def _go_on_with(model: Any, cache: QuantizedPagedCache, call: _Call) -> None:
+    """Make a cache that was passed ready for this call."""
+    _warn_of_other_options(cache, call.generation_config)
+    if not call.generation_config.is_assistant:  # which may go through some layers only
+        take_back_broken_step(cache)
+    cache.shared.speculates = call.generation_mode == GenerationMode.ASSISTED_GENERATION
+    _describe_prompt(model, call, cache)
+    _take_adapters_prefix(model)
+    _keep_in_inputs(type(model))
 
 
 def _with_warning(init_continuous_batching: Any) -> Any:
@@ -129,8 +134,7 @@ def _with_warning(init_continuous_batching: Any) -> Any:
     def init(self: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         config = self.generation_config if generation_config is None else generation_config
         chosen, options = (getattr(config, name, None) for name in ("cache_implementation", "cache_config"))
-        fused = is_fused(self.config.get_text_config(decoder=True))
-        if chosen == CACHE_IMPLEMENTATION or (chosen is None and (fused or options)):
+        if chosen == CACHE_IMPLEMENTATION or (chosen is None and (_is_fused(self) or options)):
             logger.warning_once(
                 "Continuous batching keeps a cache of its own, in the model's dtype: cache_implementation='kvquant' "
                 "and `cache_config` have no effect on it, and it takes no kvquant attention "
@@ -161,39 +165,30 @@ def _without_name(generation_config: Any) -> Iterator[None]:
         generation_config.cache_implementation = chosen
 
 
-def _replace(
-    model: Any,
-    made: Any,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    generation_mode: Any,
-    batch_size: int,
-    max_cache_length: int,
-) -> Any:
+def _replace(model: Any, made: Any, call: _Call) -> Any:
     """Ours for `made`, a cache of transformers; anything but a plain dynamic cache is left alone."""
+    options, max_cache_length = call.generation_config.cache_config, call.max_cache_length
     if isinstance(made, EncoderDecoderCache):
-        encoder_outputs = model_kwargs.get("encoder_outputs")
+        encoder_outputs = call.model_kwargs.get("encoder_outputs")
         encoder_length = encoder_outputs[0].shape[1] if encoder_outputs is not None else None
-        decoder, encoder = made.self_attention_cache, made.cross_attention_cache
-        arguments = (model_kwargs, generation_mode, batch_size, max_cache_length)
-        decoder = _replace(model, decoder, generation_config, *arguments)
+        decoder, encoder = _replace(model, made.self_attention_cache, call), made.cross_attention_cache
         if type(encoder) is DynamicCache and encoder_length is not None:
-            encoder = _cross_attention_cache(model, generation_config.cache_config, encoder_length)
-            _share_prompts(model, generation_config, generation_mode, encoder, batch_size)
+            encoder = _cross_attention_cache(model, options, encoder_length)
+            _share_prompts(model, call, encoder)
         return QuantizedEncoderDecoderCache(decoder, encoder)
     if type(made) is not DynamicCache:
         return made
-    static, num_sequences = None, batch_size * _copies(generation_config)
-    if _will_compile(model, generation_config, generation_mode):
+    static, num_sequences = None, call.batch_size * _copies(call.generation_config)
+    if _will_compile(model, call):
         static = max_cache_length
-        if _may_reserve_more(model, generation_config):
+        if _may_reserve_more(model, options):
             static = reservations.length_to_reserve(model, num_sequences, max_cache_length)
-    cache = QuantizedPagedCache.for_generation(model, generation_config.cache_config, max_cache_length, static)
+    cache = QuantizedPagedCache.for_generation(model, options, max_cache_length, static)
     if static is not None:
         reservations.remember(model, num_sequences, static, cache.shared.reservation, len(cache._paged_layers))
-    _describe_prompt(model, model_kwargs, cache)
-    _share_prompts(model, generation_config, generation_mode, cache, batch_size)
-    if generation_config.is_assistant:
+    _describe_prompt(model, call, cache)
+    _share_prompts(model, call, cache)
+    if call.generation_config.is_assistant:
         cache.activate_past_recording()
     _take_adapters_prefix(model)
     _keep_in_inputs(type(model))
@@ -287,9 +282,10 @@ def _take_adapters_prefix(model: Any) -> None:
     model.prepare_inputs_for_generation = prepare_inputs
 
 
-def _describe_prompt(model: Any, model_kwargs: dict[str, Any], cache: QuantizedPagedCache) -> None:
+def _describe_prompt(model: Any, call: _Call, cache: QuantizedPagedCache) -> None:
     """Tell `cache` what is padding, and how long the prompt is."""
-    mask, positions = _padding_mask(model_kwargs), model_kwargs.get("position_ids")
+    mask, positions = (call.model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
+    mask = mask.bool() if mask is not None and mask.ndim == 2 else None
     cache.shared.padding_mask = mask
     known = positions if positions is not None else mask  # transformers drops a mask that hides nothing
     cache.shared.prompt_length = 0 if known is None or model.config.is_encoder_decoder else known.shape[-1]
@@ -297,16 +293,14 @@ def _describe_prompt(model: Any, model_kwargs: dict[str, Any], cache: QuantizedP
         cache.shared.copies = 1  # what comes now may differ between sequences that began with the same prompt
 
 
-def _share_prompts(
-    model: Any, generation_config: Any, generation_mode: Any, cache: QuantizedPagedCache, batch_size: int
-) -> None:
+def _share_prompts(model: Any, call: _Call, cache: QuantizedPagedCache) -> None:
     """Tell a new cache that the beams of a prompt, or the several answers to it, all begin with that prompt.
 
     A `generate` of a model's own (RAG's) knows no mode, and counts its sequences in its own way.
     """
-    copies = _copies(generation_config)
-    if copies > 1 and generation_mode is not None and not _rows_differ(model):
-        cache.shared.copies, cache.shared.num_prompts = copies, batch_size
+    copies = _copies(call.generation_config)
+    if copies > 1 and call.generation_mode is not None and not _rows_differ(model):
+        cache.shared.copies, cache.shared.num_prompts = copies, call.batch_size
 
 
 def _copies(generation_config: Any) -> int:
@@ -358,34 +352,32 @@ def _cross_attention_cache(model: Any, options: Any, encoder_length: int) -> Qua
     return known[1](model.config)
 
 
-def _will_compile(model: Any, generation_config: Any, generation_mode: Any) -> bool:
+def _will_compile(model: Any, call: _Call) -> bool:
     """Whether `generate` is to get a cache at fixed addresses, with which it compiles decoding.
 
     On an accelerator it would do so by itself. That suits a cache that is gone afterwards; one that is returned may
     have to grow, and one with a bound on its pages must not reserve more.
     """
+    config = call.generation_config
     # transformers compiles neither beam search nor speculation; both are better off with pages that grow.
-    if generation_config.disable_compile or generation_config.is_assistant or generation_mode not in _COMPILED_MODES:
+    if config.disable_compile or config.is_assistant or call.generation_mode not in _COMPILED_MODES:
         return False
-    options = options_for(model, generation_config.cache_config)
+    options = options_for(model, config.cache_config)
     if options.offload:
         return False
-    compile_config = generation_config.compile_config
+    compile_config = config.compile_config
     if compile_config is not None and compile_config._compile_all_devices:
         return True
-    if compile_config is None and (generation_config.return_dict_in_generate or options.num_pages):
+    if compile_config is None and (config.return_dict_in_generate or options.num_pages):
         return False
     # Not every model works over such a cache, and transformers says of some that they do.
-    fused = is_fused(model.config.get_text_config(decoder=True))
-    return fused and model._can_compile_fullgraph and model.device.type in COMPILED_DEVICES
+    return _is_fused(model) and model._can_compile_fullgraph and model.device.type in COMPILED_DEVICES
 
 
-def _may_reserve_more(model: Any, generation_config: Any) -> bool:
+def _may_reserve_more(model: Any, options: Any) -> bool:
     """Whether more than is needed costs no time, as it does where attention gets dense values, and is allowed."""
-    fused = is_fused(model.config.get_text_config(decoder=True))
-    return fused and options_for(model, generation_config.cache_config).num_pages is None
+    return _is_fused(model) and options_for(model, options).num_pages is None
 
 
-def _padding_mask(model_kwargs: dict[str, Any]) -> Any:
-    mask = model_kwargs.get("attention_mask")
-    return mask.bool() if mask is not None and mask.ndim == 2 else None
+def _is_fused(model: Any) -> bool:
+    return is_fused(model.config.get_text_config(decoder=True))

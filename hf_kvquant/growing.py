@@ -51,7 +51,7 @@ class GrowingLayer(PagedLayer):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         is_alone = id(self.table) not in memo  # else the whole cache is copied
         if is_alone and self.is_initialized:
-            self.settle(None)
+            self.settle()
             memo |= {id(self.table): self.table.fork(), id(self.k): self.k, id(self.v): self.v}
         elif is_alone:  # it will see the same tokens
             memo[id(self.table)] = self.table

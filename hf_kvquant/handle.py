@@ -50,7 +50,7 @@ class PagedKV:
         """`[B, H, L, D]` in the model's dtype; `reason` goes into the report."""
         self.layer.note_dense(reason)
         if self.raw is not None:
-            self.layer.settle(None)
+            self.layer.settle()
             return self.raw
         if self._dense is None:
             self._dense = self.layer.read(self.side, self.num_new, self.exact)

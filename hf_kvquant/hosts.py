@@ -13,6 +13,8 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter
 
 from .checkpoints import ModelLayers
 from .checkpoints.snapshots import loaded_commits
@@ -79,8 +81,8 @@ def evaluating(*models: torch.nn.Module) -> Iterator[None]:
             module.training = was_training
 
 
-def attention_paths(model: PreTrainedModel, num_layers: int) -> list[list[str]]:
-    """For each cache layer the path of the module that feeds it, [] where there is none.
+def attention_paths(model: PreTrainedModel, num_layers: int) -> list[str | None]:
+    """For each cache layer the path of the module that feeds it, None where there is none.
 
     Of the modules with "attention" in their class's name and the layer's index it is the innermost and first below the
     decoder: others wrap it, attend to an encoder, or are of an encoder or a vision tower whose layers count from 0 too.
@@ -89,7 +91,7 @@ def attention_paths(model: PreTrainedModel, num_layers: int) -> list[list[str]]:
     inside = next((path for path, module in model.named_modules() if module is decoder), "")
     # Some models call their output layer a decoder.
     paths = _attention_by_index(decoder, inside) or _attention_by_index(model, "")
-    return [[paths[index]] if index in paths else [] for index in range(num_layers)]
+    return [paths.get(index) for index in range(num_layers)]
 
 
 def _attention_by_index(decoder: torch.nn.Module, inside: str) -> dict[int, str]:
@@ -108,10 +110,8 @@ def layer_devices(model: PreTrainedModel, num_layers: int) -> list[torch.device]
     """For each cache layer the device on which its attention runs, which need not be where its weights are kept."""
     modules = dict(model.named_modules())
     usual = input_device(model)
-    return [
-        next((device for path in paths if (device := _runs_on(modules[path])) is not None), usual)
-        for paths in attention_paths(model, num_layers)
-    ]
+    paths = attention_paths(model, num_layers)
+    return [usual if path is None else _runs_on(modules[path]) or usual for path in paths]
 
 
 def input_device(model: Any) -> torch.device:
@@ -155,22 +155,17 @@ def model_layers(model: PreTrainedModel) -> ModelLayers:
     layers = DynamicCache(config=config).layers
     paths = [
         # Layers that use the keys of another, or keep a state of another kind, have none to scale.
-        of_layer if isinstance(layer, DynamicLayer) else []
-        for layer, of_layer in zip(layers, attention_paths(model, len(layers)), strict=True)
+        path if isinstance(layer, DynamicLayer) else None
+        for layer, path in zip(layers, attention_paths(model, len(layers)), strict=True)
     ]
-    num_kv_heads = [_num_kv_heads(config, [model.get_submodule(path) for path in of_layer]) for of_layer in paths]
-    in_files = _paths_in_files(model, [path for of_layer in paths for path in of_layer])
-    paths = [list(dict.fromkeys([*of_layer, *(in_files[path] for path in of_layer)])) for of_layer in paths]
-    return ModelLayers(paths, num_kv_heads, model.config.model_type)
+    num_kv_heads = [kv_heads_of(config, None if path is None else model.get_submodule(path)) for path in paths]
+    in_files = _paths_in_files(model, [path for path in paths if path is not None])
+    names = [[] if path is None else list(dict.fromkeys([path, in_files[path]])) for path in paths]
+    return ModelLayers(names, num_kv_heads, model.config.model_type)
 
 
 def _paths_in_files(model: PreTrainedModel, paths: Sequence[str]) -> dict[str, str]:
     """What the modules at `paths` are called in checkpoints, whose names transformers changes while it loads some."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import PrefixChange, WeightConverter
-    except ImportError:
-        return {path: path for path in paths}
     changes = get_model_conversion_mapping(model, add_legacy=False)
     # Prefixes are left to matching, which knows them all. Names in files are what saving makes: the changes backwards,
     # one that makes other tensors before those of names alone.
@@ -203,18 +198,17 @@ def config_number(config: PreTrainedConfig, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _num_kv_heads(config: PreTrainedConfig, modules: Sequence[torch.nn.Module]) -> int | None:
+def kv_heads_of(config: PreTrainedConfig, module: torch.nn.Module | None = None) -> int | None:
+    """Heads of keys and values by a layer's module, since layers may differ, else by the configuration."""
+    if getattr(module, "kv_lora_rank", None) is not None:
+        return None  # whether latents or what they are expanded to is stored is the model's code's choice
+    own, groups = getattr(module, "num_key_value_heads", None), getattr(module, "num_key_value_groups", None)
+    if isinstance(own, int) and own > 0:
+        return own
     num_heads = config_number(config, "num_attention_heads")
-    num_kv_heads = config_number(config, "num_key_value_heads") or num_heads
-    for module in modules:  # layers may differ
-        if getattr(module, "kv_lora_rank", None) is not None:
-            return None  # whether latents or what they are expanded to is stored is the model's code's choice
-        own, groups = getattr(module, "num_key_value_heads", None), getattr(module, "num_key_value_groups", None)
-        if isinstance(own, int) and own > 0:
-            num_kv_heads = own
-        elif isinstance(groups, int) and groups > 0 and isinstance(num_heads, int):
-            num_kv_heads = num_heads // groups
-    return num_kv_heads
+    if isinstance(groups, int) and groups > 0 and isinstance(num_heads, int):
+        return num_heads // groups
+    return config_number(config, "num_key_value_heads") or num_heads
 
 
 def checkpoint_of(model: PreTrainedModel) -> tuple[str | None, str | None]:

@@ -129,7 +129,7 @@ class LayerState(CacheLayerMixin):
         self._held_valid = valid
 
     @abstractmethod
-    def settle(self, valid: torch.Tensor | None) -> None:
+    def settle(self) -> None:
         """Write tokens that were held back."""
 
     def _check_shapes(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -162,7 +162,7 @@ class LayerState(CacheLayerMixin):
     def read(self, side: str, num_new: int, exact: ExactStep | None = None) -> torch.Tensor:
         """The dense keys or values `[B, H, L, D]` that transformers' mask is made for; `exact` as in `attend`."""
         if not self._assigned.is_pending:  # one of the two has been assigned, both are still what they were
-            self.settle(None)
+            self.settle()
         return self.read_stored(side, num_new, exact)
 
     def read_stored(self, side: str, num_new: int = 0, exact: ExactStep | None = None) -> torch.Tensor:

@@ -38,7 +38,7 @@ class PagedLayer(LayerState):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_shapes(key_states, value_states)
-        self.settle(None)  # tokens that no attention has asked for
+        self.settle()  # tokens that no attention has asked for
         num_new = key_states.shape[2]
         was_empty = self.is_empty
         self._advance(num_new, key_states.shape[0])
@@ -97,7 +97,7 @@ class PagedLayer(LayerState):
             exact: what the handles of the step have of tokens as the model made them.
             options: of `ops.paged_attention`.
         """
-        self.settle(None)
+        self.settle()
         return self._attend(query, self._seq_lens, num_new, attn_mask, exact, **options)
 
     def _attend(
@@ -145,11 +145,10 @@ class PagedLayer(LayerState):
         """The window that attention has to keep to."""
         return self.window
 
-    def settle(self, valid: torch.Tensor | None) -> None:
+    def settle(self) -> None:
         """Write tokens that were held back, taking scales from them where none are known yet.
 
-        `valid` `[B, T]` is False where a token is padding; without it what attention has told, or the mask that
-        `generate` gave, is used.
+        What is padding among them attention has told, or else the mask that `generate` gave.
         """
         self._assigned.finish(self)
         if self._held is None:
@@ -158,15 +157,14 @@ class PagedLayer(LayerState):
         if self._exact_lacks is not None:
             self._keep_exact(key, value, self._exact_lacks)
             self._exact_lacks = None
-        self._observe(key, value, valid)
+        self._observe(key, value)
         self._write(key, value, self._page_table, self._seq_lens)
         self._held = None
 
-    def _observe(self, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None) -> None:
+    def _observe(self, key: torch.Tensor, value: torch.Tensor) -> None:
         if not self.needs_tokens:
             return
-        if valid is None:
-            valid = self._held_valid if self._held_valid is not None else self._padding_of(key)
+        valid = self._held_valid if self._held_valid is not None else self._padding_of(key)
         self._held_valid = None
         key, value = key[:, :, : self.num_prompt], value[:, :, : self.num_prompt]  # drafts may be rejected
         valid = None if valid is None else valid[:, : self.num_prompt]
@@ -271,7 +269,7 @@ class PagedLayer(LayerState):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens (a positive number is the final length before 5.18)."""
         num_tokens = tokens_to_take_back(tokens_to_remove, self.get_seq_length)
-        self.settle(None)
+        self.settle()
         self._own_table()
         if self.table is not None:
             self.table.crop(num_tokens)
@@ -292,7 +290,7 @@ class PagedLayer(LayerState):
         """Sequence i becomes a copy of sequence `indices[i]`."""
         if self.is_empty:
             return
-        self.settle(None)
+        self.settle()
         self._own_table()
         if isinstance(self.table, PageTable):
             self.table.select(indices)

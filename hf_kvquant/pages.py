@@ -229,7 +229,7 @@ class PageTable:
     def check_crop(self, num_tokens: int) -> None:
         """Raise what `crop` would raise."""
         new_length = max(self.length - num_tokens, 0)
-        if self.window is not None and self.first_position > self._oldest_needed(new_length, self.window):
+        if self.first_position > oldest_needed(new_length, self.window):
             raise RuntimeError(
                 f"cannot take back {num_tokens} tokens: a layer with a sliding window of {self.window} keeps only the "
                 f"tokens from {self.first_position} on; call activate_past_recording() before the tokens are added"
@@ -299,15 +299,7 @@ class PageTable:
         return self.first_page if self.keeps_past else self._oldest_visible(length)
 
     def _oldest_visible(self, length: int) -> int:
-        if self.window is None:
-            return self.first_page
-        return self._oldest_needed(length, self.window) // self.page_size
-
-    @staticmethod
-    def _oldest_needed(length: int, window: int) -> int:
-        """The oldest token that tokens after the first `length` need."""
-        # A window of one token sees nothing old, but the newest page is still being filled.
-        return max(min(length - (window - 1), length - 1), 0)
+        return oldest_needed(length, self.window) // self.page_size
 
     def _shared_tails(self, counts: np.ndarray, copies: int) -> np.ndarray:
         """Groups of `copies` rows whose last page is about to be written but belongs to another row as well."""
@@ -324,6 +316,12 @@ class PageTable:
         owns_tails = self._owns_tails
         self._set_rows(numbers[self.rows], self.length, self.first_page)
         self._owns_tails = owns_tails
+
+
+def oldest_needed(length: int, window: int | None) -> int:
+    """The oldest token that tokens after the first `length` need."""
+    # A window of one token sees nothing old, but the newest page is still being filled.
+    return 0 if window is None else max(min(length - (window - 1), length - 1), 0)
 
 
 def _on(device: torch.device, pages: np.ndarray) -> torch.Tensor:

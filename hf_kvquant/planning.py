@@ -100,7 +100,6 @@ def plan_memory(
     context: int | None = None,
     batches: Sequence[int] = (1, 8, 32, 128),
     memory: int | None = None,
-    page_size: int | None = None,
     revision: str | None = None,
 ) -> MemoryPlan:
     """How much memory the cache of a model takes, and how large a batch and context fit.
@@ -110,7 +109,6 @@ def plan_memory(
         context: tokens of a sequence; by default what the model is made for.
         batches: numbers of sequences.
         memory: bytes of the device; the weights are taken off, activations are not counted.
-        page_size: tokens per page, as in `cache_config`.
         revision: of a hub id.
 
     Raises ValueError for numbers that are not positive, and for a source without a configuration.
@@ -119,8 +117,7 @@ def plan_memory(
     config = model.config.get_text_config(decoder=True)
     bound = longest_sequence(config)
     context = context if context is not None else bound or 4096
-    page_size = page_size if page_size is not None else KVQuantConfig().page_size
-    for name, value in (("context", context), ("page_size", page_size), *(("batch", batch) for batch in batches)):
+    for name, value in (("context", context), *(("batch", batch) for batch in batches)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be positive")
     if memory is not None and memory < 1:
@@ -144,7 +141,7 @@ def plan_memory(
 
         def needed(batch: int, tokens: int, plan: SidePlan = plan) -> int:
             return batch * sum(
-                _layer_bytes(shape, plan if is_paged else _FORMATS["model"], tokens, page_size, dtype)
+                _layer_bytes(shape, plan if is_paged else _FORMATS["model"], tokens, dtype)
                 for shape, is_paged in zip(shapes, are_paged, strict=True)
             )
 
@@ -161,17 +158,13 @@ def plan_memory(
     return MemoryPlan(str(source), dtype_name, context, list(batches), memory, weight_bytes, formats, notes)
 
 
-def _layer_bytes(shape: LayerShape, plan: SidePlan, tokens: int, page_size: int, dtype: torch.dtype) -> int:
+def _layer_bytes(shape: LayerShape, plan: SidePlan, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of one sequence in a layer."""
     kept, index = shape.num_tokens(tokens), shape.index_dim * tokens * dtype.itemsize
     if plan.format != "model":  # whole pages; the newest page of a window may be all but empty
+        page_size = KVQuantConfig.page_size
         kept = -(-kept // page_size) * page_size + (page_size if kept < tokens else 0)
-    return kept * _token_bytes(shape, plan, dtype) + index
-
-
-def _token_bytes(shape: LayerShape, plan: SidePlan, dtype: torch.dtype) -> int:
-    dims = (shape.k_head_dim, shape.v_head_dim)
-    return sum(plan.bytes_per_token(shape.num_kv_heads, dim, dtype) for dim in dims)
+    return kept * shape.bytes_per_token(plan, plan, dtype) + index
 
 
 def _of_cross_attention(shapes: Sequence[LayerShape], dtype: torch.dtype) -> str:
@@ -181,8 +174,9 @@ def _of_cross_attention(shapes: Sequence[LayerShape], dtype: torch.dtype) -> str
     if not layers:
         return note
     stored, quantized = (
-        size(sum(_token_bytes(layer, _FORMATS[name], dtype) for layer in layers))
-        for name in ("model", "8-bit, dynamic scales")  # no checkpoint has scales for them
+        size(sum(layer.bytes_per_token(plan, plan, dtype) for layer in layers))
+        # No checkpoint has scales for them.
+        for plan in (_FORMATS["model"], _FORMATS["8-bit, dynamic scales"])
     )
     return f"{note}: a token of the encoder takes {stored}, or {quantized} in 8 bits"
 

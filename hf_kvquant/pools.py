@@ -99,11 +99,6 @@ class PagePool:
             counts += np.bincount(table.rows.ravel(), minlength=self.size)
         return counts
 
-    @property
-    def pages_in_use(self) -> int:
-        """Distinct pages that some sequence refers to."""
-        return int(np.count_nonzero(self.references()))
-
     def hold(self, num_pages: int) -> None:
         """Have `num_pages` pages, all of which hold something."""
         self.grow(num_pages)

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .formats import get_format
-
-# Keeps the reciprocal of a token's scale finite when the whole token is zero.
-_TINY_SCALE = 2.0**-100
+from .formats import TINY_SCALE, get_format
 
 _LIBRARY = torch.library.Library("hf_kvquant", "FRAGMENT")
 _LIBRARY.define("round_query(Tensor query, str format, Tensor? scale) -> Tensor")
@@ -42,7 +39,7 @@ def _round_query(query: torch.Tensor, format_name: str, scale: torch.Tensor | No
     row = get_format(format_name)
     x = query.to(torch.float32)
     if scale is None:
-        scale = (x.abs().amax(dim=-1, keepdim=True) * (1.0 / row.qmax)).clamp(min=_TINY_SCALE)
+        scale = (x.abs().amax(dim=-1, keepdim=True) * (1.0 / row.qmax)).clamp(min=TINY_SCALE)
     else:
         scale = scale[:, None, None]
     return torch.empty_like(query).copy_(row.decode(row.encode(x * (1.0 / scale))) * scale)

@@ -36,7 +36,7 @@ from .growing import GrowingLayer
 from .hosts import layer_devices
 from .identity import compare_weights, config_facts, weights_facts
 from .layers import PagedLayer
-from .pages import PageTable
+from .pages import PageTable, oldest_needed
 from .policy import QueryPlan, SidePlan
 from .pools import PagePool
 from .saved_header import ENTRIES, PAGED_LAYER, PLAN, QUERY, WEIGHTS, check, check_numbers, check_plan, dtype_of
@@ -92,7 +92,7 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
         if not isinstance(layer, PagedLayer) or layer.is_empty:
             continue
         entry["q"] = _query_entry(layer.plan.q)
-        layer.settle(None)
+        layer.settle()
         if isinstance(layer, GrowingLayer) and layer.length != layer.table.length:
             layer.leave_table()  # a step broke off before it came here, and in several processes it is not taken back
         table = layer.table
@@ -357,7 +357,7 @@ class SavedCache:
         if not 0 < length < 2**31:
             raise ValueError(f"{where}.length is {length}; it must be positive and below 2**31")
         # A window lets go of pages that no later token sees, but not before.
-        oldest = 0 if layer.window is None else max(min(length - layer.window + 1, length - 1), 0) // page_size
+        oldest = oldest_needed(length, layer.window) // page_size
         if not 0 <= first_page <= oldest:
             raise ValueError(f"{where}.first_page is {first_page}; with {length} tokens it must be from 0 to {oldest}")
         rows = self.file.get_tensor(where)

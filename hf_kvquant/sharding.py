@@ -66,7 +66,7 @@ def of_all_stages(model: torch.nn.Module, layers: list[T | None]) -> list[T | No
 def _place(model: torch.nn.Module, kind: str) -> tuple[int, int, Any] | None:
     """Rank, number and group of the processes along one dimension (`tp`, `pp`); None where there is one process."""
     mesh: Any = getattr(model, "_device_mesh", None)
-    names = () if mesh is None else mesh.mesh_dim_names or ("tp",)  # older versions know this one, without its name
+    names = () if mesh is None else mesh.mesh_dim_names or ("tp",)  # the deprecated `tp_plan=` gives it no name
     if kind not in names:
         return None
     dim = names.index(kind)

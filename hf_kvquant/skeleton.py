@@ -20,7 +20,8 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
-from .hosts import config_number, layer_type_names, with_cache
+from .hosts import config_number, kv_heads_of, layer_type_names, with_cache
+from .policy import SidePlan
 
 # Numbers of layers in a configuration, and how many there may be: many times those of the deepest models.
 _NUM_LAYERS = re.compile(r"(^|_)(layers?|depth)$")
@@ -56,6 +57,11 @@ class LayerShape:
     def numbers_per_token(self) -> int:
         """Of K and V together."""
         return self.num_kv_heads * (self.k_head_dim + self.v_head_dim)
+
+    def bytes_per_token(self, k: SidePlan, v: SidePlan, dtype: torch.dtype) -> int:
+        """Of keys and values that are stored by these plans, in a model of this dtype."""
+        sides = ((k, self.k_head_dim), (v, self.v_head_dim))
+        return sum(plan.bytes_per_token(self.num_kv_heads, head_dim, dtype) for plan, head_dim in sides)
 
     def num_tokens(self, context: int) -> int:
         """How many tokens of so long a context have to be kept."""
@@ -216,8 +222,7 @@ def _keeps_more(layer: object) -> bool:
 
 
 def _configured(config: PreTrainedConfig) -> tuple[int, int, int]:
-    num_heads = config_number(config, "num_attention_heads")
-    num_kv_heads = config_number(config, "num_key_value_heads") or num_heads
+    num_heads, num_kv_heads = config_number(config, "num_attention_heads"), kv_heads_of(config)
     head_dim, hidden_size = config_number(config, "head_dim"), config_number(config, "hidden_size")
     if head_dim is None and num_heads and hidden_size:
         head_dim = hidden_size // num_heads

@@ -49,6 +49,11 @@ def prompt(batch_size: int = 2, length: int = 21, vocab_size: int = 99, seed: in
     return torch.randint(3, vocab_size, (batch_size, length), generator=generator)
 
 
+def pages_in_use(pool: Any) -> int:
+    """Distinct pages that the sequences of all its tables refer to."""
+    return int((pool.references() > 0).sum())
+
+
 @functools.cache
 def _rounds_inside_models() -> bool:
     quantization = pytest.importorskip("compressed_tensors.quantization")

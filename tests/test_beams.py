@@ -9,7 +9,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from helpers import prompt, tiny_llama
+from helpers import pages_in_use, prompt, tiny_llama
 from test_cache import CountSyncs, contents, make_cache, sliding_model
 from torch._dynamo.utils import counters
 from transformers import DPRConfig, DPRQuestionEncoder, RagTokenForGeneration
@@ -237,7 +237,7 @@ def test_modules_in_training_that_are_not_random_do_not_matter() -> None:
     model.model.layers[0].self_attn.k_proj.train()
     options = {"num_return_sequences": 8, "do_sample": True, "max_new_tokens": 1, "cache_config": UNQUANTIZED}
     cache = generate(adapted, prompt(1, 40), **options).past_key_values
-    assert cache.layers[0].table.pool.pages_in_use == 10  # of eight sequences
+    assert pages_in_use(cache.layers[0].table.pool) == 10  # of eight sequences
 
 
 @pytest.mark.parametrize("way", ["beams", "answers"])

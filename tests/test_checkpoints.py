@@ -713,7 +713,7 @@ def test_scales_of_a_model_of_other_shape(tmp_path: Path) -> None:
 
 
 def test_attention_paths_of_a_loaded_model() -> None:
-    assert attention_paths(tiny_llama(), 3) == [*PATHS.paths, []]
+    assert attention_paths(tiny_llama(), 3) == [*(paths[0] for paths in PATHS.paths), None]
     assert model_layers(tiny_llama()) == replace(PATHS, model_type="llama")
 
 

@@ -198,6 +198,17 @@ def test_attention_over_pages() -> None:
     assert mixed.k_error[0] < mixed.v_error[0] / 2
 
 
+def test_attention_that_stores_a_format_of_its_own() -> None:
+    """What is asked for comes first, `auto` too."""
+    model = tiny_llama("kvquant_fp8").eval()
+    asked = {"auto": {"kv_cache_dtype": "auto"}, "nothing": {}, "int8": {"kv_cache_dtype": "int8"}}
+    found = compared(model, prompt(2, CONTEXT), formats=asked | {"fp8": {"kv_cache_dtype": "fp8"}})
+    assert quality(found, "auto").k_error == quality(found, "int8").k_error
+    assert quality(found, "nothing").k_error == quality(found, "fp8").k_error != quality(found, "int8").k_error
+    options = {row.cache: row.options for row in found.rows}
+    assert options["auto"] != options["nothing"] == options["fp8"]  # numbers of one are not taken for the other's
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 8, 9, 31, 33, 257, 1000, 1024])
 def test_chunks(num_tokens: int) -> None:
     sizes = chunk_sizes(num_tokens)

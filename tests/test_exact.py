@@ -129,7 +129,7 @@ def step(
     handle, _ = cache.update(key, value, 0)
     model.add(key, value)
     if was_empty:  # attention over a fresh prompt does not read the cache
-        layer.settle(None)
+        layer.settle()
         model.forget_old()
         return torch.zeros(0), torch.zeros(0)
     mask = options.pop("mask", None)

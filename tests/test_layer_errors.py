@@ -90,6 +90,15 @@ def test_models_of_many_kinds(model_type: str, storing: list[int]) -> None:
         assert all(1e-4 < side[index] < 0.05 for index in storing)
 
 
+@pytest.mark.parametrize("model_type", families.available(["hrm_text"]))
+def test_one_module_for_several_layers_is_measured_for_the_one_whose_number_it_has(model_type: str) -> None:
+    model = families.build(model_type)
+    ids = prompt(1, 33, vocab_size=90)[0].split([8, 1, 24])
+    found = layer_errors(model, ids, QuantizedPagedCache.from_model(model, kv_cache_dtype="int8"))
+    assert [index for index, error in enumerate(found.attention) if error is not None] == [0, 1]
+    assert sum(error is not None for error in found.key) > 2
+
+
 def test_every_layer_by_itself() -> None:
     """What the layer before did to its keys changes nothing."""
     model = tiny_llama("sdpa", num_hidden_layers=3)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import pages_in_use
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -312,7 +313,7 @@ class PageTables(RuleBasedStateMachine):
             if table.batch_size is not None:
                 assert table.rows.shape[1] == max(-(-table.length // table.page_size) - table.first_page, 0)
         for pool, pages in used.items():
-            assert pool.pages_in_use == len(pages)
+            assert pages_in_use(pool) == len(pages)
             assert not pages or max(pages) < pool.size
             assert pool.size <= max(1.25 * len(pages), len(pages) + 1)
             assert pool.num_pages is None or pool.size <= pool.num_pages

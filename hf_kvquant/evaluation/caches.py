@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCa
 from transformers.cache_utils import Cache
 
 from ..cache import QuantizedPagedCache
-from ..config import KVQuantConfig
+from ..options import options_for
 
 DENSE = "DynamicCache"
 STATIC = "StaticCache"
@@ -69,11 +69,10 @@ def candidates(model: PreTrainedModel, formats: Formats = DEFAULT_FORMATS, reser
     def dense(_: int) -> Cache:
         return DynamicCache(config=text_config)
 
-    def ours(config: KVQuantConfig, length: int) -> Cache:
+    def ours(options: Any, fixed: bool, length: int) -> Cache:
         # As in `generate`, which knows how long a sequence can get: no memory beyond that.
-        fixed = reserved and not config.offload and config.num_pages is None
         return QuantizedPagedCache.for_generation(
-            model, config, expected_length=length, max_cache_len=length if fixed else None
+            model, options, expected_length=length, max_cache_len=length if fixed else None
         )
 
     def static(length: int) -> Cache:
@@ -88,8 +87,11 @@ def candidates(model: PreTrainedModel, formats: Formats = DEFAULT_FORMATS, reser
     for name, options in rows.items():
         if name in HOST_CACHES or any(name == other.name for other in found if not other.ours):
             raise ValueError(f"formats: {name!r} is the name of a cache of transformers, which has a row anyway")
-        config = KVQuantConfig.parse(options)
-        found.append(Candidate(name, json.loads(json.dumps(config.to_dict())), partial(ours, config), ours=True))
+        config = options_for(model, options)
+        fixed = reserved and not config.offload and config.num_pages is None
+        # Made with what was given: in a config an `auto` that was asked for looks like one that was not.
+        make = partial(ours, options, fixed)
+        found.append(Candidate(name, json.loads(json.dumps(config.to_dict())), make, ours=True))
     return found + [Candidate(name, options, partial(hosts, options)) for name, options in HOST_CACHES.items()]
 
 

@@ -50,8 +50,7 @@ def layer_errors(model: PreTrainedModel, pieces: Sequence[torch.Tensor], cache: 
     core = without_wrapper(model)
     modules = dict(core.named_modules())
     paths = attention_paths(core, len(dense.layers))
-    # Where an attention module lies within another, the outer one.
-    watched = {index: _Beside(modules[of_layer[0]], dense, cache) for index, of_layer in enumerate(paths) if of_layer}
+    watched = {index: _Beside(modules[path], dense, cache) for index, path in enumerate(paths) if path is not None}
     try:
         for piece in pieces:
             model(input_ids=piece[None], **with_cache(dense))
@@ -67,7 +66,7 @@ def layer_errors(model: PreTrainedModel, pieces: Sequence[torch.Tensor], cache: 
     )
     layers = [index if index in held else None for index in range(len(dense.layers))]
     sides = [[None if i is None else _stored_error(put[i][side], contents[i][side]) for i in layers] for side in (0, 1)]
-    attention = [None if i is None else watched[i].squares.relative_error() for i in layers]
+    attention = [watched[i].squares.relative_error() if i in watched else None for i in layers]
     return LayerErrors(sides[0], sides[1], attention)
 
 

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from ..formats import StorageFormat, get_format
+from ..formats import TINY_SCALE, StorageFormat, get_format
 
 # Query rows per block: bounds the logits that live at once when many tokens attend to a long past.
 _QUERY_BLOCK = 256
-# Keeps the reciprocal of a token's scale finite and normal when the whole token is zero.
-_TINY_SCALE = 2.0**-100
 
 
 def write_kv(
@@ -85,7 +83,7 @@ def quantize_tokens(y: torch.Tensor, row: StorageFormat) -> tuple[torch.Tensor, 
     """Numbers fp32 `[..., D]` to codes of the same shape and bf16 token scales `[...]`."""
     # As with a NaN, nothing of a token is left beside an infinity: 0 * inf is NaN.
     largest = y.abs().amax(dim=-1).nan_to_num(nan=torch.nan, posinf=torch.nan)
-    token_scales = round_up_to_bf16((largest * (1.0 / row.qmax)).clamp(min=_TINY_SCALE))
+    token_scales = round_up_to_bf16((largest * (1.0 / row.qmax)).clamp(min=TINY_SCALE))
     return row.encode(y * token_scales.to(torch.float32).reciprocal()[..., None]), token_scales
 
 
