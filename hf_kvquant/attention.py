@@ -9,7 +9,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from .dense import DenseOptions, causal_mask, dense_attention, with_bias
+from .dense import DenseOptions, dense_attention, with_bias
 from .handle import PagedKV
 from .interface import adds_masks
 from .layers import PagedLayer
@@ -33,7 +33,13 @@ def kvquant_mask(*args: Any, config: PreTrainedConfig | None = None, **kwargs: A
     A model part of which computes attention itself, whatever the configuration says, adds its mask to the logits and
     needs it always: it gets the mask of `eager`.
     """
-    return (eager_mask if config is not None and adds_masks(config) else sdpa_mask)(*args, config=config, **kwargs)
+    if config is not None and adds_masks(config):
+        return eager_mask(*args, config=config, **kwargs)
+    # Without a mask queries are the last tokens, as a model may drop others later. transformers leaves it out as well
+    # where they are the first and nothing is behind them (a prompt in its static cache).
+    if kwargs["q_length"] not in (1, kwargs["kv_length"]):
+        kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, config=config, **kwargs)
 
 
 def kvquant_attention(
@@ -113,8 +119,6 @@ def _attend_dense(
             key, value = key.raw, value.raw
             if key.device.type == "cpu":  # kernels for pages need heads in one piece, torch's like them
                 key, value = key.contiguous(), value.contiguous()
-        elif mask is None and options.is_causal and query.shape[2] > 1:
-            mask = causal_mask(query, key.shape[2])
     if isinstance(key, PagedKV):
         key = key.dense(why_dense)
     if isinstance(value, PagedKV):
@@ -135,19 +139,18 @@ def _attend_with_drafts(
     """Attention of a fresh prompt with drafted tokens behind it.
 
     The drafts are checked against what later steps would see, which is the pages: else a run with speculation would
-    not be the run without.
+    not be the run without. Queries may lack the first tokens of the prompt.
     """
-    num_prompt = key.layer.num_prompt
-    num_drafts = key.num_new - num_prompt
-    prompt, drafts = slice(num_prompt), slice(num_prompt, None)
+    num_drafts = key.num_new - key.layer.num_prompt
+    prompt, rows, drafts = slice(key.layer.num_prompt), slice(-num_drafts), slice(-num_drafts, None)
     view = slice(key.num_new - key.layer.shape_of("key", num_drafts)[2], None)
 
-    def part(x: Any, rows: slice, columns: slice = slice(None)) -> Any:
-        return None if x is None else x[..., rows, columns]
+    def part(x: Any, tokens: slice, columns: slice = slice(None)) -> Any:
+        return None if x is None else x[..., tokens, columns]
 
     of_prompt = dense_attention(
-        part(query, prompt), part(key.raw, prompt), part(value.raw, prompt), part(mask, prompt, prompt),
-        part(position_bias, prompt, prompt), options,
+        part(query, rows), part(key.raw, prompt), part(value.raw, prompt), part(mask, rows, prompt),
+        part(position_bias, rows, prompt), options,
     )  # fmt: skip
     of_drafts = key.layer.attend(
         part(query, drafts),

@@ -262,12 +262,13 @@ def test_transforms_and_autocast_are_torchs(calls: list[int]) -> None:
     assert not calls
 
 
-def test_fewer_queries_than_keys_see_what_torch_shows_them(calls: list[int]) -> None:
-    """Without a mask its triangle begins with the first key, and not with the last queries."""
+def test_fewer_queries_than_keys_are_the_last(calls: list[int]) -> None:
+    """Without a mask; the triangle of torch begins with the first key. With softcap and sinks as well."""
     query, key, value = tensors(1, 20, 2, 2, 64)
     query = query[:, :, :5].contiguous()
-    causal = torch.ones(5, 20, dtype=torch.bool).tril()
+    causal = torch.ones(5, 20, dtype=torch.bool).tril(15)
     check(attend(query, key, value), expected(query, key, value, visible=causal))
+    check(attend(query, key, value, softcap=2.0), expected(query, key, value, visible=causal, softcap=2.0))
     assert not calls
 
 

@@ -14,6 +14,7 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     PreTrainedModel,
+    StaticCache,
     WhisperForConditionalGeneration,
 )
 from transformers.cache_utils import Cache
@@ -225,6 +226,16 @@ def _round_what_is_stored(monkeypatch: pytest.MonkeyPatch, ours: list[QuantizedP
         return (key, value) if is_first else stored
 
     monkeypatch.setattr(DynamicCache, "update", update_rounded)
+
+
+@pytest.mark.parametrize("model_type", available(["gemma2", "gpt_oss", "llama"]))
+def test_a_prompt_in_a_static_cache_of_transformers(model_type: str) -> None:
+    """Behind it is room for later tokens, for which no mask is needed by `sdpa`."""
+    expected = build(model_type)(_prompt(2)).logits
+    model = _fused(model_type)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    got = model(_prompt(2), **with_cache(cache)).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=_ROUNDING * float(expected.std()))
 
 
 def test_every_model_type_is_tried_or_says_why_not() -> None:
