@@ -11,6 +11,9 @@ import torch
 from families import EXPECTED_DENSE, FAMILIES, KEPT_BY_HOST, MORE_FAMILIES, NOT_TRIED, available, build
 from transformers import (
     AttentionInterface,
+    AutoModel,
+    BlipTextConfig,
+    BlipTextLMHeadModel,
     DynamicCache,
     EncoderDecoderCache,
     PreTrainedModel,
@@ -250,6 +253,34 @@ def test_every_model_type_is_tried_or_says_why_not() -> None:
 
 def test_enough_families_are_tried_by_default() -> None:
     assert len(available(FAMILIES)) >= 45
+
+
+@pytest.mark.parametrize("model_type", available(["gemma4_audio"]))
+def test_an_audio_tower_that_computes_attention_itself(model_type: str) -> None:
+    """It wants the mask of `eager`, in a family that takes every attention."""
+    sizes = {"num_hidden_layers": 1, "attention_chunk_size": 4, "attention_context_left": 5, "output_proj_dims": 64}
+    model = AutoModel.from_config(families.config_of(model_type, sizes)).eval()
+    features, valid = torch.randn(2, 64, 128), torch.ones(2, 64, dtype=torch.bool)
+    valid[0, 40:] = False
+    expected = model(features, valid)[0]
+    model.set_attn_implementation("kvquant")
+    torch.testing.assert_close(model(features, valid)[0], expected)
+
+
+def test_a_part_that_no_mapping_has() -> None:
+    """Its model adds masks, whatever the configuration says."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BlipTextConfig(vocab_size=99, encoder_hidden_size=64, bos_token_id=1, sep_token_id=2, **sizes)
+    mask = torch.ones(3, LENGTH, dtype=torch.long)
+    mask[0, -5:] = 0
+
+    def logits(attention: str) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = BlipTextLMHeadModel._from_config(config, attn_implementation=attention).eval()
+        assert model.config._attn_implementation == attention
+        return model(_prompt(3), attention_mask=mask).logits
+
+    torch.testing.assert_close(logits("kvquant"), logits("eager"))
 
 
 @pytest.mark.parametrize("attention", ["kvquant", "own-attention"])
