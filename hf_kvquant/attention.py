@@ -9,7 +9,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from .dense import DenseOptions, dense_attention, with_bias
+from .dense import DenseOptions, causal_mask, dense_attention, with_bias
 from .handle import PagedKV
 from .interface import adds_masks
 from .layers import PagedLayer
@@ -54,6 +54,8 @@ def kvquant_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention over pages if `key` and `value` are handles of our cache, else over dense tensors like `sdpa`.
@@ -66,6 +68,8 @@ def kvquant_attention(
         is_causal: by default the module's.
         softcap, s_aux, position_bias: as transformers' models pass them; sinks may also come as `sinks`,
             one per head or, over dense tensors only, one per head and token `[B, Hq, T, 1]`.
+        indices, block_indices: the only keys `[B, T, N]`, or blocks of keys, that models with an index of their own let
+            a token see.
 
     Returns `[B, T, Hq, D]` and None for the weights, which are never formed.
     """
@@ -74,6 +78,8 @@ def kvquant_attention(
     if sinks is not None and sinks.numel() == query.shape[1]:
         sinks = sinks.flatten()
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if indices is not None or block_indices is not None:
+        attention_mask = _mask_of_chosen(module, query, key, attention_mask, indices, block_indices)
     why_dense = "the model passes one of keys and values dense"
     if isinstance(key, PagedKV) and isinstance(value, PagedKV):
         if key.layer.holds_tokens and key.layer.needs_tokens:
@@ -163,6 +169,32 @@ def _attend_with_drafts(
         exact=key.exact,
     )
     return torch.cat([of_prompt, of_drafts.transpose(1, 2)], dim=1)
+
+
+def _mask_of_chosen(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: Any,
+    mask: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    block_indices: torch.Tensor | None,
+) -> torch.Tensor:
+    """The mask without what a model's index leaves out, which the model itself does for transformers' own attention."""
+    mask = causal_mask(query, key.shape[2]) if mask is None else mask
+    if block_indices is not None:  # what a block is the model knows; a mask tells it more than positions do
+        build = getattr(getattr(module, "indexer", None), "build_block_mask", None)
+        if build is None:
+            raise ValueError(
+                f"{type(module).__name__} chooses blocks of keys, and has no `indexer.build_block_mask` to tell which "
+                "keys those are. Keep the model's own attention and use this cache with it: "
+                "attn_implementation='sdpa', cache_implementation='kvquant'"
+            )
+        mask = build(block_indices, mask, key.shape[2], query.dtype, query.device, None)
+    if indices is not None:
+        shape = (query.shape[0], query.shape[2], key.shape[2])
+        seen = torch.zeros(shape, dtype=torch.bool, device=query.device).scatter(-1, indices.long(), True)[:, None]
+        mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+    return mask
 
 
 def _is_long_turn(query: torch.Tensor, key: PagedKV) -> bool:

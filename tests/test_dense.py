@@ -272,6 +272,18 @@ def test_fewer_queries_than_keys_are_the_last(calls: list[int]) -> None:
     assert not calls
 
 
+def test_chosen_keys() -> None:
+    """Beside causality, which a mask says or its absence; blocks that nobody can tell are refused."""
+    query, key, value = tensors(2, 9, 2, 2, 64)
+    indices = torch.randint(9, (2, 9, 3), generator=torch.Generator().manual_seed(0))
+    indices[..., 0] = 0
+    visible = torch.zeros(2, 9, 9, dtype=torch.bool).scatter(-1, indices, True)[:, None].tril()
+    for mask in (None, torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9)):
+        check(attend(query, key, value, mask=mask, indices=indices), expected(query, key, value, visible=visible))
+    with pytest.raises(ValueError, match="chooses blocks of keys"):
+        attend(query, key, value, block_indices=indices)
+
+
 def test_only_kernels_for_wide_vectors_are_taken_to_be_faster() -> None:
     for path in cpu.paths():
         try:

@@ -241,6 +241,28 @@ def test_a_prompt_in_a_static_cache_of_transformers(model_type: str) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=_ROUNDING * float(expected.std()))
 
 
+_INDEX = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2}
+_BLOCKS = {"index_topk_blocks": 1, "index_block_size": 4, "index_local_blocks": 1, "index_head_dim": 16}
+_SPARSE: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(["axk2", "deepseek_v32", "glm_moe_dsa"], FAMILIES["deepseek_v32"] | _INDEX),
+    "hy_v4": _INDEX,
+    "minimax_m3_vl_text": _BLOCKS | {"index_n_heads": 2, "layer_types": ["minimax_m3_sparse", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("model_type", available(_SPARSE))
+def test_only_keys_that_an_index_chooses_are_seen(model_type: str) -> None:
+    """The model leaves that to all attention but transformers' own."""
+    options = {"max_new_tokens": 8, "num_padding": PADDING}
+    expected = _generate(build(model_type, _SPARSE[model_type]), _prompt(3), cache_implementation="dynamic", **options)
+    model = build(model_type, _SPARSE[model_type], attn_implementation="kvquant")
+    for cache in ({"cache_config": {"kv_cache_dtype": "model"}}, {"cache_implementation": "dynamic"}):
+        output = _generate(model, _prompt(3), **options, **cache)
+        assert output.sequences.tolist() == expected.sequences.tolist()
+        for ours, theirs in zip(output.logits, expected.logits, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=_ROUNDING * _scale(expected))
+
+
 def test_every_model_type_is_tried_or_says_why_not() -> None:
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
     tried = FAMILIES.keys() | MORE_FAMILIES.keys()
