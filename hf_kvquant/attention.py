@@ -8,11 +8,14 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.utils import logging
 
 from .dense import DenseOptions, causal_mask, dense_attention, with_bias
 from .handle import PagedKV
 from .interface import adds_masks
 from .layers import PagedLayer
+
+logger = logging.get_logger(__name__)
 
 # New tokens from which on a GPU the past is dequantized for them: attention then takes much longer than that.
 _LONG_TURN = 64
@@ -56,6 +59,7 @@ def kvquant_attention(
     position_bias: torch.Tensor | None = None,
     indices: torch.Tensor | None = None,
     block_indices: torch.Tensor | None = None,
+    output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention over pages if `key` and `value` are handles of our cache, else over dense tensors like `sdpa`.
@@ -70,9 +74,15 @@ def kvquant_attention(
             one per head or, over dense tensors only, one per head and token `[B, Hq, T, 1]`.
         indices, block_indices: the only keys `[B, T, N]`, or blocks of keys, that models with an index of their own let
             a token see.
+        output_attentions: asks for the weights, which are never formed; a warning says so.
 
-    Returns `[B, T, Hq, D]` and None for the weights, which are never formed.
+    Returns `[B, T, Hq, D]` and None for the weights.
     """
+    if output_attentions:
+        logger.warning_once(
+            "kvquant attention does not support output_attentions=True, as it forms no weights. For these take "
+            "attn_implementation='eager', with cache_implementation='kvquant' if they are to be over this cache."
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = s_aux if s_aux is not None else kwargs.pop("sinks", None)
     if sinks is not None and sinks.numel() == query.shape[1]:
