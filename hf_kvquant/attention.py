@@ -8,11 +8,14 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.utils import logging
 
 from .dense import DenseOptions, causal_mask, dense_attention, with_bias
 from .handle import PagedKV
 from .interface import adds_masks
 from .layers import PagedLayer
+
+logger = logging.get_logger(__name__)
 
 # New tokens from which on a GPU the past is dequantized for them: attention then takes much longer than that.
 _LONG_TURN = 64
@@ -33,7 +36,13 @@ def kvquant_mask(*args: Any, config: PreTrainedConfig | None = None, **kwargs: A
     A model part of which computes attention itself, whatever the configuration says, adds its mask to the logits and
     needs it always: it gets the mask of `eager`.
     """
-    return (eager_mask if config is not None and adds_masks(config) else sdpa_mask)(*args, config=config, **kwargs)
+    if config is not None and adds_masks(config):
+        return eager_mask(*args, config=config, **kwargs)
+    # Without a mask queries are the last tokens, as a model may drop others later. transformers leaves it out as well
+    # where they are the first and nothing is behind them (a prompt in its static cache).
+    if kwargs["q_length"] not in (1, kwargs["kv_length"]):
+        kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, config=config, **kwargs)
 
 
 def kvquant_attention(
@@ -48,6 +57,9 @@ def kvquant_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
+    output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention over pages if `key` and `value` are handles of our cache, else over dense tensors like `sdpa`.
@@ -60,14 +72,24 @@ def kvquant_attention(
         is_causal: by default the module's.
         softcap, s_aux, position_bias: as transformers' models pass them; sinks may also come as `sinks`,
             one per head or, over dense tensors only, one per head and token `[B, Hq, T, 1]`.
+        indices, block_indices: the only keys `[B, T, N]`, or blocks of keys, that models with an index of their own let
+            a token see.
+        output_attentions: asks for the weights, which are never formed; a warning says so.
 
-    Returns `[B, T, Hq, D]` and None for the weights, which are never formed.
+    Returns `[B, T, Hq, D]` and None for the weights.
     """
+    if output_attentions:
+        logger.warning_once(
+            "kvquant attention does not support output_attentions=True, as it forms no weights. For these take "
+            "attn_implementation='eager', with cache_implementation='kvquant' if they are to be over this cache."
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = s_aux if s_aux is not None else kwargs.pop("sinks", None)
     if sinks is not None and sinks.numel() == query.shape[1]:
         sinks = sinks.flatten()
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if indices is not None or block_indices is not None:
+        attention_mask = _mask_of_chosen(module, query, key, attention_mask, indices, block_indices)
     why_dense = "the model passes one of keys and values dense"
     if isinstance(key, PagedKV) and isinstance(value, PagedKV):
         if key.layer.holds_tokens and key.layer.needs_tokens:
@@ -113,8 +135,6 @@ def _attend_dense(
             key, value = key.raw, value.raw
             if key.device.type == "cpu":  # kernels for pages need heads in one piece, torch's like them
                 key, value = key.contiguous(), value.contiguous()
-        elif mask is None and options.is_causal and query.shape[2] > 1:
-            mask = causal_mask(query, key.shape[2])
     if isinstance(key, PagedKV):
         key = key.dense(why_dense)
     if isinstance(value, PagedKV):
@@ -135,19 +155,18 @@ def _attend_with_drafts(
     """Attention of a fresh prompt with drafted tokens behind it.
 
     The drafts are checked against what later steps would see, which is the pages: else a run with speculation would
-    not be the run without.
+    not be the run without. Queries may lack the first tokens of the prompt.
     """
-    num_prompt = key.layer.num_prompt
-    num_drafts = key.num_new - num_prompt
-    prompt, drafts = slice(num_prompt), slice(num_prompt, None)
+    num_drafts = key.num_new - key.layer.num_prompt
+    prompt, rows, drafts = slice(key.layer.num_prompt), slice(-num_drafts), slice(-num_drafts, None)
     view = slice(key.num_new - key.layer.shape_of("key", num_drafts)[2], None)
 
-    def part(x: Any, rows: slice, columns: slice = slice(None)) -> Any:
-        return None if x is None else x[..., rows, columns]
+    def part(x: Any, tokens: slice, columns: slice = slice(None)) -> Any:
+        return None if x is None else x[..., tokens, columns]
 
     of_prompt = dense_attention(
-        part(query, prompt), part(key.raw, prompt), part(value.raw, prompt), part(mask, prompt, prompt),
-        part(position_bias, prompt, prompt), options,
+        part(query, rows), part(key.raw, prompt), part(value.raw, prompt), part(mask, rows, prompt),
+        part(position_bias, rows, prompt), options,
     )  # fmt: skip
     of_drafts = key.layer.attend(
         part(query, drafts),
@@ -160,6 +179,32 @@ def _attend_with_drafts(
         exact=key.exact,
     )
     return torch.cat([of_prompt, of_drafts.transpose(1, 2)], dim=1)
+
+
+def _mask_of_chosen(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: Any,
+    mask: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    block_indices: torch.Tensor | None,
+) -> torch.Tensor:
+    """The mask without what a model's index leaves out, which the model itself does for transformers' own attention."""
+    mask = causal_mask(query, key.shape[2]) if mask is None else mask
+    if block_indices is not None:  # what a block is the model knows; a mask tells it more than positions do
+        build = getattr(getattr(module, "indexer", None), "build_block_mask", None)
+        if build is None:
+            raise ValueError(
+                f"{type(module).__name__} chooses blocks of keys, and has no `indexer.build_block_mask` to tell which "
+                "keys those are. Keep the model's own attention and use this cache with it: "
+                "attn_implementation='sdpa', cache_implementation='kvquant'"
+            )
+        mask = build(block_indices, mask, key.shape[2], query.dtype, query.device, None)
+    if indices is not None:
+        shape = (query.shape[0], query.shape[2], key.shape[2])
+        seen = torch.zeros(shape, dtype=torch.bool, device=query.device).scatter(-1, indices.long(), True)[:, None]
+        mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+    return mask
 
 
 def _is_long_turn(query: torch.Tensor, key: PagedKV) -> bool:

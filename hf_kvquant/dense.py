@@ -33,19 +33,21 @@ def dense_attention(
 ) -> torch.Tensor:
     """What `sdpa` computes, `[B, T, Hq, D]`, and softcap and sinks, which it lacks.
 
+    Without a mask queries are the last tokens, where `sdpa` takes fewer of them than keys for the first.
     On a CPU the kernels for pages do it where they are faster; what neither can do is done in plain torch.
     """
     module, scaling, is_causal, softcap, sinks, dropout, others = options
     dropout = dropout if module.training else 0.0
     if _suits_kernels(query, key, value, (mask, position_bias), sinks, dropout):
         return _in_kernels(query, key, value, mask, position_bias, options)
-    if softcap is None and sinks is None:
+    is_plain = softcap is None and sinks is None
+    if mask is None and is_causal and query.shape[2] > 1 and not (is_plain and query.shape[2] >= key.shape[2]):
+        mask = causal_mask(query, key.shape[2])
+    if is_plain:
         return sdpa_attention_forward(
             module, query, key, value, mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias, **others,
         )[0]  # fmt: skip
-    if mask is None and is_causal and query.shape[2] > 1:
-        mask = causal_mask(query, key.shape[2])
     output = reference.attend(
         query, key, value, scaling, softcap, None, with_bias(mask, position_bias), sinks, dropout=dropout
     )

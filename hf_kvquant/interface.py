@@ -70,7 +70,8 @@ def _asks_for_attention(kind: type[PreTrainedConfig]) -> list[bool]:
 
 def _look_up(kind: type[PreTrainedConfig]) -> list[bool]:
     classes = [cls for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING) for cls in _classes(mapping, kind)]
-    if not all(cls._can_set_attn_implementation() for cls in classes):
+    classes = classes or _classes_beside(kind)
+    if not all(cls._can_set_attn_implementation() for cls in classes) or any(map(_takes_back_support, classes)):
         return [False]
     return [asks for module in {cls.__module__ for cls in classes} for asks in _asks_in(module)] or [True]
 
@@ -82,6 +83,23 @@ def _classes(mapping: Any, kind: type[PreTrainedConfig]) -> Sequence[Any]:
     except (ValueError, AttributeError):
         return ()
     return found if isinstance(found, (tuple, list)) else (found,)
+
+
+def _classes_beside(kind: type[PreTrainedConfig]) -> list[Any]:
+    """Of transformers' loaded models those for a configuration next to them: parts that no mapping has."""
+    beside = kind.__module__.rpartition(".")[0] + ".modeling_"
+    if not beside.startswith("transformers."):  # other authors' sources may ask for attention in other words
+        return []
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(beside)]
+    found = [cls for module in modules for cls in vars(module).values() if isinstance(cls, type)]
+    return [cls for cls in found if issubclass(cls, PreTrainedModel) and getattr(cls, "config_class", None) is kind]
+
+
+def _takes_back_support(cls: type[PreTrainedModel]) -> bool:
+    """Whether these models take `eager` alone, in a family that takes more: a part that computes attention itself."""
+    bases: list[Any] = [base for base in cls.__mro__ if issubclass(base, PreTrainedModel)]
+    takes_more = [base._supports_sdpa or base._supports_attention_backend for base in bases]
+    return any(takes_more) and not takes_more[0]
 
 
 def _asks_in(module: str) -> list[bool]:

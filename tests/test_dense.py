@@ -262,13 +262,26 @@ def test_transforms_and_autocast_are_torchs(calls: list[int]) -> None:
     assert not calls
 
 
-def test_fewer_queries_than_keys_see_what_torch_shows_them(calls: list[int]) -> None:
-    """Without a mask its triangle begins with the first key, and not with the last queries."""
+def test_fewer_queries_than_keys_are_the_last(calls: list[int]) -> None:
+    """Without a mask; the triangle of torch begins with the first key. With softcap and sinks as well."""
     query, key, value = tensors(1, 20, 2, 2, 64)
     query = query[:, :, :5].contiguous()
-    causal = torch.ones(5, 20, dtype=torch.bool).tril()
+    causal = torch.ones(5, 20, dtype=torch.bool).tril(15)
     check(attend(query, key, value), expected(query, key, value, visible=causal))
+    check(attend(query, key, value, softcap=2.0), expected(query, key, value, visible=causal, softcap=2.0))
     assert not calls
+
+
+def test_chosen_keys() -> None:
+    """Beside causality, which a mask says or its absence; blocks that nobody can tell are refused."""
+    query, key, value = tensors(2, 9, 2, 2, 64)
+    indices = torch.randint(9, (2, 9, 3), generator=torch.Generator().manual_seed(0))
+    indices[..., 0] = 0
+    visible = torch.zeros(2, 9, 9, dtype=torch.bool).scatter(-1, indices, True)[:, None].tril()
+    for mask in (None, torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9)):
+        check(attend(query, key, value, mask=mask, indices=indices), expected(query, key, value, visible=visible))
+    with pytest.raises(ValueError, match="chooses blocks of keys"):
+        attend(query, key, value, block_indices=indices)
 
 
 def test_only_kernels_for_wide_vectors_are_taken_to_be_faster() -> None:

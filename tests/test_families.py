@@ -11,9 +11,13 @@ import torch
 from families import EXPECTED_DENSE, FAMILIES, KEPT_BY_HOST, MORE_FAMILIES, NOT_TRIED, available, build
 from transformers import (
     AttentionInterface,
+    AutoModel,
+    BlipTextConfig,
+    BlipTextLMHeadModel,
     DynamicCache,
     EncoderDecoderCache,
     PreTrainedModel,
+    StaticCache,
     WhisperForConditionalGeneration,
 )
 from transformers.cache_utils import Cache
@@ -227,6 +231,38 @@ def _round_what_is_stored(monkeypatch: pytest.MonkeyPatch, ours: list[QuantizedP
     monkeypatch.setattr(DynamicCache, "update", update_rounded)
 
 
+@pytest.mark.parametrize("model_type", available(["gemma2", "gpt_oss", "llama"]))
+def test_a_prompt_in_a_static_cache_of_transformers(model_type: str) -> None:
+    """Behind it is room for later tokens, for which no mask is needed by `sdpa`."""
+    expected = build(model_type)(_prompt(2)).logits
+    model = _fused(model_type)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    got = model(_prompt(2), **with_cache(cache)).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=_ROUNDING * float(expected.std()))
+
+
+_INDEX = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2}
+_BLOCKS = {"index_topk_blocks": 1, "index_block_size": 4, "index_local_blocks": 1, "index_head_dim": 16}
+_SPARSE: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(["axk2", "deepseek_v32", "glm_moe_dsa"], FAMILIES["deepseek_v32"] | _INDEX),
+    "hy_v4": _INDEX,
+    "minimax_m3_vl_text": _BLOCKS | {"index_n_heads": 2, "layer_types": ["minimax_m3_sparse", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("model_type", available(_SPARSE))
+def test_only_keys_that_an_index_chooses_are_seen(model_type: str) -> None:
+    """The model leaves that to all attention but transformers' own."""
+    options = {"max_new_tokens": 8, "num_padding": PADDING}
+    expected = _generate(build(model_type, _SPARSE[model_type]), _prompt(3), cache_implementation="dynamic", **options)
+    model = build(model_type, _SPARSE[model_type], attn_implementation="kvquant")
+    for cache in ({"cache_config": {"kv_cache_dtype": "model"}}, {"cache_implementation": "dynamic"}):
+        output = _generate(model, _prompt(3), **options, **cache)
+        assert output.sequences.tolist() == expected.sequences.tolist()
+        for ours, theirs in zip(output.logits, expected.logits, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=_ROUNDING * _scale(expected))
+
+
 def test_every_model_type_is_tried_or_says_why_not() -> None:
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
     tried = FAMILIES.keys() | MORE_FAMILIES.keys()
@@ -239,6 +275,34 @@ def test_every_model_type_is_tried_or_says_why_not() -> None:
 
 def test_enough_families_are_tried_by_default() -> None:
     assert len(available(FAMILIES)) >= 45
+
+
+@pytest.mark.parametrize("model_type", available(["gemma4_audio"]))
+def test_an_audio_tower_that_computes_attention_itself(model_type: str) -> None:
+    """It wants the mask of `eager`, in a family that takes every attention."""
+    sizes = {"num_hidden_layers": 1, "attention_chunk_size": 4, "attention_context_left": 5, "output_proj_dims": 64}
+    model = AutoModel.from_config(families.config_of(model_type, sizes)).eval()
+    features, valid = torch.randn(2, 64, 128), torch.ones(2, 64, dtype=torch.bool)
+    valid[0, 40:] = False
+    expected = model(features, valid)[0]
+    model.set_attn_implementation("kvquant")
+    torch.testing.assert_close(model(features, valid)[0], expected)
+
+
+def test_a_part_that_no_mapping_has() -> None:
+    """Its model adds masks, whatever the configuration says."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BlipTextConfig(vocab_size=99, encoder_hidden_size=64, bos_token_id=1, sep_token_id=2, **sizes)
+    mask = torch.ones(3, LENGTH, dtype=torch.long)
+    mask[0, -5:] = 0
+
+    def logits(attention: str) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = BlipTextLMHeadModel._from_config(config, attn_implementation=attention).eval()
+        assert model.config._attn_implementation == attention
+        return model(_prompt(3), attention_mask=mask).logits
+
+    torch.testing.assert_close(logits("kvquant"), logits("eager"))
 
 
 @pytest.mark.parametrize("attention", ["kvquant", "own-attention"])

@@ -11,6 +11,7 @@ import torch
 from helpers import llama_config, prompt, tiny_llama
 from test_cache import sliding_model
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers.utils import logging
 
 from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache
 from hf_kvquant.attention import NAMES
@@ -433,3 +434,13 @@ def test_a_model_that_begins_anew_keeps_the_cache(length: int, given: bool) -> N
     assert isinstance(out.past_key_values, QuantizedPagedCache)
     assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
     assert all(layer.dense == () for layer in out.past_key_values.report().layers)
+
+
+def test_weights_are_not_there_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    logging.warning_once.cache_clear()
+    model = tiny_llama("kvquant")
+    with caplog.at_level("WARNING", logger="transformers"):
+        model.generate(prompt(), max_new_tokens=3, do_sample=False)
+        assert "output_attentions" not in caplog.text
+        model.generate(prompt(), max_new_tokens=3, output_attentions=True, return_dict_in_generate=True)
+    assert caplog.text.count("does not support output_attentions=True") == 1

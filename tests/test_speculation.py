@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerFast, modeling_layers
 
 from hf_kvquant import PrefixCache, QuantizedPagedCache
+from hf_kvquant.hosts import with_cache
 
 NUM_NEW = 24
 
@@ -102,6 +103,24 @@ def test_over_a_cache_that_holds_tokens(kind: str, way: str) -> None:
     assert torch.equal(generate(model, ids, past_key_values=cache, **drafts).sequences, expected)
     assert cache.get_seq_length() == expected.shape[1] - 1
     assert torch.equal(generate(model, first, **drafts).sequences, generate(model, first).sequences)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("model_type", families.available(["gemma3n_text", "gemma4_text"]))
+def test_layers_that_see_only_the_last_tokens(model_type: str, cached: bool) -> None:
+    """Layers that use the keys of others may leave out what becomes no logits."""
+    overrides = families.FAMILIES[model_type] | {"sliding_window": 64}
+    model = families.build(model_type, overrides, attn_implementation="kvquant")
+
+    def logits(num_logits: int) -> torch.Tensor:
+        cache = with_cache(QuantizedPagedCache.from_model(model, kv_cache_dtype="fp8")) if cached else {}
+        return model(repetitive(), **cache, logits_to_keep=num_logits).logits
+
+    with torch.no_grad():
+        torch.testing.assert_close(logits(9), logits(0)[:, -9:], rtol=0, atol=1e-4 * float(logits(0).std()))
+    options = {"cache_config": {"kv_cache_dtype": "model"}} if cached else {"cache_implementation": "dynamic"}
+    expected = generate(model, repetitive(), **options).sequences
+    assert torch.equal(generate(model, repetitive(), prompt_lookup_num_tokens=3, **options).sequences, expected)
 
 
 def test_an_assistant_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
