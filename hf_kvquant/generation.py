@@ -212,7 +212,8 @@ def _keep_in_inputs(model_class: Any) -> None:
         if not isinstance(cache, QuantizedPagedCache):
             return method(self, input_ids, *args, **kwargs)
         if kwargs.get("is_first_iteration"):
-            num_coming = _num_coming(cache, input_ids.shape[1], kwargs.get("next_sequence_length"))
+            described, asked = (kwargs.get(name) for name in ("position_ids", "next_sequence_length"))
+            num_coming = _num_coming(cache, input_ids.shape[1], described, asked)
             if num_coming is not None:
                 if num_coming == 0:  # as after a call that broke off behind the last layer: the last one comes again
                     num_coming = _take_last_back(cache)
@@ -240,10 +241,14 @@ def _take_last_back(cache: QuantizedPagedCache) -> int | None:
     return 1
 
 
-def _num_coming(cache: QuantizedPagedCache, num_tokens: int, asked: Any) -> Any:
+def _num_coming(cache: QuantizedPagedCache, num_tokens: int, positions: Any, asked: Any) -> Any:
     """How many tokens of a text are to be computed, None for all; transformers does not ask where it speculates."""
     if asked is not None or not cache.shared.speculates:
         return asked
+    # Drafts are among the tokens and have positions, but are no part of the prompt.
+    length = cache.shared.prompt_length if positions is None else positions.shape[-1]
+    if num_tokens < length:  # only what is new was passed
+        return None
     num_held = int(cache.get_seq_length())
     return num_tokens - num_held if 0 < num_held <= num_tokens else None
 
@@ -287,8 +292,10 @@ def _describe_prompt(model: Any, call: _Call, cache: QuantizedPagedCache) -> Non
     mask, positions = (call.model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
     mask = mask.bool() if mask is not None and mask.ndim == 2 else None
     cache.shared.padding_mask = mask
-    known = positions if positions is not None else mask  # transformers drops a mask that hides nothing
-    cache.shared.prompt_length = 0 if known is None or model.config.is_encoder_decoder else known.shape[-1]
+    known = positions if positions is not None else mask
+    # transformers drops a mask that hides nothing, and not every model takes positions.
+    length = getattr(call.generation_config, "_mask_length", 0) if known is None else known.shape[-1]
+    cache.shared.prompt_length = 0 if model.config.is_encoder_decoder else length
     if cache.batch_size > 0:
         cache.shared.copies = 1  # what comes now may differ between sequences that began with the same prompt
 
