@@ -26,7 +26,7 @@ from .broken import take_back_broken_step
 from .cache import QuantizedPagedCache
 from .config import KVQuantConfig
 from .encoder_decoder import QuantizedEncoderDecoderCache
-from .hosts import CACHE_NAME, CACHE_NAMES
+from .hosts import CACHE_NAME, CACHE_NAMES, fed_by_images
 from .interface import is_fused
 from .options import options_for
 from .policy import asks_for_files
@@ -370,7 +370,7 @@ def _will_compile(model: Any, call: _Call) -> bool:
     if config.disable_compile or config.is_assistant or call.generation_mode not in _COMPILED_MODES:
         return False
     options = options_for(model, config.cache_config)
-    if options.offload:
+    if options.offload or fed_by_images(model.config.get_text_config(decoder=True)):
         return False
     compile_config = config.compile_config
     if compile_config is not None and compile_config._compile_all_devices:
