@@ -287,6 +287,12 @@ def _take_adapters_prefix(model: Any) -> None:
     model.prepare_inputs_for_generation = prepare_inputs
 
 
+def _adds_virtual_tokens(model: Any) -> bool:
+    """Whether an adapter puts tokens of its own before the text, which are not in the length that `generate` knows."""
+    adapter = getattr(model.prepare_inputs_for_generation, "__self__", model)  # as in `_take_adapters_prefix`
+    return bool(getattr(getattr(adapter, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def _describe_prompt(model: Any, call: _Call, cache: QuantizedPagedCache) -> None:
     """Tell `cache` what is padding, and how long the prompt is."""
     mask, positions = (call.model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
@@ -368,6 +374,8 @@ def _will_compile(model: Any, call: _Call) -> bool:
     config = call.generation_config
     # transformers compiles neither beam search nor speculation; both are better off with pages that grow.
     if config.disable_compile or config.is_assistant or call.generation_mode not in _COMPILED_MODES:
+        return False
+    if _adds_virtual_tokens(model):
         return False
     options = options_for(model, config.cache_config)
     if options.offload or fed_by_images(model.config.get_text_config(decoder=True)):

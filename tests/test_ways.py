@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import QMAX, need_fake_quantization, prompt, tiny_llama
 from test_cache import sliding_model
+from test_compile import compile_config
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -362,6 +363,18 @@ def test_a_cache_made_for_prefix_tuning(attention: str) -> None:
         made = model.generate(cache_implementation="kvquant", cache_config={"kv_cache_dtype": "model"}, **options)
         assert isinstance(made.past_key_values, QuantizedPagedCache)
         assert torch.equal(made.sequences, expected.sequences)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
+def test_an_adapters_tokens_are_not_in_what_is_reserved(kind: str) -> None:
+    """Where `generate` compiles, as on a GPU, pages grow if there are any."""
+    model, ids = adapted(kind), prompt(2)
+    options = {"max_new_tokens": NUM_NEW, "do_sample": False, "cache_config": {"kv_cache_dtype": "model"}}
+    options |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "return_dict_in_generate": True}
+    made = model.generate(**options, compile_config=compile_config("eager"))
+    assert made[CACHE_NAME].is_compileable == (kind == "lora")
+    assert torch.equal(made.sequences, model.generate(**options).sequences)
 
 
 WRAPPERS: dict[str, Callable[[], Any]] = {
