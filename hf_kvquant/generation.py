@@ -27,7 +27,7 @@ from .cache import QuantizedPagedCache
 from .config import KVQuantConfig
 from .encoder_decoder import QuantizedEncoderDecoderCache
 from .hosts import CACHE_NAME, CACHE_NAMES, fed_by_images
-from .interface import is_fused
+from .interface import is_flash, is_fused
 from .options import options_for
 from .policy import asks_for_files
 
@@ -377,8 +377,8 @@ def _will_compile(model: Any, call: _Call) -> bool:
         return False
     if _adds_virtual_tokens(model):
         return False
-    options = options_for(model, config.cache_config)
-    if options.offload or fed_by_images(model.config.get_text_config(decoder=True)):
+    options, text_config = options_for(model, config.cache_config), model.config.get_text_config(decoder=True)
+    if options.offload or fed_by_images(text_config) or is_flash(text_config):
         return False
     compile_config = config.compile_config
     if compile_config is not None and compile_config._compile_all_devices:

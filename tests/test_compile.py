@@ -16,7 +16,7 @@ from helpers import prompt, tiny_llama
 from packaging.version import Version
 from test_cache import sliding_model
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig, PreTrainedModel
 
 from hf_kvquant import OutOfPagesError, QuantizedPagedCache, generation
 from hf_kvquant.hosts import with_cache
@@ -92,6 +92,22 @@ def test_layers_that_hold_images_are_not_reserved(attention: str) -> None:
     assert torch.equal(image_model.generate(**inputs, **options, compile_config=compile_config("eager")), expected)
     with pytest.raises(ValueError, match=r"max_cache_len=64 is a length of text, and layers \[1\] hold images"):
         QuantizedPagedCache.from_model(image_model, max_cache_len=64)
+
+
+def test_flash_attention_is_not_given_what_is_reserved() -> None:
+    """It goes by a mask, which `generate` leaves out; a stand-in here, since it is for GPUs."""
+    name = "stand_in_for_flash"
+    AttentionInterface.register(name, AttentionInterface()["sdpa"])
+    AttentionMaskInterface.register(name, AttentionMaskInterface()["sdpa"])
+    expected = tiny_llama("sdpa").generate(prompt(), max_new_tokens=4, do_sample=False)
+    model = tiny_llama("sdpa")
+    model.config._attn_implementation = name  # nobody looks for a package here
+    options = {"cache_implementation": "kvquant", "max_new_tokens": 4, "do_sample": False}
+    grows: dict[str, Any] = {"kv_cache_dtype": "model"}
+    for given in ({}, {"compile_config": compile_config("eager")}):
+        assert torch.equal(model.generate(prompt(), cache_config=grows, **options, **given), expected)
+    with pytest.raises(ValueError, match="layer 0: attention 'stand_in_for_flash' .* leave max_cache_len out"):
+        model.generate(prompt(), cache_config=grows | {"max_cache_len": 64}, **options)
 
 
 @pytest.mark.parametrize("dtype", ["model", "int8", "fp8"])
