@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import transformers
 from transformers import GenerationMixin
@@ -27,7 +27,7 @@ from .cache import QuantizedPagedCache
 from .config import KVQuantConfig
 from .encoder_decoder import QuantizedEncoderDecoderCache
 from .hosts import CACHE_NAME, CACHE_NAMES, fed_by_images
-from .interface import is_flash, is_fused
+from .interface import attention_name, is_flash, is_fused
 from .options import options_for
 from .policy import asks_for_files
 
@@ -40,6 +40,9 @@ _CONTINUOUS = "init_continuous_batching"
 _INPUTS = "prepare_inputs_for_generation"
 
 logger = logging.get_logger(__name__)
+
+# Models whose attention has made a quantized cache.
+_quantized_by_attention: WeakSet[Any] = WeakSet()
 
 
 class _Call(NamedTuple):
@@ -90,7 +93,15 @@ def _extended(prepare_cache: Any) -> Any:
                 return prepare_cache(self, *call)
         fused = _is_fused(self)
         wanted = asked or (fused and chosen is None)
-        if not wanted and chosen is None and config.cache_config and not config.is_assistant:
+        if wanted and fused:
+            _quantized_by_attention.add(self)
+        if not wanted and chosen is None and self in _quantized_by_attention and _is_eager(self):
+            logger.warning_once(
+                "The cache is not quantized any more: this model's attention was 'kvquant' and is 'eager', which "
+                "transformers makes it for good where timestamps of words are asked for. Switch back with "
+                "model.set_attn_implementation('kvquant'), or give cache_implementation='kvquant'."
+            )
+        elif not wanted and chosen is None and config.cache_config and not config.is_assistant:
             logger.warning_once(
                 "`cache_config` is ignored: the 8-bit cache is made by cache_implementation='kvquant', or by a kvquant "
                 "attention, which this model does not have (not every model takes one)."
@@ -396,3 +407,8 @@ def _may_reserve_more(model: Any, options: Any) -> bool:
 
 def _is_fused(model: Any) -> bool:
     return is_fused(model.config.get_text_config(decoder=True))
+
+
+def _is_eager(model: Any) -> bool:
+    """Whether its attention is that which transformers itself switches to."""
+    return attention_name(model.config.get_text_config(decoder=True)) == "eager"

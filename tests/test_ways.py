@@ -23,6 +23,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
+    WhisperForConditionalGeneration,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -513,3 +514,18 @@ def test_an_encoder_decoder_reports_both_attentions(options: dict[str, Any]) -> 
     assert report.nbytes == cache.nbytes == sum(part.nbytes for part in parts)
     assert cache.nbytes_allocated == sum(part.nbytes_allocated for part in parts)
     assert "cross_attention" in str(report)
+
+
+def test_an_attention_that_transformers_switches_off_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Whisper does so for the times of words, and does not switch back."""
+    config = families.config_of("whisper")
+    model = WhisperForConditionalGeneration._from_config(config, attn_implementation="kvquant").eval()
+    settings = {"eos_token_id": None, "no_timestamps_token_id": 40, "is_multilingual": False}
+    for name, value in {**settings, "alignment_heads": [[0, 0], [1, 1]]}.items():
+        setattr(model.generation_config, name, value)
+    sounds = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions)
+    with caplog.at_level("WARNING", logger="transformers"):
+        model.generate(input_features=sounds, max_new_tokens=6)
+        assert "not quantized any more" not in caplog.text
+        model.generate(input_features=sounds, max_new_tokens=6, return_timestamps=True, return_token_timestamps=True)
+    assert "The cache is not quantized any more: this model's attention was 'kvquant' and is 'eager'" in caplog.text
