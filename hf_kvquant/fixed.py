@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .exact import ExactStep
-from .interface import uses_attention_interface
+from .interface import attention_name, is_flash, uses_attention_interface
 from .layers import PagedLayer
 from .ops import reference
 from .pools import OutOfPagesError
@@ -56,6 +56,14 @@ class FixedLayer(PagedLayer):
         if not torch.compiler.is_compiling():
             self.mark_addresses()
             self.shared.reservation.num_layers += 1
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if is_flash(self.shared.model_config):  # `generate` leaves out a mask that hides nothing of the text
+            raise ValueError(
+                f"layer {self.index}: attention {attention_name(self.shared.model_config)!r} would see what is "
+                "reserved and not written yet; leave max_cache_len out, or switch to 'kvquant' or 'sdpa'"
+            )
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = super().__deepcopy__(memo)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import transformers
 from transformers import GenerationMixin
@@ -26,8 +26,8 @@ from .broken import take_back_broken_step
 from .cache import QuantizedPagedCache
 from .config import KVQuantConfig
 from .encoder_decoder import QuantizedEncoderDecoderCache
-from .hosts import CACHE_NAME, CACHE_NAMES
-from .interface import is_fused
+from .hosts import CACHE_NAME, CACHE_NAMES, fed_by_images
+from .interface import attention_name, is_flash, is_fused
 from .options import options_for
 from .policy import asks_for_files
 
@@ -40,6 +40,9 @@ _CONTINUOUS = "init_continuous_batching"
 _INPUTS = "prepare_inputs_for_generation"
 
 logger = logging.get_logger(__name__)
+
+# Models whose attention has made a quantized cache.
+_quantized_by_attention: WeakSet[Any] = WeakSet()
 
 
 class _Call(NamedTuple):
@@ -90,7 +93,15 @@ def _extended(prepare_cache: Any) -> Any:
                 return prepare_cache(self, *call)
         fused = _is_fused(self)
         wanted = asked or (fused and chosen is None)
-        if not wanted and chosen is None and config.cache_config and not config.is_assistant:
+        if wanted and fused:
+            _quantized_by_attention.add(self)
+        if not wanted and chosen is None and self in _quantized_by_attention and _is_eager(self):
+            logger.warning_once(
+                "The cache is not quantized any more: this model's attention was 'kvquant' and is 'eager', which "
+                "transformers makes it for good where timestamps of words are asked for. Switch back with "
+                "model.set_attn_implementation('kvquant'), or give cache_implementation='kvquant'."
+            )
+        elif not wanted and chosen is None and config.cache_config and not config.is_assistant:
             logger.warning_once(
                 "`cache_config` is ignored: the 8-bit cache is made by cache_implementation='kvquant', or by a kvquant "
                 "attention, which this model does not have (not every model takes one)."
@@ -212,7 +223,8 @@ def _keep_in_inputs(model_class: Any) -> None:
         if not isinstance(cache, QuantizedPagedCache):
             return method(self, input_ids, *args, **kwargs)
         if kwargs.get("is_first_iteration"):
-            num_coming = _num_coming(cache, input_ids.shape[1], kwargs.get("next_sequence_length"))
+            described, asked = (kwargs.get(name) for name in ("position_ids", "next_sequence_length"))
+            num_coming = _num_coming(cache, input_ids.shape[1], described, asked)
             if num_coming is not None:
                 if num_coming == 0:  # as after a call that broke off behind the last layer: the last one comes again
                     num_coming = _take_last_back(cache)
@@ -240,10 +252,14 @@ def _take_last_back(cache: QuantizedPagedCache) -> int | None:
     return 1
 
 
-def _num_coming(cache: QuantizedPagedCache, num_tokens: int, asked: Any) -> Any:
+def _num_coming(cache: QuantizedPagedCache, num_tokens: int, positions: Any, asked: Any) -> Any:
     """How many tokens of a text are to be computed, None for all; transformers does not ask where it speculates."""
     if asked is not None or not cache.shared.speculates:
         return asked
+    # Drafts are among the tokens and have positions, but are no part of the prompt.
+    length = cache.shared.prompt_length if positions is None else positions.shape[-1]
+    if num_tokens < length:  # only what is new was passed
+        return None
     num_held = int(cache.get_seq_length())
     return num_tokens - num_held if 0 < num_held <= num_tokens else None
 
@@ -282,13 +298,21 @@ def _take_adapters_prefix(model: Any) -> None:
     model.prepare_inputs_for_generation = prepare_inputs
 
 
+def _adds_virtual_tokens(model: Any) -> bool:
+    """Whether an adapter puts tokens of its own before the text, which are not in the length that `generate` knows."""
+    adapter = getattr(model.prepare_inputs_for_generation, "__self__", model)  # as in `_take_adapters_prefix`
+    return bool(getattr(getattr(adapter, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def _describe_prompt(model: Any, call: _Call, cache: QuantizedPagedCache) -> None:
     """Tell `cache` what is padding, and how long the prompt is."""
     mask, positions = (call.model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
     mask = mask.bool() if mask is not None and mask.ndim == 2 else None
     cache.shared.padding_mask = mask
-    known = positions if positions is not None else mask  # transformers drops a mask that hides nothing
-    cache.shared.prompt_length = 0 if known is None or model.config.is_encoder_decoder else known.shape[-1]
+    known = positions if positions is not None else mask
+    # transformers drops a mask that hides nothing, and not every model takes positions.
+    length = getattr(call.generation_config, "_mask_length", 0) if known is None else known.shape[-1]
+    cache.shared.prompt_length = 0 if model.config.is_encoder_decoder else length
     if cache.batch_size > 0:
         cache.shared.copies = 1  # what comes now may differ between sequences that began with the same prompt
 
@@ -362,8 +386,10 @@ def _will_compile(model: Any, call: _Call) -> bool:
     # transformers compiles neither beam search nor speculation; both are better off with pages that grow.
     if config.disable_compile or config.is_assistant or call.generation_mode not in _COMPILED_MODES:
         return False
-    options = options_for(model, config.cache_config)
-    if options.offload:
+    if _adds_virtual_tokens(model):
+        return False
+    options, text_config = options_for(model, config.cache_config), model.config.get_text_config(decoder=True)
+    if options.offload or fed_by_images(text_config) or is_flash(text_config):
         return False
     compile_config = config.compile_config
     if compile_config is not None and compile_config._compile_all_devices:
@@ -381,3 +407,8 @@ def _may_reserve_more(model: Any, options: Any) -> bool:
 
 def _is_fused(model: Any) -> bool:
     return is_fused(model.config.get_text_config(decoder=True))
+
+
+def _is_eager(model: Any) -> bool:
+    """Whether its attention is that which transformers itself switches to."""
+    return attention_name(model.config.get_text_config(decoder=True)) == "eager"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from .handle import PagedKV
 from .layers import PagedLayer
 from .offload import OffloadedStore
 from .ops import reference
@@ -38,8 +40,15 @@ class GrowingLayer(PagedLayer):
         self.store_type = OffloadedStore if offloads else PageStore
         self.length = 0  # tokens that this layer has written
         self._copies = 1  # of every sequence of the last update
+        self._handed_out: tuple[weakref.ref[PagedKV], ...] = ()  # by the last update
 
-    @torch.compiler.disable  # the compiler puts objects in place of weak references to them
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        made = super().update(key_states, value_states, *args, **kwargs)
+        if not torch.compiler.is_compiling():  # which puts objects in place of weak references
+            self._handed_out = tuple(weakref.ref(side) for side in made if isinstance(side, PagedKV))
+        return made
+
+    @torch.compiler.disable  # the compiler puts objects in place of weak references
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
 
@@ -151,6 +160,13 @@ class GrowingLayer(PagedLayer):
     def follow_reset(self) -> None:
         super().follow_reset()
         self.length = 0
+
+    def check_crop(self, num_tokens: int) -> None:
+        # An assistant that reads the keys and values of the model's last step does so when drafts have been taken back.
+        for reference_to in self._handed_out:
+            if (handle := reference_to()) is not None:
+                handle.dense("keys and values are used after their step")
+        self._handed_out = ()
 
     def follow_crop(self, num_tokens: int) -> None:
         self.length = max(self.length - num_tokens, 0)

@@ -62,7 +62,8 @@ class PagedKV:
 
     @property
     def shape(self) -> torch.Size:
-        return self.layer.shape_of(self.side, self.num_new) if self.raw is None else self.raw.shape
+        known = self.raw if self.raw is not None else self._dense
+        return self.layer.shape_of(self.side, self.num_new) if known is None else known.shape
 
     @property
     def dtype(self) -> torch.dtype:

@@ -37,6 +37,11 @@ def layer_type_names(config: PreTrainedConfig, layers: Sequence[Any]) -> list[st
     return ["sliding_attention" if getattr(layer, "is_sliding", False) else "full_attention" for layer in layers]
 
 
+def fed_by_images(config: PreTrainedConfig) -> Sequence[int]:
+    """The layers whose keys and values are of images instead of text: as many as those have, however long the text."""
+    return getattr(config, "cross_attention_layers", None) or ()
+
+
 def without_wrapper(model: Any) -> PreTrainedModel:
     """The transformers model, also where adapters (peft), `torch.compile` or data parallelism have wrapped it.
 

@@ -35,6 +35,11 @@ def is_fused(config: PreTrainedConfig) -> bool:
     return attention_name(config).startswith("kvquant")
 
 
+def is_flash(config: PreTrainedConfig) -> bool:
+    """Whether attention knows by a mask alone which keys are there, which are all without one (FlashAttention)."""
+    return "flash" in attention_name(config)
+
+
 # What models call their cache and its parts, with whatever before it (`curr_cache`, `self_attention_cache`); what pads
 # convolutions is another kind.
 _CACHE = re.compile(r"(past_key_values?|layer_past|(?<!padding_)cache)$")

@@ -270,13 +270,14 @@ class PagedLayer(LayerState):
         """Take back the last `-tokens_to_remove` tokens (a positive number is the final length before 5.18)."""
         num_tokens = tokens_to_take_back(tokens_to_remove, self.get_seq_length)
         self.settle()
+        self.check_crop(num_tokens)
         self._own_table()
         if self.table is not None:
             self.table.crop(num_tokens)
         self.follow_crop(num_tokens)
 
     def check_crop(self, num_tokens: int) -> None:
-        """Raise what a crop would raise beside its table."""
+        """Raise what a crop would raise beside its table, before anything changes."""
 
     def check_select(self, indices: Sequence[int]) -> None:
         """Raise what a selection of sequences would raise."""

@@ -16,7 +16,7 @@ from helpers import prompt, tiny_llama
 from packaging.version import Version
 from test_cache import sliding_model
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig, PreTrainedModel
 
 from hf_kvquant import OutOfPagesError, QuantizedPagedCache, generation
 from hf_kvquant.hosts import with_cache
@@ -64,6 +64,50 @@ def test_models_that_are_not_for_fixed_addresses_get_pages_that_grow(
 def test_layers_that_transformers_cannot_reserve(model_type: str) -> None:
     with pytest.raises(ValueError, match="max_cache_len=64: transformers .* has no layers at fixed addresses"):
         QuantizedPagedCache.from_model(families.build(model_type), max_cache_len=64)
+
+
+@pytest.mark.parametrize("attention", ["kvquant", "sdpa"])
+def test_layers_that_hold_images_are_not_reserved(attention: str) -> None:
+    """They get more tokens than the text has."""
+    vision = {
+        **{"image_size": 16, "patch_size": 4, "num_hidden_layers": 1, "num_global_layers": 1, "max_num_tiles": 2},
+        **{"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]},
+        **{"vision_output_dim": 128, "hidden_size": 64, "attention_heads": 4},
+    }
+    text = {"num_hidden_layers": 3, "cross_attention_layers": [1], "vocab_size": 99}
+    image_model = families.build("mllama", {"vision_config": vision, "text_config": text, "image_token_index": 98})
+    for name, gate in image_model.named_parameters():
+        if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate")):
+            gate.data.fill_(1.5)
+    ids = prompt(2, 9, vocab_size=90)
+    ids[:, 1] = 98
+    inputs = {
+        **{"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 1, 2, 3, 16, 16)},
+        **{"aspect_ratio_ids": torch.tensor([[1], [2]]), "aspect_ratio_mask": torch.tensor([[[1, 0]], [[1, 1]]])},
+        **{"cross_attention_mask": torch.ones(2, 9, 1, 2).long(), "max_new_tokens": 8, "do_sample": False},
+    }
+    expected = image_model.generate(**inputs, cache_implementation="dynamic")
+    image_model.set_attn_implementation(attention)
+    options = {"cache_implementation": "kvquant", "cache_config": {"kv_cache_dtype": "model"}}
+    assert torch.equal(image_model.generate(**inputs, **options, compile_config=compile_config("eager")), expected)
+    with pytest.raises(ValueError, match=r"max_cache_len=64 is a length of text, and layers \[1\] hold images"):
+        QuantizedPagedCache.from_model(image_model, max_cache_len=64)
+
+
+def test_flash_attention_is_not_given_what_is_reserved() -> None:
+    """It goes by a mask, which `generate` leaves out; a stand-in here, since it is for GPUs."""
+    name = "stand_in_for_flash"
+    AttentionInterface.register(name, AttentionInterface()["sdpa"])
+    AttentionMaskInterface.register(name, AttentionMaskInterface()["sdpa"])
+    expected = tiny_llama("sdpa").generate(prompt(), max_new_tokens=4, do_sample=False)
+    model = tiny_llama("sdpa")
+    model.config._attn_implementation = name  # nobody looks for a package here
+    options = {"cache_implementation": "kvquant", "max_new_tokens": 4, "do_sample": False}
+    grows: dict[str, Any] = {"kv_cache_dtype": "model"}
+    for given in ({}, {"compile_config": compile_config("eager")}):
+        assert torch.equal(model.generate(prompt(), cache_config=grows, **options, **given), expected)
+    with pytest.raises(ValueError, match="layer 0: attention 'stand_in_for_flash' .* leave max_cache_len out"):
+        model.generate(prompt(), cache_config=grows | {"max_cache_len": 64}, **options)
 
 
 @pytest.mark.parametrize("dtype", ["model", "int8", "fp8"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import families
@@ -10,7 +11,15 @@ import torch
 from helpers import prompt, tiny_llama
 from test_cache import sliding_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerFast, modeling_layers
+from transformers import (
+    Cache,
+    Gemma4AssistantConfig,
+    Gemma4AssistantForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    modeling_layers,
+)
 
 from hf_kvquant import PrefixCache, QuantizedPagedCache
 from hf_kvquant.hosts import with_cache
@@ -121,6 +130,51 @@ def test_layers_that_see_only_the_last_tokens(model_type: str, cached: bool) -> 
     options = {"cache_config": {"kv_cache_dtype": "model"}} if cached else {"cache_implementation": "dynamic"}
     expected = generate(model, repetitive(), **options).sequences
     assert torch.equal(generate(model, repetitive(), prompt_lookup_num_tokens=3, **options).sequences, expected)
+
+
+@pytest.mark.skipif(
+    "_mask_length" not in inspect.getsource(GenerationMixin.generate),
+    reason="this transformers cuts a mask that is longer than what comes, over its own caches too",
+)
+@pytest.mark.parametrize("way", ["lookup", "assistant"])
+@pytest.mark.parametrize("model_type", ["llama", "bloom"])
+@pytest.mark.parametrize("num_held", [8, 24])
+def test_only_what_is_new_over_a_cache(num_held: int, model_type: str, way: str) -> None:
+    """Its mask says that there is more, whether more or less comes than is held; Bloom has no positions."""
+    model = tiny_llama("kvquant") if model_type == "llama" else families.build(model_type)
+    drafts = {"assistant_model": drafter(model, "sdpa")} if way == "assistant" else {"prompt_lookup_num_tokens": 12}
+    new = prompt(1, 7, seed=9, vocab_size=90).repeat(1, 2)
+    ids = torch.cat([prompt(1, num_held, vocab_size=90), new], dim=1)
+    options = {"max_new_tokens": NUM_NEW, "min_new_tokens": NUM_NEW, "do_sample": False}
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4)
+    with torch.no_grad():
+        model(ids[:, :num_held], **with_cache(cache))
+    mask = torch.ones_like(ids)
+    made = model.generate(new, attention_mask=mask, past_key_values=cache, **options, **drafts)
+    expected = model.generate(ids, attention_mask=mask, cache_implementation="dynamic", **options)
+    assert torch.equal(made[:, -NUM_NEW:], expected[:, -NUM_NEW:])
+    assert cache.get_seq_length() == num_held + 14 + NUM_NEW - 1
+
+
+@pytest.mark.parametrize("page_size", [2, 16])
+def test_an_assistant_that_reads_what_the_model_has_stored(page_size: int) -> None:
+    """It drafts from keys and values of the model's last step, drafts that were taken back since among them."""
+    shared = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 2, "global_head_dim": 32}
+    text = {**shared, "vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0}
+    config = Gemma4AssistantConfig(text_config=families.config_of("gemma4_text", text), backbone_hidden_size=64)
+    torch.manual_seed(3)
+    assistant = Gemma4AssistantForCausalLM(config).eval()
+    assistant.generation_config.num_assistant_tokens = 3
+    drafts: list[torch.Tensor] = []
+    assistant.register_forward_hook(lambda *hooked: drafts.append(hooked[2].logits))
+    model = families.build("gemma4_text")
+    expected = generate(model, prompt(1, 24), assistant_model=assistant).sequences
+    of_host = torch.cat(drafts)
+    drafts.clear()
+    model.set_attn_implementation("kvquant")
+    options = {"cache_config": {"kv_cache_dtype": "model", "page_size": page_size}}
+    assert torch.equal(generate(model, prompt(1, 24), assistant_model=assistant, **options).sequences, expected)
+    torch.testing.assert_close(torch.cat(drafts), of_host)
 
 
 def test_an_assistant_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:

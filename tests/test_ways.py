@@ -16,12 +16,14 @@ import pytest
 import torch
 from helpers import QMAX, need_fake_quantization, prompt, tiny_llama
 from test_cache import sliding_model
+from test_compile import compile_config
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
+    WhisperForConditionalGeneration,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -364,6 +366,18 @@ def test_a_cache_made_for_prefix_tuning(attention: str) -> None:
         assert torch.equal(made.sequences, expected.sequences)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
+def test_an_adapters_tokens_are_not_in_what_is_reserved(kind: str) -> None:
+    """Where `generate` compiles, as on a GPU, pages grow if there are any."""
+    model, ids = adapted(kind), prompt(2)
+    options = {"max_new_tokens": NUM_NEW, "do_sample": False, "cache_config": {"kv_cache_dtype": "model"}}
+    options |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "return_dict_in_generate": True}
+    made = model.generate(**options, compile_config=compile_config("eager"))
+    assert made[CACHE_NAME].is_compileable == (kind == "lora")
+    assert torch.equal(made.sequences, model.generate(**options).sequences)
+
+
 WRAPPERS: dict[str, Callable[[], Any]] = {
     "compile": lambda: torch.compile(tiny_llama(), backend="eager"),
     "data parallel": lambda: torch.nn.DataParallel(tiny_llama()),
@@ -500,3 +514,18 @@ def test_an_encoder_decoder_reports_both_attentions(options: dict[str, Any]) -> 
     assert report.nbytes == cache.nbytes == sum(part.nbytes for part in parts)
     assert cache.nbytes_allocated == sum(part.nbytes_allocated for part in parts)
     assert "cross_attention" in str(report)
+
+
+def test_an_attention_that_transformers_switches_off_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Whisper does so for the times of words, and does not switch back."""
+    config = families.config_of("whisper")
+    model = WhisperForConditionalGeneration._from_config(config, attn_implementation="kvquant").eval()
+    settings = {"eos_token_id": None, "no_timestamps_token_id": 40, "is_multilingual": False}
+    for name, value in {**settings, "alignment_heads": [[0, 0], [1, 1]]}.items():
+        setattr(model.generation_config, name, value)
+    sounds = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions)
+    with caplog.at_level("WARNING", logger="transformers"):
+        model.generate(input_features=sounds, max_new_tokens=6)
+        assert "not quantized any more" not in caplog.text
+        model.generate(input_features=sounds, max_new_tokens=6, return_timestamps=True, return_token_timestamps=True)
+    assert "The cache is not quantized any more: this model's attention was 'kvquant' and is 'eager'" in caplog.text
