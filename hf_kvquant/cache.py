@@ -29,7 +29,7 @@ from .checkpoints import CheckpointScales
 from .config import KVQuantConfig
 from .fixed import FixedLayer
 from .growing import GrowingLayer, move_to_own_pool
-from .hosts import disable_fake_quantization, fed_by_images, layer_type_names, tokens_to_take_back, without_wrapper
+from .hosts import disable_fake_quantization, layer_type_names, tokens_to_take_back, without_wrapper
 from .hybrid import HybridFixedLayer, HybridGrowingLayer
 from .layers import PagedLayer
 from .options import find_checkpoint, options_for
@@ -449,10 +449,6 @@ def _is_filled(layer: Any) -> bool:
 
 def _fixed_layers(config: PreTrainedConfig, capacity: int) -> list[Any]:
     """transformers' layers at fixed addresses. Raises ValueError if it has none for a type of layer."""
-    if layers := fed_by_images(config):
-        raise ValueError(
-            f"max_cache_len={capacity} is a length of text, and layers {list(layers)} hold images; leave it out"
-        )
     try:
         return list(StaticCache(config=config, max_cache_len=capacity).layers)
     except (KeyError, ValueError) as error:

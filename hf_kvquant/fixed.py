@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .exact import ExactStep
+from .hosts import fed_by_images
 from .interface import attention_name, is_flash, uses_attention_interface
 from .layers import PagedLayer
 from .ops import reference
@@ -58,6 +59,10 @@ class FixedLayer(PagedLayer):
             self.shared.reservation.num_layers += 1
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.index in fed_by_images(self.shared.model_config):
+            raise ValueError(
+                f"layer {self.index} holds images, and max_cache_len={self.capacity} is a length of text; leave it out"
+            )
         if is_flash(self.shared.model_config):  # `generate` leaves out a mask that hides nothing of the text
             raise ValueError(
                 f"layer {self.index}: attention {attention_name(self.shared.model_config)!r} would see what is "

@@ -88,10 +88,11 @@ def test_layers_that_hold_images_are_not_reserved(attention: str) -> None:
     }
     expected = image_model.generate(**inputs, cache_implementation="dynamic")
     image_model.set_attn_implementation(attention)
-    options = {"cache_implementation": "kvquant", "cache_config": {"kv_cache_dtype": "model"}}
+    options: dict[str, Any] = {"cache_implementation": "kvquant", "cache_config": {"kv_cache_dtype": "model"}}
     assert torch.equal(image_model.generate(**inputs, **options, compile_config=compile_config("eager")), expected)
-    with pytest.raises(ValueError, match=r"max_cache_len=64 is a length of text, and layers \[1\] hold images"):
-        QuantizedPagedCache.from_model(image_model, max_cache_len=64)
+    options["cache_config"]["max_cache_len"] = 64
+    with pytest.raises(ValueError, match="layer 1 holds images, and max_cache_len=64 is a length of text"):
+        image_model.generate(**inputs, **options)
 
 
 def test_flash_attention_is_not_given_what_is_reserved() -> None:
