@@ -46,6 +46,10 @@ class FixedLayer(PagedLayer):
         self.record_past = False
 
     def _reserve(self, batch_size: int) -> None:
+        if self.index in fed_by_images(self.shared.model_config):
+            raise ValueError(
+                f"layer {self.index} holds images, and max_cache_len={self.capacity} is a length of text; leave it out"
+            )
         self.table = StaticPageTable(batch_size, self.shared.page_size, self.capacity, self.device, self.window, _SLACK)
         if self.num_pages is not None and self.table.pool_size > self.num_pages:
             raise OutOfPagesError(
@@ -59,10 +63,6 @@ class FixedLayer(PagedLayer):
             self.shared.reservation.num_layers += 1
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.index in fed_by_images(self.shared.model_config):
-            raise ValueError(
-                f"layer {self.index} holds images, and max_cache_len={self.capacity} is a length of text; leave it out"
-            )
         if is_flash(self.shared.model_config):  # `generate` leaves out a mask that hides nothing of the text
             raise ValueError(
                 f"layer {self.index}: attention {attention_name(self.shared.model_config)!r} would see what is "
