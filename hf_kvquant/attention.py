@@ -5,20 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.utils import logging
 
-from .dense import DenseOptions, causal_mask, dense_attention, with_bias
+from .batching.layer import BatchedKV
+from .dense import DenseOptions, attend_long_turn, causal_mask, dense_attention, is_long_turn, with_bias
 from .handle import PagedKV
 from .interface import adds_masks
-from .layers import PagedLayer
 
 logger = logging.get_logger(__name__)
-
-# New tokens from which on a GPU the past is dequantized for them: attention then takes much longer than that.
-_LONG_TURN = 64
 
 NAMES = ("kvquant", "kvquant_fp8", "kvquant_fp8_e4m3", "kvquant_fp8_e5m2", "kvquant_int8")
 
@@ -90,6 +86,14 @@ def kvquant_attention(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if indices is not None or block_indices is not None:
         attention_mask = _mask_of_chosen(module, query, key, attention_mask, indices, block_indices)
+    if isinstance(key, BatchedKV):
+        if attention_mask is not None or position_bias is not None or not is_causal:
+            raise ValueError(
+                f"layer {key.layer.index}: continuous batching over 8-bit pages takes causal attention without masks "
+                "and position biases; use `generate` for this model"
+            )
+        options = DenseOptions(module, scaling, True, softcap, sinks, 0.0, {})
+        return key.layer.attend(query, key, value, options), None
     why_dense = "the model passes one of keys and values dense"
     if isinstance(key, PagedKV) and isinstance(value, PagedKV):
         if key.layer.holds_tokens and key.layer.needs_tokens:
@@ -102,7 +106,8 @@ def kvquant_attention(
         if not why_dense and key.raw is None:
             plain = is_causal and attention_mask is None and softcap is None and sinks is None and position_bias is None
             if plain and _is_long_turn(query, key):
-                return _attend_long_turn(query, key.layer, scaling), None
+                k, v = (key.layer.read(side, query.shape[2]) for side in ("key", "value"))
+                return attend_long_turn(key.layer.rounded(query), k, v, scaling), None
             output = key.layer.attend(
                 query,
                 key.num_new,
@@ -208,27 +213,13 @@ def _mask_of_chosen(
 
 
 def _is_long_turn(query: torch.Tensor, key: PagedKV) -> bool:
-    """Whether it pays to dequantize the past once and give it to the dense attention kernel (see docs/design.md)."""
     return (
-        query.device.type == "cuda"
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[2] >= _LONG_TURN
+        is_long_turn(query)
         and query.shape[2] == key.num_new
         and key.layer.window is None
         and key.layer.knows_length
         and key.layer.exact is None
     )
-
-
-def _attend_long_turn(query: torch.Tensor, layer: PagedLayer, scaling: float) -> torch.Tensor:
-    """`[B, T, Hq, D]`: many new tokens over everything that is stored."""
-    num_tokens = query.shape[2]
-    key, value = (layer.read(side, num_tokens) for side in ("key", "value"))
-    output = torch.nn.functional.scaled_dot_product_attention(
-        layer.rounded(query), key, value, attn_mask=causal_lower_right(num_tokens, key.shape[2]), scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
-    return output.transpose(1, 2).contiguous()
 
 
 def _tell_padding(mask: torch.Tensor | None, key: PagedKV) -> None:

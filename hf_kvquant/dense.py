@@ -6,9 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.forward_ad import unpack_dual
+from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
 
 from .ops import PagedTensor, cpu, paged_attention, reference
+
+# New tokens from which on a GPU the past is dequantized for them: attention then takes much longer than that.
+_LONG_TURN = 64
 
 
 class DenseOptions(NamedTuple):
@@ -51,6 +55,22 @@ def dense_attention(
     output = reference.attend(
         query, key, value, scaling, softcap, None, with_bias(mask, position_bias), sinks, dropout=dropout
     )
+    return output.transpose(1, 2).contiguous()
+
+
+def is_long_turn(query: torch.Tensor) -> bool:
+    """Whether it pays to dequantize the past once and give it to the dense attention kernel (see docs/design.md)."""
+    return (
+        query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and query.shape[2] >= _LONG_TURN
+    )
+
+
+def attend_long_turn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`[B, T, Hq, D]`: queries that are the last of many tokens."""
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=causal_lower_right(query.shape[2], key.shape[2]), scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
     return output.transpose(1, 2).contiguous()
 
 

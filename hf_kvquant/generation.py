@@ -22,6 +22,7 @@ from transformers.generation import GenerationMode, configuration_utils
 from transformers.utils import logging
 
 from . import reservations
+from .batching import hooks as batching
 from .broken import take_back_broken_step
 from .cache import QuantizedPagedCache
 from .config import KVQuantConfig
@@ -73,8 +74,9 @@ def register() -> None:
         )
     setattr(configuration_utils, _NAMES, (*names, CACHE_IMPLEMENTATION))
     setattr(GenerationMixin, _METHOD, _extended(method))
-    if hasattr(GenerationMixin, _CONTINUOUS):  # it only warns, so a version without it is as good
-        setattr(GenerationMixin, _CONTINUOUS, _with_warning(getattr(GenerationMixin, _CONTINUOUS)))
+    if hasattr(GenerationMixin, _CONTINUOUS):  # a version without it is as good
+        setattr(GenerationMixin, _CONTINUOUS, _with_ours(getattr(GenerationMixin, _CONTINUOUS)))
+        batching.register()
 
 
 def _extended(prepare_cache: Any) -> Any:
@@ -138,20 +140,24 @@ def _go_on_with(model: Any, cache: QuantizedPagedCache, call: _Call) -> None:
     _keep_in_inputs(type(model))
 
 
-def _with_warning(init_continuous_batching: Any) -> Any:
-    """Say that continuous batching, whose cache is part of its scheduler, takes no notice of this one."""
+def _with_ours(init_continuous_batching: Any) -> Any:
+    """Continuous batching over 8-bit pages where attention is kvquant; a warning where they are asked for otherwise."""
 
     @functools.wraps(init_continuous_batching)
     def init(self: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         config = self.generation_config if generation_config is None else generation_config
         chosen, options = (getattr(config, name, None) for name in ("cache_implementation", "cache_config"))
-        if chosen == CACHE_IMPLEMENTATION or (chosen is None and (_is_fused(self) or options)):
+        wanted = chosen in (CACHE_IMPLEMENTATION, None) and _is_fused(self) and batching.is_known()
+        if not wanted and (chosen == CACHE_IMPLEMENTATION or (chosen is None and (_is_fused(self) or options))):
             logger.warning_once(
                 "Continuous batching keeps a cache of its own, in the model's dtype: cache_implementation='kvquant' "
-                "and `cache_config` have no effect on it, and it takes no kvquant attention "
-                "(model.set_attn_implementation('sdpa')); use `generate` for the 8-bit cache."
+                "and `cache_config` have no effect on it. For 8-bit pages it takes a kvquant attention "
+                "(model.set_attn_implementation('kvquant')) and transformers >= 5.20."
             )
-        return init_continuous_batching(self, generation_config, *args, **kwargs)
+        manager = init_continuous_batching(self, generation_config, *args, **kwargs)
+        if wanted:
+            batching.prepare(manager, self, options)
+        return manager
 
     return init
 

@@ -9,8 +9,7 @@ from helpers import QUANTIZED
 from test_gpu_models import model_of
 from test_ops import KINDS, empty_side, on, random_scales
 
-from hf_kvquant import QuantizedPagedCache
-from hf_kvquant import attention as attention_module
+from hf_kvquant import QuantizedPagedCache, dense
 from hf_kvquant.formats import get_format
 from hf_kvquant.ops import read_pages, reference
 
@@ -58,7 +57,7 @@ def test_a_long_turn_is_what_the_kernel_gives(kind: str, monkeypatch: pytest.Mon
             return model(ids[:, 171:], past_key_values=cache).logits.double()
 
     long = logits()
-    monkeypatch.setattr(attention_module, "_LONG_TURN", 1 << 30)
+    monkeypatch.setattr(dense, "_LONG_TURN", 1 << 30)
     other = logits()
     # Two layers, each rounding attention's output and what follows to 8 bits a few times.
     assert (long - other).norm() <= 8 * 2.0**-8 * other.norm()

@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[set[str], ...], ...] = (
         {"cache"},
         {"encoder_decoder", "prefix"},
     ),
-    ({"dense"}, {"attention"}),
+    ({"dense"}, {"batching"}, {"attention"}),
     (
         {"generation", "calibration_data", "exporting", "doctor", "inspection", "planning"},
         {"calibration", "evaluation"},
