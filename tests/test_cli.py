@@ -771,3 +771,33 @@ def test_convert(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     empty = tmp_path / "empty"
     tiny_llama("sdpa").save_pretrained(empty)
     assert "empty has no KV scales" in fails(capsys, "convert", empty, base, "--output", tmp_path / "more")
+
+
+def test_serve_is_transformers_server_with_our_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = pytest.importorskip("transformers.cli.transformers")
+    manager = pytest.importorskip("transformers.cli.serving.model_manager").ModelManager
+    option = "--attn-implementation"
+    seen: list[tuple[list[str], str]] = []
+
+    def app() -> None:
+        name = sys.argv[sys.argv.index(option) + 1]
+        seen.append((sys.argv[1:], manager(attn_implementation=name, device="cpu").attn_implementation))
+
+    monkeypatch.setattr(server, "app", app)
+    before = list(sys.argv)
+    assert main(["serve", "some/model", "--continuous-batching"]) == 0
+    assert main(["serve", option, "kvquant_int8"]) == 0
+    assert main(["serve", option, "sdpa"]) == 0
+    assert seen == [
+        (
+            ["serve", "some/model", "--continuous-batching", option, "kvquant"],
+            "kvquant",
+        ),
+        (["serve", option, "kvquant_int8"], "kvquant_int8"),
+        (["serve", option, "sdpa"], "sdpa"),
+    ]
+    with pytest.raises(ValueError, match="Unsupported attention implementation: 'nonsense'"):
+        main(["serve", option, "nonsense"])
+    assert sys.argv == before
+    with pytest.raises(ValueError, match="Unsupported attention implementation: 'kvquant'"):  # without this command
+        manager(attn_implementation="kvquant", device="cpu")

@@ -1,4 +1,4 @@
-"""The Python blocks of the README run, in order, as one program: later ones build on earlier ones."""
+"""The Python blocks of a document run, in order, as one program: later ones build on earlier ones."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ from typing import Any
 
 import pytest
 
+from hf_kvquant.batching.hooks import is_known as batching_is_known
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+BATCHING = ROOT / "docs" / "batching.md"
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("document", [README, BATCHING], ids=lambda path: path.stem)
+def test_code_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if document == BATCHING and not batching_is_known():
+        pytest.skip("the installed transformers has continuous batching of another form")
     # A folder of its own for what the blocks write, with the paths that they read.
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    text = README.read_text(encoding="utf-8")
+    text = document.read_text(encoding="utf-8")
     blocks = list(PYTHON_BLOCK.finditer(text))
     assert len(blocks) == text.count("```python") > 0
     namespace: dict[str, Any] = {"__name__": "readme"}
     for block in blocks:
         lines_before = text.count("\n", 0, block.start(1))
-        code = "\n" * lines_before + block[1]  # so that a traceback shows the README's line
-        exec(compile(code, str(README), "exec"), namespace)
+        code = "\n" * lines_before + block[1]  # so that a traceback shows the document's line
+        exec(compile(code, str(document), "exec"), namespace)
 
 
 def test_documents_are_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:

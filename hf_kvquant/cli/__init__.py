@@ -1,7 +1,8 @@
-"""`hf-kvquant`: inspect, doctor, plan, eval, bench, report, calibrate and convert from a terminal."""
+"""`hf-kvquant`: inspect, doctor, plan, eval, bench, report, calibrate, convert and serve from a terminal."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from transformers.utils import logging
 from .arguments import parser
 from .commands import COMMANDS
 from .saying import remark
+from .serving import serve
 
 __all__ = ["main"]
 
@@ -22,6 +24,9 @@ _WITHOUT_COMPRESSED_TENSORS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 130 if interrupted, 1 with a line on standard error otherwise."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "serve":  # whose arguments are transformers' own
+        return _serve(arguments[1:])
     options = parser().parse_args(arguments)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -39,6 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         logging.set_verbosity(verbosity)
+    return 0
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    try:
+        serve(arguments)
+    except ImportError as error:
+        remark(f"hf-kvquant: {error}")
+        return 1
     return 0
 
 

@@ -156,6 +156,9 @@ def parser() -> argparse.ArgumentParser:
             "--layout", default="auto", choices=["auto", *LAYOUTS],
             help="how scales are written (default: auto, by the checkpoint's own quantization)",
         )  # fmt: skip
+    # For the list of commands: what follows `serve` is not parsed here.
+    command("serve", "run transformers' server over 8-bit caches; takes the arguments of `transformers serve`")
+
     for added in (inspect, doctor, plan, eval_, bench_, calibrate_, convert):
         added.add_argument("--revision", help="branch, tag or commit, if the model is a hub id")
     return parser
