@@ -94,6 +94,11 @@ def kvquant_attention(
             )
         options = DenseOptions(module, scaling, True, softcap, sinks, 0.0, {})
         return key.layer.attend(query, key, value, options), None
+    if "read_index" in kwargs:
+        raise ValueError(
+            "continuous batching was begun under another attention than this model's, over a cache that kvquant "
+            "attention cannot read; make a new manager under this attention"
+        )
     why_dense = "the model passes one of keys and values dense"
     if isinstance(key, PagedKV) and isinstance(value, PagedKV):
         if key.layer.holds_tokens and key.layer.needs_tokens:

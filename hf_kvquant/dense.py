@@ -13,6 +13,8 @@ from .ops import PagedTensor, cpu, paged_attention, reference
 
 # New tokens from which on a GPU the past is dequantized for them: attention then takes much longer than that.
 _LONG_TURN = 64
+# Queries whose weights are formed at a time, as they take as many numbers as there are queries, keys and heads.
+_BLOCK = 256
 
 
 class DenseOptions(NamedTuple):
@@ -52,10 +54,27 @@ def dense_attention(
             module, query, key, value, mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias, **others,
         )[0]  # fmt: skip
-    output = reference.attend(
-        query, key, value, scaling, softcap, None, with_bias(mask, position_bias), sinks, dropout=dropout
-    )
-    return output.transpose(1, 2).contiguous()
+    mask = with_bias(mask, position_bias)
+    outputs = [
+        reference.attend(
+            query[:, :, rows], key, value, scaling, softcap, None, _rows_of(mask, rows), _rows_of(sinks, rows),
+            dropout=dropout,
+        )
+        for rows in _blocks(query.shape[2])
+    ]  # fmt: skip
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _blocks(num_tokens: int) -> list[slice]:
+    """Queries whose weights are formed at a time; a graph would be of one number of tokens."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]
+    return [slice(start, start + _BLOCK) for start in range(0, max(num_tokens, 1), _BLOCK)]
+
+
+def _rows_of(x: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """Of masks `[B, H, T, L]`, and of sinks that differ between tokens, those of some queries."""
+    return x if x is None or x.ndim < 4 or x.shape[2] == 1 else x[:, :, rows]
 
 
 def is_long_turn(query: torch.Tensor) -> bool:

@@ -147,15 +147,17 @@ def _with_ours(init_continuous_batching: Any) -> Any:
     def init(self: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         config = self.generation_config if generation_config is None else generation_config
         chosen, options = (getattr(config, name, None) for name in ("cache_implementation", "cache_config"))
-        wanted = chosen in (CACHE_IMPLEMENTATION, None) and _is_fused(self) and batching.is_known()
-        if not wanted and (chosen == CACHE_IMPLEMENTATION or (chosen is None and (_is_fused(self) or options))):
+        fused = _is_fused(self)
+        if not (fused and batching.is_known()) and (
+            chosen == CACHE_IMPLEMENTATION or (chosen is None and (fused or options))
+        ):
             logger.warning_once(
                 "Continuous batching keeps a cache of its own, in the model's dtype: cache_implementation='kvquant' "
                 "and `cache_config` have no effect on it. For 8-bit pages it takes a kvquant attention "
-                "(model.set_attn_implementation('kvquant')) and transformers >= 5.20."
+                "(model.set_attn_implementation('kvquant')) and transformers >= 5.24."
             )
         manager = init_continuous_batching(self, generation_config, *args, **kwargs)
-        if wanted:
+        if batching.is_known():
             batching.prepare(manager, self, options)
         return manager
 

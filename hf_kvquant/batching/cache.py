@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.cache_utils import DummyLayer
 from transformers.generation.continuous_batching import cache as host
 from transformers.generation.continuous_batching.cache_allocators import (
     CachePool,
@@ -31,14 +32,16 @@ from ..stores import PageStore, mutable_everywhere
 from .layer import BatchedKV, BatchedLayer
 from .step import Group, Request, Step, columns_of
 
-# What a cache of one text may have and this one has not; their values where they are not asked for.
-_UNKNOWN_HERE = {"sink_tokens": 0, "recent_tokens": 0, "offload": False, "num_pages": None, "max_cache_len": None}
+# Options that are not for continuous batching, with what they are where nobody asks for them.
+_NOT_FOR_BATCHING = {"sink_tokens": 0, "recent_tokens": 0, "offload": False, "num_pages": None, "max_cache_len": None}
+_MOST_SLOTS = 1 << 31  # kernels count tokens of all heads and pages in 32 bits
+_MOST_BATCH_TOKENS = 65535  # the most sequences of a launch
 
 
-def check_options(template: QuantizedPagedCache) -> None:
+def check_template(template: QuantizedPagedCache) -> None:
     """Raise ValueError if the options or layers of a cache are not for continuous batching."""
     options = template.kvquant.to_dict()
-    for name, default in _UNKNOWN_HERE.items():
+    for name, default in _NOT_FOR_BATCHING.items():
         if options.get(name, default) != default:
             raise ValueError(
                 f"cache_config[{name!r}]={options[name]!r} is not for continuous batching, whose blocks transformers "
@@ -46,20 +49,25 @@ def check_options(template: QuantizedPagedCache) -> None:
             )
     if options.get("page_size", 16) != 16:
         raise ValueError("cache_config['page_size'] is ContinuousBatchingConfig(page_size=...) in continuous batching")
+    plans = plans_of(template)
     for index, layer in enumerate(template.layers):
-        if not isinstance(layer, PagedLayer):
+        if index not in plans and not isinstance(layer, DummyLayer):
             raise ValueError(
                 f"layer {index} is a {type(layer).__name__}, and continuous batching takes layers of attention only; "
                 "use `generate` for this model"
             )
     if template.shared.shard is not None:
         raise ValueError("continuous batching over 8-bit pages takes no tensor parallelism; use `generate`")
-    sizes = {_itemsize(side.format, 0) for layer in template.layers for side in (layer.plan.k, layer.plan.v)}
-    if len(sizes) > 1:
+    if len({_itemsize(side.format, 0) for plan in plans.values() for side in (plan.k, plan.v)}) > 1:
         raise ValueError(
             "continuous batching takes pages of one size, and some layers are kept in 8 bits and others are not; leave "
             "skip_layers out, or use `generate`"
         )
+
+
+def plans_of(template: QuantizedPagedCache) -> dict[int, LayerPlan]:
+    """Formats and scales of the layers that store something; others attend to what one of these has."""
+    return {index: layer.plan for index, layer in enumerate(template.layers) if isinstance(layer, PagedLayer)}
 
 
 def _itemsize(name: str, of_model: int) -> int:
@@ -119,27 +127,25 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         dtype: torch.dtype = torch.float16,
         model_supports_logits_to_keep: bool = False,
     ) -> None:
-        check_options(template)
         if distributed_helper.tp_size > 1:
             raise ValueError("continuous batching over 8-bit pages takes no tensor parallelism; use `generate`")
         self.template = template
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.max_blocks_per_request = 0  # block tables are for FlashAttention
         self.allow_block_sharing = continuous_batching_config.allow_block_sharing
-        self._step, self._is_computed = Step(), False
+        self._step, self._has_begun = Step(), False
 
         page_size, num_heads = continuous_batching_config.page_size, host.find_num_key_value_heads(config)
         self._page_shape = (num_heads, page_size, host.find_head_dim(config))
-        plans = [layer.plan for layer in template.layers]
-        # Both sides of all layers are alike in this.
-        storage_dtype = get_format(plans[0].k.format).storage_dtype or dtype
-        is_scaled = any(side.kind == "dynamic" for plan in plans for side in (plan.k, plan.v))
+        sides = [side for plan in plans_of(template).values() for side in (plan.k, plan.v)]
+        storage_dtype = get_format(sides[0].format).storage_dtype or dtype  # all are of one size
+        is_scaled = any(side.kind == "dynamic" for side in sides)
         scales_per_byte = torch.bfloat16.itemsize / (self._page_shape[2] * storage_dtype.itemsize) if is_scaled else 0.0
         self._make_allocators(storage_dtype)
         self._size(continuous_batching_config, scales_per_byte, model_supports_logits_to_keep)
         with mutable_everywhere():
             self._allocate(storage_dtype, is_scaled)
-            self._layers = self._make_layers(plans)
+            self._layers = self._make_layers(plans_of(template))
 
     def _make_allocators(self, storage_dtype: torch.dtype) -> None:
         num_heads, page_size, _ = self._page_shape
@@ -147,6 +153,10 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         self.layer_to_allocator: dict[int, Any] = {}
         self._groups: dict[str, Group] = {}
         for index, (name, layers) in enumerate(host.group_layers_by_attn_type(self.config).items()):
+            if name not in _ALLOCATORS:
+                raise ValueError(
+                    f"layer {layers[0]} has {name}, which continuous batching over 8-bit pages does not know"
+                )
             allocator = _ALLOCATORS[name](
                 index=index, config=self.config, num_key_value_heads=num_heads, cache_dtype=storage_dtype,
                 page_size=page_size, layer_indices=layers, allow_block_sharing=self.allow_block_sharing,
@@ -162,6 +172,7 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         self.tokens_per_sector = max(
             self.bytes_per_sector // allocator.bytes_per_block * page_size for allocator in allocators
         )
+        # Of all layers, as num_blocks counts.
         self._bytes_per_block = len(self.layer_to_allocator) * allocators[0].bytes_per_page
         memory = _Memory(
             num_heads, scales_per_byte, config=self.config, cb_config=config, dtype=self.dtype,
@@ -170,6 +181,10 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
             model_supports_logits_to_keep=slices_logits,
         )  # fmt: skip
         self.max_batch_tokens, self.num_sectors = memory.infer_max_batch_tokens_and_num_sectors()
+        if self.max_batch_tokens > _MOST_BATCH_TOKENS:
+            raise ValueError(f"max_batch_tokens={self.max_batch_tokens}; at most {_MOST_BATCH_TOKENS} over 8-bit pages")
+        slots_per_sector = self.bytes_per_sector // allocators[0].bytes_per_page * 2 * num_heads * page_size
+        self.num_sectors = min(self.num_sectors, _MOST_SLOTS // slots_per_sector - 3)
 
     def _allocate(self, storage_dtype: torch.dtype, is_scaled: bool) -> None:
         num_bytes = self.num_sectors * self.bytes_per_sector
@@ -190,7 +205,7 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         self.max_decode_fast_path_length = 0
         self.max_tokens_read = max(ca.tokens_per_page * ca.num_blocks for ca in self.cache_allocators.values())
 
-    def _make_layers(self, plans: list[LayerPlan]) -> dict[int, BatchedLayer]:
+    def _make_layers(self, plans: dict[int, LayerPlan]) -> dict[int, BatchedLayer]:
         num_heads, page_size, head_dim = self._page_shape
         rotary = self.template.shared.rotary
 
@@ -207,6 +222,8 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         layers = {}
         for name, allocator in self.cache_allocators.items():
             for number, index in enumerate(allocator.layer_indices):
+                if index not in plans:
+                    continue
                 first = 2 * number
                 num_pages = self._pages.numel() // self._numbers_per_page - (first + 1)  # both sides need as many
                 k, v = store(index, "k", first, num_pages), store(index, "v", first + 1, num_pages)
@@ -219,8 +236,10 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         self, request_id: str, past_length: int, query_length: int, read_index: Any, write_index: Any
     ) -> None:
         """Take note of one request of the next step; the indices are for transformers' own pages, and stay empty."""
-        if self._is_computed:
-            self._step, self._is_computed = Step(), False
+        if self._has_begun:
+            self._step, self._has_begun = Step(), False
+        if not query_length:  # a prompt that is known but for the token that a copy of it will compute
+            return
         blocks = {name: list(ca.block_table[request_id]) for name, ca in self.cache_allocators.items()}
         self._step.requests.append(Request(past_length, query_length, blocks))
 
@@ -231,8 +250,8 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
 
         Raises ValueError if they are not of the requests that were scheduled, or if attention is not this package's.
         """
-        if not self._is_computed:
-            self._is_computed = True
+        if not self._has_begun:
+            self._has_begun = True
             if not is_fused(self.template.shared.model_config):
                 raise ValueError(
                     "the model's attention is not kvquant any more, which this cache was made for; switch back with "
@@ -257,7 +276,7 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
     def free_all_requests(self, clear_ledgers: bool = False) -> None:
         """Let go of all requests, and of a step that was scheduled and has not been computed."""
         super().free_all_requests(clear_ledgers)
-        self._step, self._is_computed = Step(), False
+        self._step, self._has_begun = Step(), False
 
     # -- what it holds ---------------------------------------------------------------------------------------------
 

@@ -6,28 +6,39 @@ transformers has no registry for either. The hooks are made once, on import, and
 from __future__ import annotations
 
 import functools
+from contextvars import ContextVar
 from typing import Any
 
 from transformers.utils import logging
 
 from ..cache import QuantizedPagedCache
-from ..interface import is_fused
+from ..hosts import CACHE_NAME
+from ..interface import is_fused, uses_attention_interface
+from ..options import options_for
 
-_TEMPLATE = "_hf_kvquant"  # on the configuration of a manager, which has a copy of its own
+_TEMPLATE = "_hf_kvquant_template"  # of a manager
+_METHODS = ("switch_to_cb_friendly_attn", "_create_batch_processor")
+
+# Of the manager that makes its cache just now.
+_template: ContextVar[QuantizedPagedCache | None] = ContextVar("template", default=None)
 
 logger = logging.get_logger(__name__)
 
 
 def is_known() -> bool:
-    """Whether the installed transformers has continuous batching of a form that this package knows (from 5.20 on)."""
+    """Whether the installed transformers has continuous batching of the form that this package knows (from 5.24 on).
+
+    Before, attention functions had to write into the cache themselves.
+    """
     try:
         from transformers.generation.continuous_batching import cache_allocators, continuous_api
     except ImportError:
         return False
-    names = ("PagedAttentionCache", "ContinuousBatchingManager")
+    manager = getattr(continuous_api, "ContinuousBatchingManager", None)
     return (
-        all(hasattr(continuous_api, name) for name in names)
-        and hasattr(continuous_api.ContinuousBatchingManager, "switch_to_cb_friendly_attn")
+        CACHE_NAME == "cache"
+        and hasattr(continuous_api, "PagedAttentionCache")
+        and all(hasattr(manager, name) for name in _METHODS)
         and hasattr(cache_allocators, "CachePool")
     )
 
@@ -39,9 +50,11 @@ def register() -> None:
     from transformers.generation.continuous_batching import continuous_api
 
     manager = continuous_api.ContinuousBatchingManager
-    if not getattr(manager.switch_to_cb_friendly_attn, "_is_kvquant", False):
-        manager.switch_to_cb_friendly_attn = _keeping_ours(manager.switch_to_cb_friendly_attn)
-        continuous_api.PagedAttentionCache = _choosing(continuous_api.PagedAttentionCache)
+    if getattr(manager.switch_to_cb_friendly_attn, "_is_kvquant", False):
+        return
+    manager.switch_to_cb_friendly_attn = _keeping_ours(manager.switch_to_cb_friendly_attn)
+    manager._create_batch_processor = _with_template(manager._create_batch_processor)
+    continuous_api.PagedAttentionCache = _choosing(continuous_api.PagedAttentionCache)
 
 
 def _keeping_ours(switch: Any) -> Any:
@@ -54,41 +67,82 @@ def _keeping_ours(switch: Any) -> Any:
     return switch_attention
 
 
+def _with_template(create: Any) -> Any:
+    @functools.wraps(create)
+    def create_batch_processor(self: Any) -> Any:
+        token = _template.set(getattr(self, _TEMPLATE, None))
+        try:
+            return create(self)
+        finally:
+            _template.reset(token)
+
+    return create_batch_processor
+
+
 def _choosing(host_class: Any) -> Any:
     """Makes the cache of a manager: ours if it has a template for it."""
 
     @functools.wraps(host_class, updated=())
-    def make_cache(*, continuous_batching_config: Any, **kwargs: Any) -> Any:
-        template = getattr(continuous_batching_config, _TEMPLATE, None)
+    def make_cache(*args: Any, **kwargs: Any) -> Any:
+        template = _template.get()
         if template is None:
-            return host_class(continuous_batching_config=continuous_batching_config, **kwargs)
+            return host_class(*args, **kwargs)
         from .cache import QuantizedBatchCache
 
-        return QuantizedBatchCache(template, continuous_batching_config=continuous_batching_config, **kwargs)
+        return QuantizedBatchCache(template, *args, **kwargs)
 
     return make_cache
 
 
 def has_our_attention(model: Any) -> bool:
+    """Whether a model attends over pages."""
     return is_fused(model.config.get_text_config(decoder=True))
 
 
 def prepare(manager: Any, model: Any, options: Any) -> None:
-    """Have a new manager make 8-bit pages. Raises ValueError or TypeError for options or a model that do not fit."""
-    from .cache import check_options
+    """Have a manager make 8-bit pages, if the model's attention is ours; it may be one that was kept.
 
-    config = manager.continuous_batching_config
-    if hasattr(config, _TEMPLATE):  # a manager that was kept
+    Raises ValueError or TypeError for options or a model that do not fit, and for a manager that has the other cache.
+    """
+    template = getattr(manager, _TEMPLATE, None)
+    if has_our_attention(model) != (template is not None) and manager.batch_processor is not None:
+        raise ValueError(
+            "the manager of continuous batching that this model has kept was made for another attention; let go of it "
+            "with model.destroy_cached_continuous_batching_manager()"
+        )
+    if not has_our_attention(model):
         return
+    if template is not None:
+        if options_for(model, options) != template.kvquant:
+            logger.warning_once(
+                "`cache_config` is ignored: this model has kept a manager of continuous batching with another one; let "
+                "go of it with model.destroy_cached_continuous_batching_manager()"
+            )
+        return
+    setattr(manager, _TEMPLATE, _new_template(model, options))
+    _run_plainly(manager.continuous_batching_config)
+
+
+def _new_template(model: Any, options: Any) -> QuantizedPagedCache:
+    from .cache import check_template
+
+    if not uses_attention_interface(model.config.get_text_config(decoder=True)):
+        raise ValueError(
+            f"{type(model).__name__} computes attention itself, whatever it is configured with, and cannot read the "
+            "pages of many requests; use `generate` for this model"
+        )
     template = QuantizedPagedCache.for_generation(model, options)
-    check_options(template)
-    setattr(config, _TEMPLATE, template)
-    # Steps have other shapes every time, which neither graphs nor compilers take.
-    if any(config.cuda_graph_booleans):
-        logger.info("Continuous batching over 8-bit pages uses no CUDA graphs and is not compiled.")
+    check_template(template)
+    return template
+
+
+def _run_plainly(config: Any) -> None:
+    """Steps have other shapes every time, which neither graphs nor compilers take."""
     config.use_cuda_graph, config.use_async_batching = (False, False), False
-    config.varlen_compile_config = config.decode_compile_config = None
     config.max_blocks_per_request = 0
+    if config.varlen_compile_config is not None or config.decode_compile_config is not None:
+        logger.warning_once("Continuous batching over 8-bit pages is not compiled.")
+        config.varlen_compile_config = config.decode_compile_config = None
     if config.cpu_offload_space != 0:
         logger.warning_once(
             "cpu_offload_space has no effect over 8-bit pages: where they run out, requests begin again later."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -54,7 +55,8 @@ class BatchedLayer:
         if got != expected:
             raise ValueError(
                 f"layer {self.index}: keys and values are {got}, but this cache has made room for {expected} "
-                "([1, H, T, D]); continuous batching takes models whose layers are all alike, use `generate` for others"
+                "([1, H, T, D]), as the model's configuration and the step's requests say; continuous batching takes "
+                "no models whose layers, or whose K and V, are of different shapes: use `generate` for those"
             )
 
     def attend(self, query: torch.Tensor, key: BatchedKV, value: BatchedKV, options: DenseOptions) -> torch.Tensor:
@@ -126,7 +128,7 @@ class BatchedKV:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> NoReturn:
-        handle = next(x for x in args if isinstance(x, cls))
+        handle = next(x for x in _flat((args, kwargs or {})) if isinstance(x, cls))
         handle._refuse(f"the model calls {getattr(func, '__name__', func)}")
 
     def __getitem__(self, item: Any) -> NoReturn:
@@ -137,6 +139,16 @@ class BatchedKV:
             f"layer {self.layer.index}: {what} of keys or values, which under continuous batching lie in the pages of "
             "many requests; use `generate` for this model, or attn_implementation='sdpa' and transformers' own cache"
         )
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, (tuple, list)):
+        yield value
+        return
+    for item in value:
+        yield from _flat(item)
 
 
 def _read_past(store: PageStore, part: Part) -> torch.Tensor | None:
