@@ -306,3 +306,17 @@ def test_another_default_device_changes_nothing() -> None:
     with torch.device("meta"):
         got = attend(*given)
     check(got, expected(*given))
+
+
+@pytest.mark.parametrize("num_tokens", [255, 256, 257, 600])
+def test_weights_in_blocks_are_the_weights(num_tokens: int) -> None:
+    """Softcap and sinks over a long prompt, in plain torch: queries come block by block, and none is left out."""
+    query, key, value = tensors(1, num_tokens, 2, 2, 16, torch.float64)
+    mask = torch.rand(1, 1, num_tokens, num_tokens) < 0.7
+    mask |= torch.eye(num_tokens, dtype=torch.bool)
+    causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()[None, None]
+    for sinks in (torch.randn(4), torch.randn(1, 4, num_tokens, 1, dtype=torch.float64)):
+        for shown in (mask, mask.expand(1, 4, -1, -1), None):
+            output = attend(query, key, value, mask=shown, scaling=0.25, softcap=3.0, s_aux=sinks)
+            whole = reference.attend(query, key, value, 0.25, 3.0, None, causal if shown is None else shown, sinks)
+            torch.testing.assert_close(output, whole.transpose(1, 2), rtol=1e-12, atol=1e-12)
