@@ -251,11 +251,25 @@ def test_an_end_of_text_ends_one_request_only() -> None:
 # -- 8 bits ----------------------------------------------------------------------------------------------------------
 
 
+_STATIC_KINDS = ("llama", "gemma3", "sinks")
+_OF_CHANNELS = LayerScales(
+    0.1 + torch.rand(2, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.2])
+)
+_SHIFTED = LayerScales(torch.tensor([0.06, 0.05]), torch.tensor([0.06]), k_zero=torch.tensor([0.5, -0.25]))
+_UNUSUAL: list[dict[str, Any]] = [
+    ROUNDED,
+    {"kv_cache_dtype": ("int8", "fp8_e5m2"), "scales": "dynamic", "equalize": False},
+    {"kv_cache_dtype": "int8", "scales": {1: _OF_CHANNELS}, "equalize": False},  # layer 0 is dynamic
+    {"kv_cache_dtype": "int8", "scales": _SHIFTED},
+    {"kv_cache_dtype": "fp8_e5m2", "scales": "unit"},
+]
+
+
 @known
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(kind, INT8) for kind in KINDS] + [(kind, STATIC) for kind in ("llama", "gemma3", "sinks")] + [("llama", ROUNDED)],
-    ids=lambda value: value if isinstance(value, str) else "-".join([value["kv_cache_dtype"], *list(value)[2:]]),
+    [(kind, INT8) for kind in KINDS] + [(kind, STATIC) for kind in _STATIC_KINDS] + [("llama", x) for x in _UNUSUAL],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, KVQuantConfig(**value).formats)),
 )
 def test_tokens_equal_those_of_generate(kind: str, options: dict[str, Any]) -> None:
     """A prompt attends to itself as the model made it, and all later tokens to the pages: in both the same bytes."""
@@ -276,13 +290,32 @@ def test_formats_by_the_name_of_attention(name: str) -> None:
 
 @known
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_the_first_prompt_says_which_channels_are_large(kind: str) -> None:
-    """With the defaults scales of channels come from the first tokens, as in `generate` where there is one request."""
-    model = build(kind)
-    for text in PROMPTS[1:]:
-        assert batched(model, None, [text]) == [alone(model, text)]
-    first = batched(model, None)
-    assert [each[0] for each in first] == [each[0] for each in lossless(kind)]  # which saw no pages
+@pytest.mark.parametrize("options", [{}, {"scales": "first_batch", "kv_cache_dtype": "fp8"}], ids=["auto", "first"])
+def test_the_first_prompt_says_which_numbers_are_large(options: dict[str, Any], kind: str) -> None:
+    """Scales that come from the first tokens are those of `generate` where there is one request."""
+    model, config = build(kind), sizes(return_logprobs=True)
+    for text in PROMPTS[1:4]:
+        (output,) = model.generate_batch([text], sampling(options), continuous_batching_config=config).values()
+        assert output.generated_tokens == alone(model, text, options)
+        assert_follows(output, model, options)
+    several = batched(model, options)
+    assert [new[0] for new in several] == [new[0] for new in lossless(kind)]  # which saw no pages
+
+
+@known
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_models(dtype: torch.dtype) -> None:
+    """In one layer, whose keys and values are the same by both routes; what differs is the model's own rounding."""
+    model = build("llama", num_hidden_layers=1).to(dtype)
+    outputs = model.generate_batch(
+        PROMPTS, sampling(STATIC), continuous_batching_config=sizes(return_logprobs=True)
+    ).values()
+    for output in outputs:
+        cache = QuantizedPagedCache.from_model(model, **STATIC)
+        rows = follow(model, [output.prompt_ids], output.generated_tokens, cache).float()
+        found = rows.gather(1, torch.tensor(output.generated_tokens)[:, None])[:, 0]
+        bound = 32 * torch.finfo(dtype).eps * rows.abs().amax().item()
+        torch.testing.assert_close(torch.tensor(output.logprobs), found, rtol=0, atol=bound)
 
 
 @known
@@ -426,6 +459,36 @@ def test_several_greedy_answers_are_one(options: dict[str, Any], kind: str) -> N
 
 
 @known
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_several_answers_that_share_no_blocks(kind: str) -> None:
+    model = build(kind)
+    config = sizes(num_blocks=200, page_size=4, return_logprobs=True, allow_block_sharing=False)
+    outputs = model.generate_batch(PROMPTS[1:4], sampling(INT8, 3), continuous_batching_config=config)
+    assert len(outputs) == 9
+    for output in outputs.values():
+        assert_follows(output, model, INT8, but_last(output.prompt_ids))
+
+
+@known
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_several_answers_where_one_token_is_left(kind: str) -> None:
+    """A prompt of one token, and one of which all others were seen before: transformers has a step without tokens."""
+    model, begin = build(kind), PROMPTS[3][:32]
+    texts = [PROMPTS[0], PROMPTS[1], begin + [5]]
+    expected = all_alone(model, UNQUANTIZED, texts)
+    with running(model, UNQUANTIZED, num_answers=2) as manager:
+        for text, new in zip(texts[1:], expected[1:], strict=True):
+            manager.add_request(text)
+            assert tokens_of(list(collect(manager, 2).values())) == [new] * 2
+        manager.add_request(texts[2])
+        assert tokens_of(list(collect(manager, 2).values())) == [expected[2]] * 2
+        names = manager.add_requests(texts[:2])
+        results = collect(manager, 4)
+        for name, new in zip(names, expected, strict=False):
+            assert tokens_of([results[name], results[f"{name}__child#0"]]) == [new] * 2
+
+
+@known
 @pytest.mark.parametrize("options", [UNQUANTIZED, INT8, STATIC], ids=["model", "int8", "fp8"])
 def test_several_answers_go_their_own_ways(options: dict[str, Any]) -> None:
     model = build("llama")
@@ -504,6 +567,39 @@ def test_context_manager() -> None:
 
 
 @known
+def test_prompts_before_tokens() -> None:
+    """transformers' other order of requests."""
+    found = batched(build("gemma3"), UNQUANTIZED, scheduler_type="prefill_first", max_batch_tokens=40, page_size=8)
+    assert found == lossless("gemma3")
+
+
+@known
+@pytest.mark.parametrize("first", [True, False])
+def test_inference_mode_comes_and_goes(first: bool) -> None:
+    """A manager that was made in it is used outside, and the other way round."""
+    model = build("llama")
+    for mode in (first, not first):
+        with torch.inference_mode(mode):
+            outputs = model.generate_batch(
+                PROMPTS[1:], sampling(INT8, 2), continuous_batching_config=sizes(), persistent_manager=True
+            )
+        assert [len(new) for new in tokens_of(list(outputs.values()))] == [NUM_NEW] * 8
+    model.destroy_cached_continuous_batching_manager()
+
+
+@known
+def test_two_managers_at_once() -> None:
+    with (
+        running(build("llama"), UNQUANTIZED, page_size=4, max_batch_tokens=24, num_blocks=160) as one,
+        running(build("gemma3"), UNQUANTIZED) as other,
+    ):
+        names = [manager.add_requests(PROMPTS) for manager in (one, other)]
+        found = [collect(manager, len(PROMPTS)) for manager in (one, other)]
+    for kind, ids, results in zip(("llama", "gemma3"), names, found, strict=True):
+        assert tokens_of([results[name] for name in ids]) == lossless(kind)
+
+
+@known
 def test_options_of_the_models_own_generation_config() -> None:
     model = build("llama")
     model.generation_config = sampling(KVQuantConfig(**INT8), cache_implementation="kvquant")
@@ -535,6 +631,25 @@ def test_half_the_bytes_of_transformers_own(kind: str, head_dim: int) -> None:
     assert static.nbytes_allocated - static.cache_tensor.nbytes == num_layers * 2 * 4  # an fp32 number a side
     assert (dynamic.nbytes_allocated - dynamic.cache_tensor.nbytes) * head_dim == 2 * dynamic.cache_tensor.nbytes
     assert dynamic.nbytes_allocated <= (1 + 2 / head_dim) / 2 * own.cache_tensor.nbytes
+
+
+@known
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_blocks_that_fill_the_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody says how many there are: as many as fit, more than twice those of transformers' own cache.
+
+    Twice, less the scales of tokens, is what bytes say; transformers' own attention takes copies and masks beside.
+    """
+    from transformers.generation.continuous_batching import cache as host
+
+    available = 2**25
+    monkeypatch.setattr(host, "get_device_and_memory_breakdown", lambda: (torch.device("cpu"), available, 0, 0))
+    options = {"num_blocks": None, "max_batch_tokens": 64, "max_memory_percent": 1.0, "max_requests_per_batch": 8}
+    model = build(kind, head_dim=128).bfloat16()
+    own = cache_of(build(kind, "sdpa", head_dim=128).bfloat16(), **options)
+    for cache in (cache_of(model, INT8, **options), cache_of(model, STATIC, **options)):
+        assert 0.9 * available < cache.nbytes_allocated <= available
+        assert cache.num_blocks > 2 * own.num_blocks
 
 
 @known
@@ -778,7 +893,7 @@ def test_where_the_form_is_not_known(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llama("kvquant")
     with (
         caplog.at_level(logging.WARNING, logger="transformers"),
-        pytest.raises(ValueError, match="kvquant.*not supported for continuous batching"),
+        pytest.raises(ValueError, match="kvquant.*is not supported"),
     ):
         model.init_continuous_batching(sampling(), ContinuousBatchingConfig())
     assert "transformers >= 5.20" in caplog.text
