@@ -17,7 +17,7 @@ from helpers import prompt, tiny_llama
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache
+from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache, ops
 from hf_kvquant.batching import hooks
 
 known = pytest.mark.skipif(not hooks.is_known(), reason="transformers has no continuous batching of the known form")
@@ -879,6 +879,23 @@ def test_what_lay_in_the_memory_before(options: dict[str, Any], kind: str) -> No
         found.append(tokens_of([results[name] for name in sorted(results)]))
     assert found[0] == found[1]
     assert all(len(set(new)) > 2 for new in found[1])
+
+
+@known
+@pytest.mark.parametrize("kind", ["llama", "window17", "gemma3"])
+def test_no_place_is_written_twice_in_a_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of two tokens would stay is not said on every device; of more than a window has only the newest count."""
+    write, twice = ops.write_kv, []
+
+    def noting(key: Any, value: Any, k: Any, v: Any, pages: torch.Tensor, lengths: torch.Tensor, *others: Any) -> None:
+        places = pages[:, 0] * 16 + (lengths - 1) % 16
+        twice.append(len(places) - len(places.unique()))
+        write(key, value, k, v, pages, lengths, *others)
+
+    monkeypatch.setattr(ops, "write_kv", noting)
+    assert batched(build(kind), UNQUANTIZED) == lossless(kind)
+    assert len(twice) >= NUM_NEW
+    assert not any(twice)
 
 
 # -- versions of transformers without it -----------------------------------------------------------------------------
