@@ -734,11 +734,27 @@ def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
 @known
 @pytest.mark.parametrize(
     ("model_type", "message"),
-    [("qwen3_next", "linear_attention"), ("lfm2", "conv"), ("gemma3n_text", "layer 2 is a DummyLayer")],
+    [("qwen3_next", "linear_attention"), ("lfm2", "conv")],
 )
 def test_models_with_other_layers(model_type: str, message: str) -> None:
     model = families.build(model_type, attn_implementation="kvquant")
     with pytest.raises(ValueError, match=message):
+        model.init_continuous_batching(sampling(), sizes())
+
+
+@known
+def test_layers_that_share_keys_and_values() -> None:
+    """The last layers attend to what an earlier one has stored."""
+    model = families.build("gemma3n_text", attn_implementation="kvquant")
+    found = batched(model, UNQUANTIZED, PROMPTS[:3])
+    model.set_attn_implementation("sdpa")
+    assert found == all_alone(model, prompts=PROMPTS[:3])
+
+
+@known
+def test_models_that_compute_attention_themselves() -> None:
+    model = families.build("bloom", attn_implementation="kvquant")
+    with pytest.raises(ValueError, match="computes attention itself.*use `generate` for this model"):
         model.init_continuous_batching(sampling(), sizes())
 
 
@@ -768,7 +784,7 @@ def test_attention_that_is_switched_under_a_manager_that_is_kept() -> None:
         PROMPTS[:2], sampling(INT8), continuous_batching_config=sizes(), persistent_manager=True
     )
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match=r"not kvquant any more.*destroy_cached_continuous_batching_manager\(\)"):
+    with pytest.raises(ValueError, match=r"for another attention.*destroy_cached_continuous_batching_manager\(\)"):
         batched(model, None, PROMPTS[:2])
     model.destroy_cached_continuous_batching_manager()
     assert batched(model, None, PROMPTS[:2]) == lossless("llama")[:2]
@@ -814,10 +830,9 @@ def test_other_attention_keeps_transformers_own_cache() -> None:
 @known
 @pytest.mark.parametrize("implementation", ["static", "dynamic"])
 def test_another_cache_that_is_asked_for(implementation: str) -> None:
-    """Tokens are the model's, or it is refused; transformers' own cache takes its own kinds of attention only."""
-    with contextlib.suppress(ValueError):
-        found = batched(build("llama"), None, generation={"cache_implementation": implementation})
-        assert found == lossless("llama")
+    """It is for `generate`: transformers' own requests take no notice of it either."""
+    generation = {"cache_implementation": implementation}
+    assert batched(build("llama"), UNQUANTIZED, generation=generation) == lossless("llama")
 
 
 @known

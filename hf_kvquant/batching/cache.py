@@ -28,6 +28,7 @@ from ..layers import PagedLayer
 from ..policy import LayerPlan
 from ..report import CacheReport, LayerReport
 from ..rotary import RotaryLayout
+from ..scales import as_head_channel
 from ..stores import PageStore, mutable_everywhere
 from .layer import BatchedKV, BatchedLayer
 from .step import Group, Request, Step, columns_of
@@ -38,8 +39,8 @@ _MOST_SLOTS = 1 << 31  # kernels count tokens of all heads and pages in 32 bits
 _MOST_BATCH_TOKENS = 65535  # the most sequences of a launch
 
 
-def check_template(template: QuantizedPagedCache) -> None:
-    """Raise ValueError if the options or layers of a cache are not for continuous batching."""
+def check_template(template: QuantizedPagedCache, config: PreTrainedConfig) -> None:
+    """Raise ValueError if the options, scales or layers of a cache are not for continuous batching of a model."""
     options = template.kvquant.to_dict()
     for name, default in _NOT_FOR_BATCHING.items():
         if options.get(name, default) != default:
@@ -63,6 +64,12 @@ def check_template(template: QuantizedPagedCache) -> None:
             "continuous batching takes pages of one size, and some layers are kept in 8 bits and others are not; leave "
             "skip_layers out, or use `generate`"
         )
+    shape = host.find_num_key_value_heads(config), host.find_head_dim(config)
+    for index, plan in plans.items():  # before any memory is taken
+        for side in ("k", "v"):
+            for name in ("scale", "zero"):
+                if (tensor := getattr(getattr(plan, side), name)) is not None:
+                    as_head_channel(tensor, *shape, f"layer {index}: {side}_{name}")
 
 
 def plans_of(template: QuantizedPagedCache) -> dict[int, LayerPlan]:

@@ -126,13 +126,14 @@ def prepare(manager: Any, model: Any, options: Any) -> None:
 def _new_template(model: Any, options: Any) -> QuantizedPagedCache:
     from .cache import check_template
 
-    if not uses_attention_interface(model.config.get_text_config(decoder=True)):
+    text_config = model.config.get_text_config(decoder=True)
+    if not uses_attention_interface(text_config):
         raise ValueError(
             f"{type(model).__name__} computes attention itself, whatever it is configured with, and cannot read the "
             "pages of many requests; use `generate` for this model"
         )
     template = QuantizedPagedCache.for_generation(model, options)
-    check_template(template)
+    check_template(template, text_config)
     return template
 
 
