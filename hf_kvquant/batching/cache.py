@@ -59,7 +59,7 @@ def check_template(template: QuantizedPagedCache, config: PreTrainedConfig) -> N
             )
     if template.shared.shard is not None:
         raise ValueError("continuous batching over 8-bit pages takes no tensor parallelism; use `generate`")
-    if len({_itemsize(side.format, 0) for plan in plans.values() for side in (plan.k, plan.v)}) > 1:
+    if len({get_format(side.format).is_quantized for plan in plans.values() for side in (plan.k, plan.v)}) > 1:
         raise ValueError(
             "continuous batching takes pages of one size, and some layers are kept in 8 bits and others are not; leave "
             "skip_layers out, or use `generate`"
@@ -75,11 +75,6 @@ def check_template(template: QuantizedPagedCache, config: PreTrainedConfig) -> N
 def plans_of(template: QuantizedPagedCache) -> dict[int, LayerPlan]:
     """Formats and scales of the layers that store something; others attend to what one of these has."""
     return {index: layer.plan for index, layer in enumerate(template.layers) if isinstance(layer, PagedLayer)}
-
-
-def _itemsize(name: str, of_model: int) -> int:
-    dtype = get_format(name).storage_dtype
-    return of_model if dtype is None else dtype.itemsize
 
 
 class _SlidingAllocator(SlidingAttentionCacheAllocator):
@@ -119,7 +114,7 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
 
     Args:
         template: a cache of the model: its options, formats and scales are taken, it stays empty.
-        others: as of transformers' own cache.
+        config, ...: as of transformers' own cache.
 
     Raises ValueError for a model or options that do not fit.
     """
