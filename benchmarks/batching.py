@@ -100,7 +100,9 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     results = Results(arguments.json, torch.device("cpu"), 1e9)
-    about = results.data["about"] | {"threads": torch.get_num_threads(), "path": cpu.use()}
+    about = results.data["about"]
+    about |= {"threads": torch.get_num_threads(), "path": cpu.use(), "paths": cpu.paths()}
+    about["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY")
     print(about["device"], about["threads"], "threads", about["path"], about["versions"], about["git_commit"])
     measure(results, arguments.tiny, arguments.rounds)
 
