@@ -38,8 +38,8 @@ def document(bench: dict[str, Any], operators: list[dict[str, Any]], images: lis
     lines = [
         "# On a CPU",
         "",
-        "`hf-kvquant bench` on a model of SmolLM2-135M's shape, then `python -m benchmarks.cpu` and `benchmarks.batching`; "
-        "written by `make readme`.",
+        "`hf-kvquant bench` on a model of SmolLM2-135M's shape, then `python -m benchmarks.cpu` and "
+        "`benchmarks.batching`; written by `make readme`.",
         "",
         speed_section(Benchmark.from_dict(bench), "cpu").markdown(images),
     ]

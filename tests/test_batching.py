@@ -851,6 +851,22 @@ def test_attention_is_not_switched_to_flash(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @known
+def test_no_more_than_kernels_can_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_kvquant.batching import cache as batching
+
+    with pytest.raises(ValueError, match="max_batch_tokens=65536; at most 65535"):
+        batched(build("llama"), max_batch_tokens=65536)
+    warned: list[str] = []
+    monkeypatch.setattr(batching.logger, "warning_once", warned.append)
+    # Two layers, K and V, two heads: a token of all of them is eight; a sector is a block of 16.
+    monkeypatch.setattr(batching, "_MOST_SLOTS", 8 * 16 * 43)
+    with running(build("llama"), UNQUANTIZED) as manager:
+        assert manager.batch_processor.cache.num_blocks == 40
+    assert len(warned) == 1
+    assert "62% of the blocks" in warned[0]
+
+
+@known
 def test_the_users_configurations_are_unchanged() -> None:
     model = build("llama")
     asked = {"cpu_offload_space": 0.001, "use_async_batching": True, "use_cuda_graph": False}

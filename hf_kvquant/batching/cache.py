@@ -20,6 +20,7 @@ from transformers.generation.continuous_batching.cache_allocators import (
     FullAttentionCacheAllocator,
     SlidingAttentionCacheAllocator,
 )
+from transformers.utils import logging
 
 from ..cache import QuantizedPagedCache
 from ..formats import get_format
@@ -32,6 +33,8 @@ from ..scales import as_head_channel
 from ..stores import PageStore, mutable_everywhere
 from .layer import BatchedKV, BatchedLayer
 from .step import Group, Request, Step, columns_of
+
+logger = logging.get_logger(__name__)
 
 # Options that are not for continuous batching, with what they are where nobody asks for them.
 _NOT_FOR_BATCHING = {"sink_tokens": 0, "recent_tokens": 0, "offload": False, "num_pages": None, "max_cache_len": None}
@@ -186,7 +189,13 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         if self.max_batch_tokens > _MOST_BATCH_TOKENS:
             raise ValueError(f"max_batch_tokens={self.max_batch_tokens}; at most {_MOST_BATCH_TOKENS} over 8-bit pages")
         slots_per_sector = self.bytes_per_sector // allocators[0].bytes_per_page * 2 * num_heads * page_size
-        self.num_sectors = min(self.num_sectors, _MOST_SLOTS // slots_per_sector - 3)
+        most = _MOST_SLOTS // slots_per_sector - 3
+        if self.num_sectors > most:
+            share = most / self.num_sectors
+            logger.warning_once(
+                f"Kernels can count {share:.0%} of the blocks that there is room for; the others are left out."
+            )
+            self.num_sectors = most
 
     def _allocate(self, storage_dtype: torch.dtype, is_scaled: bool) -> None:
         num_bytes = self.num_sectors * self.bytes_per_sector
