@@ -4,8 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="kvquant")
     model.generate(**inputs)
 
-Importing registers names with transformers, wraps the one method with which `generate` makes its cache, and has
-continuous batching say that it keeps its own; models that use none of the names run as before.
+Importing registers names with transformers, wraps the one method with which `generate` makes its cache, and teaches
+continuous batching the names; models that use none of them run as before.
 """
 
 from . import attention, generation

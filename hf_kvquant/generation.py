@@ -1,5 +1,5 @@
-"""`cache_implementation="kvquant"`: the two places where `generate` has to know the name, one that would ignore it, and
-one that loses caches.
+"""`cache_implementation="kvquant"`: the two places where `generate` has to know the name, where continuous batching
+begins, and one that loses caches.
 
 transformers has no registry for cache implementations. The first three hooks are made once, on import, the last on the
 class of a model that a quantized cache is used with. They check what they change, and leave every other cache alone.

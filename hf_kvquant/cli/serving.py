@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 from ..attention import NAMES
 
@@ -23,11 +21,12 @@ def serve(arguments: Sequence[str]) -> None:
 
     if not any(argument.split("=")[0] == _OPTION for argument in arguments):
         arguments = [*arguments, _OPTION, NAMES[0]]
-    with (
-        mock.patch.object(ModelManager, "_validate_args", _allowing_ours(ModelManager._validate_args)),
-        mock.patch.object(sys, "argv", ["transformers", "serve", *arguments]),
-    ):
-        app()
+    validate = ModelManager._validate_args
+    ModelManager._validate_args = _allowing_ours(validate)
+    try:
+        app(args=["serve", *arguments], prog_name="hf-kvquant")
+    finally:
+        ModelManager._validate_args = validate
 
 
 def _allowing_ours(validate: Any) -> Any:
