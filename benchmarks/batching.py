@@ -21,8 +21,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import hf_kvquant  # noqa: F401 - registers the attentions
-from hf_kvquant.ops import cpu
 
+from .cpu import introduce
 from .results import Results
 
 SHAPE = {
@@ -100,10 +100,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     results = Results(arguments.json, torch.device("cpu"), 1e9)
-    about = results.data["about"]
-    about |= {"threads": torch.get_num_threads(), "path": cpu.use(), "paths": cpu.paths()}
-    about["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY")
-    print(about["device"], about["threads"], "threads", about["path"], about["versions"], about["git_commit"])
+    introduce(results)
     measure(results, arguments.tiny, arguments.rounds)
 
 

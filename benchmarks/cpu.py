@@ -291,6 +291,14 @@ def measure_generate(results: Results, plan: Plan) -> None:
         gc.collect()
 
 
+def introduce(results: Results) -> None:
+    """Note how the CPU is used, and print where this is."""
+    about = results.data["about"]
+    about |= {"threads": torch.get_num_threads(), "path": cpu.use(), "paths": cpu.paths()}
+    about["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY")
+    print(about["device"], about["threads"], "threads", about["path"], about["versions"], about["git_commit"])
+
+
 def main() -> None:
     """Parse the command line and run the parts."""
     parts = {"attention": measure_attention, "prompt": measure_prompt, "generate": measure_generate}
@@ -313,10 +321,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     results = Results(arguments.json, torch.device("cpu"), 1e9)
-    about = results.data["about"]
-    about |= {"threads": torch.get_num_threads(), "path": cpu.use(), "paths": cpu.paths()}
-    about["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY")
-    print(about["device"], about["threads"], "threads", about["path"], about["versions"], about["git_commit"])
+    introduce(results)
     for name in chosen:
         parts[name](results, plan)
 
