@@ -29,7 +29,7 @@ from .config import KVQuantConfig
 from .encoder_decoder import QuantizedEncoderDecoderCache
 from .hosts import CACHE_NAME, CACHE_NAMES, fed_by_images
 from .interface import attention_name, is_flash, is_fused
-from .options import options_for
+from .options import missing_options, options_for
 from .policy import asks_for_files
 
 CACHE_IMPLEMENTATION = "kvquant"
@@ -166,11 +166,10 @@ def _with_ours(init_continuous_batching: Any) -> Any:
 
 def _warn_of_other_options(cache: QuantizedPagedCache, generation_config: Any) -> None:
     """Say so if a cache that is passed was made with other options than those that come with it."""
-    asked, has = (config.to_dict() for config in (KVQuantConfig.parse(generation_config.cache_config), cache.kvquant))
-    if ignored := [f"{name}={value!r}" for name, value in asked.items() if has.get(name) != value]:
+    if missing := missing_options(generation_config.cache_config, cache.kvquant):
         logger.warning_once(
-            f"`cache_config` is ignored: the cache that was passed was made without {', '.join(ignored)}; make it with "
-            "them, or pass none."
+            f"`cache_config` is ignored: the cache that was passed was made without {missing}; make it with them, or "
+            "pass none."
         )
 
 

@@ -27,6 +27,12 @@ def options_for(model: PreTrainedModel, options: Any, max_cache_len: int | None 
     return KVQuantConfig.parse(options, **defaults)
 
 
+def missing_options(options: Any, made_with: KVQuantConfig) -> str:
+    """Of the user's `options` those that a cache was made without, as `name=value`; empty where there are none."""
+    asked, has = KVQuantConfig.parse(options).to_dict(), made_with.to_dict()
+    return ", ".join(f"{name}={value!r}" for name, value in asked.items() if has.get(name) != value)
+
+
 def find_checkpoint(model: PreTrainedModel, kvquant: KVQuantConfig, notes: list[str]) -> CheckpointScales | None:
     """The checkpoint whose scales are asked for. Raises ValueError if one is asked for by name and has none."""
     own = isinstance(kvquant.scales, str) and kvquant.scales in ("auto", "checkpoint")

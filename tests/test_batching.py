@@ -793,6 +793,29 @@ def test_attention_that_is_switched_under_a_manager_that_is_kept() -> None:
 
 
 @known
+def test_options_that_a_manager_that_is_kept_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those are told; the same ones again, in other objects, are not, and neither are none."""
+    warned: list[str] = []
+    monkeypatch.setattr(hooks.logger, "warning_once", warned.append)
+    model = build("llama")
+
+    def call(options: Any) -> list[list[int]]:
+        config = sizes(num_blocks=16)
+        outputs = model.generate_batch(
+            PROMPTS[:2], sampling(options), continuous_batching_config=config, persistent_manager=True
+        )
+        return tokens_of(list(outputs.values()))
+
+    first = call(copy.deepcopy(STATIC))
+    assert [call(copy.deepcopy(STATIC)), call(None)] == [first, first]
+    assert warned == []
+    assert call({**STATIC, "kv_cache_dtype": "fp8_e5m2"}) == first
+    assert len(warned) == 1
+    assert "was made without kv_cache_dtype='fp8_e5m2'; let go of it with model.destroy_cached" in warned[0]
+    model.destroy_cached_continuous_batching_manager()
+
+
+@known
 @pytest.mark.parametrize("name", ["attention_mask", "position_bias", "is_causal"])
 def test_masks_and_biases_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AttentionInterface

@@ -36,22 +36,21 @@ from .step import Group, Request, Step, columns_of
 
 logger = logging.get_logger(__name__)
 
-# Options that are not for continuous batching, with what they are where nobody asks for them.
-_NOT_FOR_BATCHING = {"sink_tokens": 0, "recent_tokens": 0, "offload": False, "num_pages": None, "max_cache_len": None}
+_NOT_FOR_BATCHING = ("sink_tokens", "recent_tokens", "offload", "num_pages", "max_cache_len")
 _MOST_SLOTS = 1 << 31  # kernels count tokens of all heads and pages in 32 bits
 _MOST_BATCH_TOKENS = 65535  # the most sequences of a launch
 
 
 def check_template(template: QuantizedPagedCache, config: PreTrainedConfig) -> None:
     """Raise ValueError if the options, scales or layers of a cache are not for continuous batching of a model."""
-    options = template.kvquant.to_dict()
-    for name, default in _NOT_FOR_BATCHING.items():
-        if options.get(name, default) != default:
+    options = template.kvquant.to_dict()  # those that are not the default's
+    for name in _NOT_FOR_BATCHING:
+        if name in options:
             raise ValueError(
                 f"cache_config[{name!r}]={options[name]!r} is not for continuous batching, whose blocks transformers "
                 "counts; leave it out, or use `generate`"
             )
-    if options.get("page_size", 16) != 16:
+    if "page_size" in options:
         raise ValueError("cache_config['page_size'] is ContinuousBatchingConfig(page_size=...) in continuous batching")
     plans = plans_of(template)
     for index, layer in enumerate(template.layers):

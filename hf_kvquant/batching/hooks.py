@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..cache import QuantizedPagedCache
 from ..hosts import CACHE_NAME
 from ..interface import is_fused, uses_attention_interface
-from ..options import options_for
+from ..options import missing_options
 
 _TEMPLATE = "_hf_kvquant_template"  # of a manager
 _METHODS = ("switch_to_cb_friendly_attn", "_create_batch_processor")
@@ -113,10 +113,10 @@ def prepare(manager: Any, model: Any, options: Any) -> None:
     if not has_our_attention(model):
         return
     if template is not None:
-        if options_for(model, options) != template.kvquant:
+        if missing := missing_options(options, template.kvquant):
             logger.warning_once(
-                "`cache_config` is ignored: this model has kept a manager of continuous batching with another one; let "
-                "go of it with model.destroy_cached_continuous_batching_manager()"
+                "`cache_config` is ignored: the manager of continuous batching that this model has kept was made without "
+                f"{missing}; let go of it with model.destroy_cached_continuous_batching_manager()"
             )
         return
     setattr(manager, _TEMPLATE, _new_template(model, options))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from transformers.utils import logging
@@ -26,14 +28,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 130 if interrupted, 1 with a line on standard error otherwise."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == "serve":  # whose arguments are transformers' own
-        return _serve(arguments[1:])
-    options = parser().parse_args(arguments)
+        return _status(partial(serve, arguments[1:]))
+    return _status(partial(_run, parser().parse_args(arguments)))
+
+
+def _run(options: argparse.Namespace) -> None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             COMMANDS[options.command](options)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _status(command: Callable[[], None]) -> int:
+    try:
+        command()
     except (ValueError, TypeError, OSError, ImportError) as error:
         remark(f"hf-kvquant: {error}")
         if isinstance(error, ImportError) and "compressed" in str(error):  # transformers names the package alone
@@ -42,17 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         remark("hf-kvquant: interrupted")
         return 130
-    finally:
-        logging.set_verbosity(verbosity)
-    return 0
-
-
-def _serve(arguments: Sequence[str]) -> int:
-    try:
-        serve(arguments)
-    except ImportError as error:
-        remark(f"hf-kvquant: {error}")
-        return 1
     return 0
 
 
