@@ -115,8 +115,8 @@ def prepare(manager: Any, model: Any, options: Any) -> None:
     if template is not None:
         if missing := missing_options(options, template.kvquant):
             logger.warning_once(
-                "`cache_config` is ignored: the manager of continuous batching that this model has kept was made without "
-                f"{missing}; let go of it with model.destroy_cached_continuous_batching_manager()"
+                "`cache_config` is ignored: the manager of continuous batching that this model has kept was made "
+                f"without {missing}; let go of it with model.destroy_cached_continuous_batching_manager()"
             )
         return
     setattr(manager, _TEMPLATE, _new_template(model, options))
