@@ -33,12 +33,14 @@ from ..scales import as_head_channel
 from ..stores import PageStore, mutable_everywhere
 from .layer import BatchedKV, BatchedLayer
 from .step import Group, Request, Step, columns_of
+from .tables import DecodeTables
 
 logger = logging.get_logger(__name__)
 
 _NOT_FOR_BATCHING = ("sink_tokens", "recent_tokens", "offload", "num_pages", "max_cache_len")
 _MOST_SLOTS = 1 << 31  # kernels count tokens of all heads and pages in 32 bits
 _MOST_BATCH_TOKENS = 65535  # the most sequences of a launch
+_FEWEST_RECORDED = 2048  # tokens of a request that every recorded step has room for
 
 
 def check_template(template: QuantizedPagedCache, config: PreTrainedConfig) -> None:
@@ -135,9 +137,11 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
             raise ValueError("continuous batching over 8-bit pages takes no tensor parallelism; use `generate`")
         self.template = template
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
-        self.max_blocks_per_request = 0  # block tables are for FlashAttention
+        # More than 0 has transformers know steps that only decode; its own block tables, of this width, stay empty.
+        self.max_blocks_per_request = int(continuous_batching_config.cuda_graph_booleans[1])
         self.allow_block_sharing = continuous_batching_config.allow_block_sharing
-        self._step, self._has_begun = Step(), False
+        self._step, self._has_begun, self._has_scales = Step(), False, False
+        self._tables: dict[tuple[int, int], DecodeTables] = {}
 
         page_size, num_heads = continuous_batching_config.page_size, host.find_num_key_value_heads(config)
         self._page_shape = (num_heads, page_size, host.find_head_dim(config))
@@ -198,7 +202,7 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
 
     def _allocate(self, storage_dtype: torch.dtype, is_scaled: bool) -> None:
         num_bytes = self.num_sectors * self.bytes_per_sector
-        # Two sectors more, which transformers has for padding: nothing is written to them here.
+        # The first two sectors are for padding.
         self.cache_tensor = torch.zeros(num_bytes + 2 * self.bytes_per_sector, dtype=torch.uint8, device=self.device)
         self._pages = self.cache_tensor.view(storage_dtype)
         self._token_scales = None
@@ -212,7 +216,6 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         self.use_prefix_sharing = shares and self.allow_block_sharing
         self.num_blocks = num_bytes // self._bytes_per_block
         self.read_cache_limit = self._infer_read_cache_limit()
-        self.max_decode_fast_path_length = 0
         self.max_tokens_read = max(ca.tokens_per_page * ca.num_blocks for ca in self.cache_allocators.values())
 
     def _make_layers(self, plans: dict[int, LayerPlan]) -> dict[int, BatchedLayer]:
@@ -246,12 +249,45 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         self, request_id: str, past_length: int, query_length: int, read_index: Any, write_index: Any
     ) -> None:
         """Take note of one request of the next step; the indices are for transformers' own pages, and stay empty."""
+        self._note(request_id, past_length, query_length)
+
+    def fill_block_table(self, request_id: str, past_length: int, query_length: int, block_table: Any) -> None:
+        """Take note of one request of a step that only decodes; the table is for FlashAttention, and stays empty."""
+        self._note(request_id, past_length, query_length)
+
+    def _note(self, request_id: str, past_length: int, query_length: int) -> None:
         if self._has_begun:
             self._step, self._has_begun = Step(), False
         if not query_length:  # a prompt that is known but for the token that a copy of it will compute
             return
         blocks = {name: list(ca.block_table[request_id]) for name, ca in self.cache_allocators.items()}
         self._step.requests.append(Request(past_length, query_length, blocks))
+
+    @property
+    def max_decode_fast_path_length(self) -> int:
+        """The longest request for which a step may be recorded: any, once all scales are known."""
+        self._has_scales = self._has_scales or not any(
+            store.needs_tokens for layer in self._layers.values() for store in (layer.k, layer.v)
+        )
+        return self.max_tokens_read if self._has_scales else 0
+
+    def begin_decoding(self, num_tokens: int) -> tuple[int, int]:
+        """Bring the tables of a step that only decodes to where its graph reads them; returns which graph that is."""
+        self._begin()
+        requests, page_size = self._step.requests, self._page_shape[1]
+        unbounded = [name for name, group in self._groups.items() if group.num_columns is None]
+        longest = max((len(request.blocks[name]) for request in requests for name in unbounded), default=1)
+        size = num_tokens, _power_of_2(max(longest, _FEWEST_RECORDED // page_size))
+        if size not in self._tables:
+            self._tables[size] = DecodeTables(self._groups.values(), self._spare_pages(), *size, self.device)
+        self._tables[size].fill(requests)
+        self._step.lies_in(self._tables[size].places, num_tokens)
+        return size
+
+    def _spare_pages(self) -> dict[str, int]:
+        """Of each group a page in the second sector, where transformers has padding written."""
+        allocators = self.cache_allocators.items()
+        return {name: allocator.blocks_per_sector * self._groups[name].stride for name, allocator in allocators}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: Any = None
@@ -261,14 +297,17 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         Raises ValueError if they are not of the requests that were scheduled, or if attention is not this package's.
         """
         if not self._has_begun:
-            self._has_begun = True
-            if not is_fused(self.template.shared.model_config):
-                raise ValueError(
-                    "the model's attention is not kvquant any more, which this cache was made for; switch back with "
-                    "model.set_attn_implementation('kvquant'), or make a new manager "
-                    "(model.destroy_cached_continuous_batching_manager())"
-                )
+            self._begin()
         return self._layers[layer_idx].update(key_states, value_states, self._step)
+
+    def _begin(self) -> None:
+        self._has_begun = True
+        if not is_fused(self.template.shared.model_config):
+            raise ValueError(
+                "the model's attention is not kvquant any more, which this cache was made for; switch back with "
+                "model.set_attn_implementation('kvquant'), or make a new manager "
+                "(model.destroy_cached_continuous_batching_manager())"
+            )
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -322,3 +361,8 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
     @property
     def _numbers_per_page(self) -> int:
         return torch.Size(self._page_shape).numel()
+
+
+def _power_of_2(number: int) -> int:
+    """The least that is not below `number`."""
+    return 1 << (number - 1).bit_length()

@@ -37,7 +37,7 @@ def is_known() -> bool:
     manager = getattr(continuous_api, "ContinuousBatchingManager", None)
     return (
         CACHE_NAME == "cache"
-        and hasattr(continuous_api, "PagedAttentionCache")
+        and all(hasattr(continuous_api, name) for name in ("PagedAttentionCache", "ModelRunner"))
         and all(hasattr(manager, name) for name in _METHODS)
         and hasattr(cache_allocators, "CachePool")
     )
@@ -54,7 +54,8 @@ def register() -> None:
         return
     manager.switch_to_cb_friendly_attn = _keeping_ours(manager.switch_to_cb_friendly_attn)
     manager._create_batch_processor = _with_template(manager._create_batch_processor)
-    continuous_api.PagedAttentionCache = _choosing(continuous_api.PagedAttentionCache)
+    continuous_api.PagedAttentionCache = _choosing(continuous_api.PagedAttentionCache, _new_cache)
+    continuous_api.ModelRunner = _choosing(continuous_api.ModelRunner, _new_runner)
 
 
 def _keeping_ours(switch: Any) -> Any:
@@ -79,19 +80,29 @@ def _with_template(create: Any) -> Any:
     return create_batch_processor
 
 
-def _choosing(host_class: Any) -> Any:
-    """Makes the cache of a manager: ours if it has a template for it."""
+def _choosing(host_class: Any, make_ours: Any) -> Any:
+    """Makes what a manager needs: ours if it has a template for its cache."""
 
     @functools.wraps(host_class, updated=())
-    def make_cache(*args: Any, **kwargs: Any) -> Any:
+    def make(*args: Any, **kwargs: Any) -> Any:
         template = _template.get()
-        if template is None:
-            return host_class(*args, **kwargs)
-        from .cache import QuantizedBatchCache
+        return host_class(*args, **kwargs) if template is None else make_ours(template, host_class, *args, **kwargs)
 
-        return QuantizedBatchCache(template, *args, **kwargs)
+    return make
 
-    return make_cache
+
+def _new_cache(template: QuantizedPagedCache, host_class: Any, *args: Any, **kwargs: Any) -> Any:
+    from .cache import QuantizedBatchCache
+
+    return QuantizedBatchCache(template, *args, **kwargs)
+
+
+def _new_runner(template: QuantizedPagedCache, host_class: Any, *args: Any, **kwargs: Any) -> Any:
+    if not kwargs["cb_config"].cuda_graph_booleans[1]:
+        return host_class(*args, **kwargs)
+    from .graphs import GraphRunner
+
+    return GraphRunner(*args, **kwargs)
 
 
 def has_our_attention(model: Any) -> bool:
@@ -120,7 +131,7 @@ def prepare(manager: Any, model: Any, options: Any) -> None:
             )
         return
     setattr(manager, _TEMPLATE, _new_template(model, options))
-    _run_plainly(manager.continuous_batching_config)
+    _settle(manager.continuous_batching_config)
 
 
 def _new_template(model: Any, options: Any) -> QuantizedPagedCache:
@@ -137,9 +148,9 @@ def _new_template(model: Any, options: Any) -> QuantizedPagedCache:
     return template
 
 
-def _run_plainly(config: Any) -> None:
-    """Steps have other shapes every time, which neither graphs nor compilers take."""
-    config.use_cuda_graph, config.use_async_batching = (False, False), False
+def _settle(config: Any) -> None:
+    """Leave out what steps over 8-bit pages do not take; those that only decode are recorded if that was asked for."""
+    config.use_cuda_graph, config.use_async_batching = (False, config.cuda_graph_booleans[1]), False
     config.max_blocks_per_request = 0
     if config.varlen_compile_config is not None or config.decode_compile_config is not None:
         logger.warning_once("Continuous batching over 8-bit pages is not compiled.")

@@ -44,10 +44,19 @@ class BatchedLayer:
         places = step.places(self.group, key.device)
         # Before the new tokens come to lie where the past of a window lies now.
         pasts = [[_read_past(store, part) for part in places.parts] for store, _ in sides]
-        rows = [x.detach() if places.kept is None else x.detach().index_select(2, places.kept) for _, x in sides]
+        rows = [self._rows(store, x.detach(), places) for store, x in sides]
         new_key, new_value = (x[0].transpose(0, 1)[:, :, None] for x in rows)  # tokens as sequences of one
         ops.write_kv(new_key, new_value, self.k.paged, self.v.paged, places.pages, places.lengths, self.clipped)
         return BatchedKV(self, key, pasts[0], places), BatchedKV(self, value, pasts[1], places)
+
+    @staticmethod
+    def _rows(store: PageStore, x: torch.Tensor, places: Places) -> torch.Tensor:
+        """Those of the new tokens `[1, H, T, D]` that are written."""
+        if places.is_padding is not None and store.paged.token_scale is None:  # what clips is counted
+            zero = store.paged.zero
+            fill = 0 if zero is None else zero[:, None].to(x.dtype)
+            return torch.where(places.is_padding != 0, fill, x)
+        return x if places.kept is None else x.index_select(2, places.kept)
 
     def _check(self, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
         expected = [(1, self.k.num_heads, step.num_tokens, store.head_dim) for store in (self.k, self.v)]

@@ -69,6 +69,7 @@ class Places(NamedTuple):
     kept: torch.Tensor | None  # which of the step's tokens are written; None for all
     pages: torch.Tensor  # int32 [T, 1]: the page of each of them
     lengths: torch.Tensor  # int32 [T]: its position + 1
+    is_padding: torch.Tensor | None = None  # int32 [T, 1]: not 0 for tokens of no request; None if there are none
 
 
 class Step:
@@ -82,6 +83,10 @@ class Step:
     def num_tokens(self) -> int:
         return sum(request.new for request in self.requests)
 
+    def lies_in(self, places: dict[str, Places], num_tokens: int) -> None:
+        """Where each group has the tokens is known; `num_tokens` counts those of padding, too."""
+        self._places, self.num_tokens = places, num_tokens
+
     def places(self, group: Group, device: torch.device) -> Places:
         if group.name not in self._places:
             self._places[group.name] = _places(self.requests, group, device)
@@ -92,7 +97,7 @@ def _places(requests: Sequence[Request], group: Group, device: torch.device) -> 
     def numbers(x: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.from_numpy(np.asarray(x)).to(device, dtype)
 
-    rows = [_row(request.blocks[group.name], group) for request in requests]
+    rows = [row_of(request.blocks[group.name], group) for request in requests]
     starts = np.cumsum([0, *(request.new for request in requests)])
 
     def part_of(index: int) -> Part:
@@ -102,7 +107,7 @@ def _places(requests: Sequence[Request], group: Group, device: torch.device) -> 
         if group.window is None:
             return part
         num_past = min(past, group.window - 1)
-        slots = _slots(np.arange(past - num_past, past), group)
+        slots = slots_of(np.arange(past - num_past, past), group)
         return part._replace(mask=_mask(new, num_past, group.window, device), past_slots=numbers(slots, torch.int64))
 
     def part_of_all(singles: list[int]) -> Part:
@@ -123,7 +128,7 @@ def _places(requests: Sequence[Request], group: Group, device: torch.device) -> 
         num_kept = new if group.window is None else min(new, group.window)
         order = np.arange(new - num_kept, new)
         kept.append(start + order)
-        pages.append(row[_slots(past + order, group) // group.page_size])
+        pages.append(row[slots_of(past + order, group) // group.page_size])
         lengths.append(past + order + 1)
     is_all = sum(map(len, kept)) == starts[-1]
     return Places(
@@ -134,13 +139,13 @@ def _places(requests: Sequence[Request], group: Group, device: torch.device) -> 
     )
 
 
-def _row(blocks: Sequence[int], group: Group) -> np.ndarray:
+def row_of(blocks: Sequence[int], group: Group) -> np.ndarray:
     """A request's row of the page table: a ring has all its columns, though a young request has few pages."""
     pages = np.array(blocks, dtype=np.int64) * group.stride
     return pages if group.num_columns is None else np.pad(pages, (0, group.num_columns - len(pages)))
 
 
-def _slots(positions: np.ndarray, group: Group) -> np.ndarray:
+def slots_of(positions: np.ndarray, group: Group) -> np.ndarray:
     """Where tokens lie in the pages of a request, counted in tokens."""
     return positions if group.num_columns is None else positions % (group.num_columns * group.page_size)
 

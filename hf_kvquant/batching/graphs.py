@@ -1,0 +1,41 @@
+"""Steps of decoding as CUDA graphs, for continuous batching with `use_cuda_graph=True`.
+
+A graph is recorded for every number of requests (a power of two, the rest is padding) and every length of the page
+table, when it is first met. All other steps run as they are.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from transformers.generation.continuous_batching.model_runner import ModelRunner
+from transformers.generation.continuous_batching.utils import CudaGraphBuffer, stream_context
+
+
+class GraphRunner(ModelRunner):  # type: ignore[misc]
+    """transformers' own runner, over a `QuantizedBatchCache`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.pad_inputs = False
+        self._graphs: dict[Any, CudaGraphBuffer] = defaultdict(CudaGraphBuffer)
+
+    def maybe_pad_inputs(self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool) -> tuple[int, int]:
+        """Sizes of the next step; only those of a graph are padded."""
+        self.pad_inputs = use_decode_fast_path
+        return super().maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path)
+
+    def compute_batch(self, model: torch.nn.Module, batch_data: dict[str, Any]) -> None:
+        """Run a step: the graph of its size where all its requests decode."""
+        inputs = self.inputs_and_outputs
+        if (stream := inputs.compute_stream) is not None:  # inputs were brought there on the current one
+            stream.wait_stream(torch.get_device_module(inputs.device).current_stream(inputs.device))
+        if inputs.use_block_table:
+            with stream_context(stream):
+                inputs.graphs = self._graphs[self.cache.begin_decoding(inputs.num_q_tokens)]
+        super().compute_batch(model, batch_data)
+
+    def warmup(self, model: torch.nn.Module) -> None:
+        """Nothing: requests that are made up would be seen where scales are taken from the first tokens."""

@@ -1,0 +1,182 @@
+"""Steps of continuous batching that are recorded: played again, they say what the steps themselves say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from batches import (
+    INT8,
+    KINDS,
+    NUM_NEW,
+    OPTIONS,
+    PROMPTS,
+    STATIC,
+    UNQUANTIZED,
+    all_alone,
+    batched,
+    build,
+    collect,
+    known,
+    lossless,
+    poison,
+    running,
+    sampling,
+    sizes,
+    tokens_of,
+)
+from recording import Recording, record_instead
+
+from hf_kvquant import LayerScales
+from hf_kvquant.batching import cache as batch_cache
+
+pytestmark = known
+
+# Most numbers clip.
+_SHIFTED = LayerScales(torch.tensor([0.004]), torch.tensor([0.003, 0.005]), k_zero=torch.tensor([0.75, -0.75]))
+CLIPPING: dict[str, dict[str, Any]] = {
+    "fp8": {"kv_cache_dtype": "fp8", "scales": LayerScales(torch.tensor([0.0005]), torch.tensor([0.0004]))},
+    "int8-zeros": {"kv_cache_dtype": "int8", "scales": _SHIFTED},
+}
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    return record_instead(monkeypatch)
+
+
+def with_padding(kind: str, factor: float) -> Any:
+    """A model in which padding, which is tokens of id 0, is so many times as large as the next token."""
+    model = build(kind)
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[0] = weight[1] * factor
+    return model
+
+
+def recorded(model: Any, options: Any = None, **batching: Any) -> list[list[int]]:
+    return batched(model, options, use_cuda_graph=True, **batching)
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_equal_the_models_own(kind: str, page_size: int, recordings: list[Recording]) -> None:
+    """Five requests, so that three rows are padding."""
+    assert recorded(build(kind), UNQUANTIZED, page_size=page_size, num_blocks=256) == lossless(kind)
+    assert sum(recording.num_replays for recording in recordings) >= NUM_NEW - 3
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "sinks"])
+def test_tokens_equal_those_of_generate(kind: str, options: dict[str, Any], recordings: list[Recording]) -> None:
+    model = build(kind)
+    assert recorded(model, options) == all_alone(model, options)
+    assert recordings
+
+
+def test_requests_that_end_leave_rows_to_padding(recordings: list[Recording]) -> None:
+    """One graph for 5 to 8 requests, then those for 4, for 2 and for 1; each begins where the last one ended."""
+    model = build("gemma3")
+    lengths = [4, 8, 12, 16, 20]
+    with running(model, UNQUANTIZED, use_cuda_graph=True, max_new_tokens=20) as manager:
+        for text, length in zip(PROMPTS, lengths, strict=True):
+            manager.add_request(text, max_new_tokens=length)
+        results = collect(manager, len(PROMPTS))
+    expected = all_alone(model, UNQUANTIZED, max_new_tokens=20)
+    found = tokens_of(sorted(results.values(), key=lambda result: len(result.generated_tokens)))
+    assert found == [tokens[:length] for tokens, length in zip(expected, lengths, strict=True)]
+    assert len(recordings) == 4
+    assert all(recording.num_replays for recording in recordings)
+
+
+def test_requests_that_outgrow_a_table(monkeypatch: pytest.MonkeyPatch, recordings: list[Recording]) -> None:
+    """Other tables have other graphs, of which a short request finds the small one again."""
+    monkeypatch.setattr(batch_cache, "_FEWEST_RECORDED", 16)
+    model = build("llama")
+    prompts = [PROMPTS[1], PROMPTS[1][:3]]
+    expected = all_alone(model, INT8, prompts, max_new_tokens=40)
+    found = [recorded(model, INT8, prompts=[text], generation={"max_new_tokens": 40})[0] for text in prompts]
+    assert found == expected
+    assert len(recordings) == 6  # tables for 16, 32 and 64 tokens, of two managers
+
+
+@pytest.mark.parametrize("options", CLIPPING.values(), ids=CLIPPING)
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_padding_is_not_counted(kind: str, options: dict[str, Any], recordings: list[Recording]) -> None:
+    """What clips is counted as without recordings, once they are made: to make one, the step runs twice here."""
+    counts = []
+    for use_graphs in (False, True):
+        with running(with_padding(kind, 1), options, use_cuda_graph=use_graphs, allow_block_sharing=False) as manager:
+            cache, before = manager.batch_processor.cache, 0
+            for _ in range(2):
+                manager.add_requests(PROMPTS)
+                collect(manager, len(PROMPTS))
+                now = torch.tensor([row.clipped for row in cache.report().layers])
+                now, before = now - before, now
+        counts.append(now.tolist())
+    assert len(recordings) == 1
+    assert min(min(row) for row in counts[0]) > 0
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "window17", "gemma3", "sinks"])
+@pytest.mark.parametrize("options", [UNQUANTIZED, INT8, STATIC], ids=["model", "int8", "fp8"])
+def test_what_lay_in_the_memory_before(options: dict[str, Any], kind: str, recordings: list[Recording]) -> None:
+    """Prompts in chunks among requests that decode; pages are copied for a second answer."""
+    model = build(kind)
+    batching = {"page_size": 4, "max_batch_tokens": 64, "num_blocks": 300, "use_cuda_graph": True}
+    found = []
+    for before in (lambda cache: None, poison):
+        with running(model, options, before, 2, **batching) as manager:
+            manager.add_requests(PROMPTS[1:])
+            results = collect(manager, 2 * len(PROMPTS[1:]))
+        found.append(tokens_of([results[name] for name in sorted(results)]))
+    assert found[0] == found[1]
+    assert recordings
+
+
+@pytest.mark.parametrize("scales", ["dynamic", "first_batch"])
+def test_scales_that_come_with_the_first_tokens(scales: str, recordings: list[Recording]) -> None:
+    """Nothing is recorded before scales are known, and padding has no say in them; prompts here are of one token."""
+    options = {"kv_cache_dtype": "int8", "scales": scales, "equalize": scales == "dynamic"}
+    prompts = [[5], [6], [7]]
+    found = []
+    for use_graphs in (False, True):
+        # Without a norm before them keys and values are as large as what is embedded.
+        model = with_padding("llama", 50)
+        for layer in model.model.layers:
+            layer.input_layernorm = torch.nn.Identity()
+        found.append(batched(model, options, prompts, use_cuda_graph=use_graphs))
+    assert found[0] == found[1]
+    assert recordings
+
+
+def test_a_manager_that_is_kept_keeps_its_recordings(recordings: list[Recording]) -> None:
+    model = build("gemma3")
+    expected = all_alone(model, INT8)
+    for _ in range(2):
+        outputs = model.generate_batch(
+            PROMPTS, sampling(INT8), continuous_batching_config=sizes(use_cuda_graph=True), persistent_manager=True
+        )
+        assert tokens_of(list(outputs.values())) == expected
+    assert len(recordings) == 1
+    model.destroy_cached_continuous_batching_manager()
+
+
+@pytest.mark.parametrize("asked", [None, False, (True, False)])
+def test_nothing_is_recorded_unless_it_is_asked_for(asked: Any, recordings: list[Recording]) -> None:
+    model = build("llama")
+    assert batched(model, INT8, use_cuda_graph=asked) == all_alone(model, INT8)
+    assert not recordings
+
+
+def test_a_device_without_graphs() -> None:
+    model = build("llama")
+    assert recorded(model, INT8) == all_alone(model, INT8)
+
+
+def test_transformers_own_runner_for_other_attention(recordings: list[Recording]) -> None:
+    """Which records, too, here, over its own cache."""
+    assert batched(build("llama", "sdpa"), use_cuda_graph=True, max_batch_tokens=64) == lossless("llama")
+    assert recordings
