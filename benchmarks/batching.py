@@ -2,28 +2,32 @@
 
     python -m benchmarks.batching --json benchmarks/results/cpu-epyc.json
     python -m benchmarks.batching --tiny  # try the program itself
+    python -m benchmarks.gpu --only batching
 
-A row is so many requests, all there from the start, through `generate_batch` of a model of SmolLM2-135M's shape with
-random weights: seconds until the last of them has its first token, and tokens a second from then on.
+A row is so many requests, all there from the start, through `generate_batch` of a model with random weights, on a CPU
+of SmolLM2-135M's shape: seconds until the last of them has its first token, and tokens a second from then on.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import statistics
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import hf_kvquant  # noqa: F401 - registers the attentions
+from hf_kvquant.batching import hooks
 
 from .cpu import introduce
-from .results import Results
+from .models import build_model
+from .results import NotInstalled, Results
 
 SHAPE = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -36,16 +40,39 @@ WAYS = ("kvquant_int8", "kvquant_fp8", "sdpa")
 PAGE_SIZE = 16
 
 
+class Way(NamedTuple):
+    """One way to run on a GPU."""
+
+    name: str
+    attention: str
+    use_cuda_graph: bool | None = None  # None: as transformers decides
+
+
+GPU_WAYS = (
+    Way("kvquant fp8 graphs", "kvquant_fp8", True),
+    Way("flash_attention_2", "flash_attention_2"),
+    Way("flash_attention_3", "flash_attention_3"),
+    Way("sdpa", "sdpa"),
+    Way("kvquant int8 graphs", "kvquant_int8", True),
+    Way("kvquant fp8", "kvquant_fp8"),
+)
+GPU_ROWS = ((32, 1024), (1, 1024), (32, 8192))
+_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+
+
 def speeds_of(
-    model: LlamaForCausalLM, prompts: list[list[int]], new_tokens: int, num_blocks: int
+    model: PreTrainedModel, prompts: list[list[int]], new_tokens: int, page_size: int, **batching: Any
 ) -> tuple[float, float]:
     """Seconds until the last request has its first token, and tokens a second from then on."""
     generation = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    batching = ContinuousBatchingConfig(
-        page_size=PAGE_SIZE, num_blocks=num_blocks, max_batch_tokens=1024, allow_block_sharing=False
-    )
+    # Twice the blocks that they need: a scheduler that is short of them lets requests wait.
+    num_blocks = 2 * sum(-(-(len(prompt) + new_tokens) // page_size) for prompt in prompts)
+    batching = {"page_size": page_size, "num_blocks": num_blocks, "allow_block_sharing": False, **batching}
     outputs = model.generate_batch(
-        prompts, generation_config=generation, continuous_batching_config=batching, record_timestamps=True
+        prompts,
+        generation_config=generation,
+        continuous_batching_config=ContinuousBatchingConfig(**batching),
+        record_timestamps=True,
     ).values()
     if failed := [output.error for output in outputs if output.error]:
         raise RuntimeError(failed[0])
@@ -63,16 +90,14 @@ def measure(results: Results, tiny: bool, rounds: int) -> None:
         "generate_batch, 135M shape: s until all have a token, then tokens/s; x: over transformers' own (sdpa)",
     )
     for num_requests, length in ((3, 40),) if tiny else ROWS:
-        # Twice what they need: a scheduler that is short of blocks lets requests wait.
-        num_blocks = 2 * num_requests * -(-(length + new_tokens) // PAGE_SIZE)
 
-        def measured(count: int = num_requests, length: int = length, num_blocks: int = num_blocks) -> dict[str, Any]:
+        def measured(count: int = num_requests, length: int = length) -> dict[str, Any]:
             measured_of: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
             for index in range(rounds + 1):
                 prompts = torch.randint(3, config.vocab_size, (count, length)).tolist()
                 for way in WAYS:
                     model.set_attn_implementation(way)
-                    found = speeds_of(model, prompts, new_tokens, num_blocks)
+                    found = speeds_of(model, prompts, new_tokens, PAGE_SIZE, max_batch_tokens=1024)
                     if index:  # the first round warms up
                         measured_of[way].append(found)
             row: dict[str, Any] = {"load average": os.getloadavg()[0]}
@@ -87,6 +112,30 @@ def measure(results: Results, tiny: bool, rounds: int) -> None:
             return row
 
         results.row({"requests": num_requests, "tokens": length, "rounds": rounds}, measured)
+
+
+def measure_gpu(results: Results, quick: bool = False, tiny: bool = False) -> None:
+    """The part `batching` of `benchmarks.gpu`: each way once to warm up and to record, and once more."""
+    results.part("batching", "generate_batch, 1B shape: seconds until all have a token, then tokens/s")
+    model = build_model("tiny" if tiny else "1B", results.device)
+    new_tokens = 4 if tiny else 65
+    for num_requests, length in ((3, 40),) if tiny else GPU_ROWS[:2] if quick else GPU_ROWS:
+        for way in GPU_WAYS[: 4 if quick else None]:
+
+            def measured(way: Way = way, count: int = num_requests, length: int = length) -> dict[str, Any]:
+                package = _PACKAGES.get(way.attention)
+                if package is not None and importlib.util.find_spec(package) is None:
+                    raise NotInstalled(f"{package} is not installed")
+                if not hooks.is_known():
+                    raise NotInstalled("the installed transformers has no continuous batching of the known form")
+                model.set_attn_implementation(way.attention)
+                prompts = torch.randint(3, model.config.vocab_size, (count, length)).tolist()
+                options = {"use_cuda_graph": way.use_cuda_graph, "auto_switch_to_flash": False}
+                for _ in range(2):
+                    seconds, speed = speeds_of(model, prompts, new_tokens, 64, **options)
+                return {"prompts_s": seconds, "tok_s": speed}
+
+            results.row({"requests": num_requests, "tokens": length, "way": way.name}, measured)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ import torch
 
 from hf_kvquant.evaluation.memory import free
 
-from . import bandwidth, calls, capacity, decode, generation, gpu_tests, prefill, small, tiles, write
+from . import bandwidth, batching, calls, capacity, decode, generation, gpu_tests, prefill, small, tiles, write
 from .results import Results
 
 # Parts of a call, in the order of their worth. A name with `:quick` takes fewer rows.
@@ -33,7 +33,7 @@ GROUPS = {
     "first": "tests",
     "second": "bandwidth,tiles:quick,decode:quick,generate-1B:quick,generate:quick,calls:quick,prefill:quick,"
     "write:quick",
-    "third": "tiles,decode,small,capacity,prefill,write",
+    "third": "tiles,decode,small,capacity,prefill,write,batching:quick",
 }
 
 
@@ -51,6 +51,7 @@ def main() -> None:
         "generate-1B": lambda results, **how: generation.measure(results, "1B", **how),
         "calls": calls.measure,
         "capacity": capacity.measure,
+        "batching": batching.measure_gpu,
     }
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", type=Path, help="file for the results")

@@ -16,9 +16,12 @@ import torch
 from helpers import tiny_llama
 
 from hf_kvquant import QuantizedPagedCache
+from hf_kvquant.batching import hooks
 
 ROOT = Path(__file__).parent.parent
 PARTS = ["bandwidth", "decode", "small", "write", "prefill", "generate", "calls", "capacity"]
+if hooks.is_known():
+    PARTS.append("batching")
 # Packages and devices that are not here.
 EXPECTED_ERRORS = ("not installed", "not available", "on GPUs only")
 
