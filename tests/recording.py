@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.generation.continuous_batching import initialization, model_runner
 
 
 class Recording(TorchDispatchMode):
@@ -59,6 +58,8 @@ def _capture(graph: Recording, **_: Any) -> Iterator[None]:
 
 def record_instead(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     """Have transformers record on a CPU; returns what is recorded, as it comes."""
+    from transformers.generation.continuous_batching import initialization, model_runner
+
     made: list[Recording] = []
 
     def create() -> Recording:

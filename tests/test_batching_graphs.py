@@ -29,7 +29,6 @@ from batches import (
 from recording import Recording, record_instead
 
 from hf_kvquant import LayerScales
-from hf_kvquant.batching import cache as batch_cache
 
 pytestmark = known
 
@@ -92,7 +91,7 @@ def test_requests_that_end_leave_rows_to_padding(recordings: list[Recording]) ->
 
 def test_requests_that_outgrow_a_table(monkeypatch: pytest.MonkeyPatch, recordings: list[Recording]) -> None:
     """Other tables have other graphs, of which a short request finds the small one again."""
-    monkeypatch.setattr(batch_cache, "_FEWEST_RECORDED", 16)
+    monkeypatch.setattr("hf_kvquant.batching.cache._FEWEST_RECORDED", 16)
     model = build("llama")
     prompts = [PROMPTS[1], PROMPTS[1][:3]]
     expected = all_alone(model, INT8, prompts, max_new_tokens=40)
