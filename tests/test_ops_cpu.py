@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -703,7 +704,28 @@ def test_how_the_kernels_would_come_about_is_said(
     assert cpu.outlook() == f"{expected}built before"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    assert cpu.outlook() == "torch operators (no compiler: several times slower; install g++)"
+    assert cpu.outlook().startswith("torch operators (no compiler: several times slower): install g++ or clang++")
+
+
+def on(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What builds and chooses kernels takes this for `platform`, and has done nothing yet."""
+    monkeypatch.setattr(builds, "sys", SimpleNamespace(platform=platform))
+    monkeypatch.setattr(cpu, "_libraries", {})
+    monkeypatch.setattr(cpu, "_path", None)
+
+
+def test_there_are_no_kernels_for_windows(
+    compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log = compiler("echo called > $log; exit 1")
+    on("win32", monkeypatch)
+    assert cpu.outlook() == "torch operators (several times slower: there are no kernels for Windows)"
+    with pytest.warns(RuntimeWarning, match="could not be built: there are no kernels for Windows$"):
+        assert cpu.use() == "torch"
+    with pytest.raises(builds.BuildError, match="there are no kernels for Windows"):
+        cpu.use(PATHS[0])
+    assert not log.exists()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_no_compiler_is_said(compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def use(path: str | None = None) -> str:
     if problem is not None and candidate == _TORCH and not said:
         warnings.warn(
             "hf_kvquant: attention on the CPU runs on torch operators, several times slower than its kernels, which "
-            f"could not be built: {problem}; install g++ or clang++, or a wheel that has them built (`make wheel`)",
+            f"could not be built: {'; '.join(filter(None, (str(problem), build.remedy())))}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -37,6 +37,8 @@ _INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "default": (),
 }
 _TIMEOUT = 120.0  # seconds
+# Its compilers lack what the sources need: one has no vector types, the other does not align them (GCC's PR 54412).
+_NOT_FOR_WINDOWS = "there are no kernels for Windows"
 
 
 class BuildError(RuntimeError):
@@ -61,6 +63,8 @@ def _has_vnni() -> bool:
 
 def load(instructions: str) -> ctypes.CDLL:
     """The kernels for `instructions`: those that came with the package, else a build, cached. Raises BuildError."""
+    if sys.platform == "win32":
+        raise BuildError(_NOT_FOR_WINDOWS)
     _share_openmp()
     for flags in _flag_sets(instructions):
         with suppress(OSError):
@@ -103,6 +107,8 @@ def _share_openmp() -> None:
 
 def outlook() -> str:
     """What `load` would give on this machine, in words; nothing is built."""
+    if sys.platform == "win32":
+        return f"torch operators (several times slower: {_NOT_FOR_WINDOWS})"
     compiler, cached = _compiler(), _cache_directory()
     if cached is not None and not _is_private(cached):
         cached = None
@@ -114,7 +120,14 @@ def outlook() -> str:
             return f"C++ for {instructions}, built before"
         if compiler is not None and shutil.which(compiler.split()[0]):
             return f"C++ for {instructions}, built on first use (compiler found: {compiler})"
-    return "torch operators (no compiler: several times slower; install g++)"
+    return f"torch operators (no compiler: several times slower): {remedy()}"
+
+
+def remedy() -> str:
+    """What to do for kernels where they could not be built; nothing where that is in vain."""
+    if sys.platform == "win32":
+        return ""
+    return "install g++ or clang++, or a wheel that has them built (`make wheel`)"
 
 
 def _load_from(directory: Path, instructions: str) -> ctypes.CDLL:
