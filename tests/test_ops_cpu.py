@@ -714,6 +714,43 @@ def on(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_path", None)
 
 
+@pytest.mark.parametrize("chosen", ["", "clang++ -v"])
+def test_a_mac_without_its_tools_has_no_compiler(
+    chosen: str, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only programs that ask to install one, which nobody wants to be asked while a model generates."""
+    compiler("")
+    monkeypatch.setenv("CXX", chosen)
+    on("darwin", monkeypatch)
+    calls: list[list[str]] = []
+    status = 2
+
+    def call(command: list[str], **options: Any) -> SimpleNamespace:
+        calls.append(command)
+        return SimpleNamespace(returncode=status, stderr="")
+
+    monkeypatch.setattr(builds.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(builds.subprocess, "run", call)
+    builds._has_command_line_tools.cache_clear()
+    try:
+        remedy = "install the Command Line Tools (`xcode-select --install`)"
+        assert cpu.outlook() == f"torch operators (no compiler: several times slower): {remedy}"
+        with pytest.warns(
+            RuntimeWarning, match=r"no C\+\+ compiler was found .*; install the Command Line Tools \(`xco"
+        ):
+            assert cpu.use() == "torch"
+        assert calls == [["xcode-select", "-p"]]
+        status = 0
+        builds._has_command_line_tools.cache_clear()
+        assert "compiler found" in cpu.outlook()
+        monkeypatch.setattr(builds.shutil, "which", lambda name: f"/opt/homebrew/bin/{name}")
+        status = 2
+        builds._has_command_line_tools.cache_clear()
+        assert "compiler found" in cpu.outlook()
+    finally:
+        builds._has_command_line_tools.cache_clear()
+
+
 def test_there_are_no_kernels_for_windows(
     compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ A wheel may bring them along (`make wheel`), for machines without a compiler.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -127,6 +128,8 @@ def remedy() -> str:
     """What to do for kernels where they could not be built; nothing where that is in vain."""
     if sys.platform == "win32":
         return ""
+    if sys.platform == "darwin":
+        return "install the Command Line Tools (`xcode-select --install`)"
     return "install g++ or clang++, or a wheel that has them built (`make wheel`)"
 
 
@@ -195,7 +198,25 @@ def _file_name(flags: tuple[str, ...]) -> str:
 
 
 def _compiler() -> str | None:
-    return os.environ.get("CXX", "").strip() or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    chosen = os.environ.get("CXX", "").strip()
+    found = [chosen] if chosen else filter(shutil.which, ("c++", "g++", "clang++"))
+    return next((command for command in found if not _asks_for_tools(command)), None)
+
+
+def _asks_for_tools(command: str) -> bool:
+    """Whether it only stands for a compiler, as on a Mac without the Command Line Tools: it asks to install them."""
+    if sys.platform != "darwin":
+        return False
+    program = shutil.which(command.split()[0])
+    return program is not None and program.startswith("/usr/bin/") and not _has_command_line_tools()
+
+
+@functools.cache
+def _has_command_line_tools() -> bool:
+    try:
+        return subprocess.run(["xcode-select", "-p"], capture_output=True, timeout=_TIMEOUT).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def _compile(target: Path, flags: tuple[str, ...], source: Path = _SOURCE) -> str:
