@@ -751,6 +751,20 @@ def test_a_mac_without_its_tools_has_no_compiler(
         builds._has_command_line_tools.cache_clear()
 
 
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_wheels_with_kernels_are_made_on_linux(
+    platform: str, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A Mac built some before, under names that nobody looked for, and wheels elsewhere are not promised."""
+    log = compiler("echo called > $log; exit 1")
+    on(platform, monkeypatch)
+    with pytest.raises(builds.BuildError, match=f"wheels with kernels are made on Linux, and this is {platform}"):
+        builds.prebuild(tmp_path / "prebuilt")
+    assert not log.exists()
+    assert not (tmp_path / "prebuilt").exists()
+    assert "wheel" not in builds.remedy()
+
+
 def test_there_are_no_kernels_for_windows(
     compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

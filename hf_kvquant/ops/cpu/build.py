@@ -1,6 +1,6 @@
 """Building the C++ kernels: on first use, once per user and instruction set, in a second or three.
 
-A wheel may bring them along (`make wheel`), for machines without a compiler.
+A wheel may bring them along (`make wheel`, on Linux), for machines without a compiler.
 """
 
 from __future__ import annotations
@@ -174,6 +174,10 @@ def prebuild(directory: Path = _PREBUILT) -> list[Path]:
     They ask for no OpenMP library by name: the one that torch has loaded serves them, and there may be no other.
     Raises BuildError.
     """
+    if not sys.platform.startswith("linux"):  # elsewhere a library cannot leave open where OpenMP is to come from
+        raise BuildError(
+            f"wheels with kernels are made on Linux, and this is {sys.platform}; `pip install .` makes do without"
+        )
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
