@@ -639,10 +639,10 @@ def test_nothing_is_written_to_a_page_outside_the_pool(
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """Puts a shell script in the compiler's place, and an empty cache; returns a log that the script may write to."""
+    real = os.environ.get("CXX", "c++")
 
     def put(script: str) -> Path:
         program, log = tmp_path / "compiler", tmp_path / "log"
-        real = os.environ.get("CXX", "c++")
         program.write_text(f"#!/bin/sh\nreal={real}\nlog={log}\n{script}\n")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -886,16 +886,50 @@ def test_the_cache_is_not_in_the_working_directory(
 def test_built_without_openmp_and_without_a_cache(
     compiler: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler('for a; do if [ "$a" = -fopenmp ]; then exit 1; fi; done; exec $real "$@"')
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no directory can be made below it
     problem = build(Case(), poisoned=False)
     cpu.use("default")
     expected = problem.run()
+    compiler('for a; do if [ "$a" = -fopenmp ]; then exit 1; fi; done; exec $real "$@"')
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no directory can be made below it
     monkeypatch.setattr(cpu, "_libraries", {})
+    monkeypatch.setattr(cpu, "_path", None)
     torch.set_num_threads(2)
-    cpu.use("default")
+    with pytest.warns(RuntimeWarning, match="runs on one thread, because the compiler has found no OpenMP"):
+        cpu.use("default")
     assert torch.equal(problem.run(), expected)
+
+
+@needs_compiler
+def test_openmp_is_used_once_it_is_there(compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was built without is not for good; one warning says so, and the outlook, and no other build is tried."""
+    without = 'for a; do if [ "$a" = -fopenmp ]; then echo refused >> $log; exit 1; fi; done; '
+    # Whether the machine's own compiler has it does not matter.
+    real = 'echo built >> $log; for a; do shift; [ "$a" = -fopenmp ] || set -- "$@" "$a"; done; exec $real "$@"'
+    monkeypatch.setattr(builds, "instruction_sets", lambda: ["default"])
+
+    def start(script: str) -> tuple[list[str], list[str]]:
+        """What a new process warns of, and what it asks of the compiler."""
+        log = compiler(script)
+        log.unlink(missing_ok=True)
+        on(sys.platform, monkeypatch)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cpu.use()
+            cpu.use()
+        return [str(each.message) for each in caught], log.read_text().split() if log.exists() else []
+
+    for asked in (["refused", "built"], ["refused"]):
+        said, calls = start(without + real)
+        assert calls == asked
+        assert len(said) == 1
+        assert "attention on the CPU runs on one thread, because the compiler has found no OpenMP" in said[0]
+        assert cpu.outlook().startswith(
+            "C++ for default, built before for one thread, because the compiler has found no"
+        )
+    assert start(real) == ([], ["built", "built"])  # an empty library first, which is quick
+    assert cpu.outlook() == "C++ for default, built before"
+    assert start(without + real) == ([], [])
 
 
 @needs_compiler

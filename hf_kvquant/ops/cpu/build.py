@@ -40,6 +40,7 @@ _INSTRUCTIONS: dict[str, tuple[str, ...]] = {
 _TIMEOUT = 120.0  # seconds
 # Its compilers lack what the sources need: one has no vector types, the other does not align them (GCC's PR 54412).
 _NOT_FOR_WINDOWS = "there are no kernels for Windows"
+NO_OPENMP = "the compiler has found no OpenMP (install libomp for clang++, libgomp for g++; it is looked for again)"
 
 
 class BuildError(RuntimeError):
@@ -114,11 +115,13 @@ def outlook() -> str:
     if cached is not None and not _is_private(cached):
         cached = None
     for instructions in instruction_sets():
-        names = [_file_name(flags) for flags in _flag_sets(instructions)]
-        if any((_PREBUILT / name).exists() for name in names):
+        threaded, single = (_file_name(flags) for flags in _flag_sets(instructions))
+        if (_PREBUILT / threaded).exists():
             return f"C++ for {instructions}, prebuilt"
-        if cached is not None and any((cached / name).exists() for name in names):
+        if cached is not None and (cached / threaded).exists():
             return f"C++ for {instructions}, built before"
+        if cached is not None and (cached / single).exists():
+            return f"C++ for {instructions}, built before for one thread, because {NO_OPENMP}"
         if compiler is not None and shutil.which(compiler.split()[0]):
             return f"C++ for {instructions}, built on first use (compiler found: {compiler})"
     return f"torch operators (no compiler: several times slower): {remedy()}"
@@ -133,14 +136,22 @@ def remedy() -> str:
     return "install g++ or clang++, or a wheel that has them built (`make wheel`)"
 
 
+def is_threaded(library: ctypes.CDLL, instructions: str) -> bool:
+    """Whether what `load` has returned was built with OpenMP."""
+    return Path(library._name).name == _file_name(_flag_sets(instructions)[0])
+
+
 def _load_from(directory: Path, instructions: str) -> ctypes.CDLL:
     """Raises OSError if the directory cannot be used and BuildError if the compiler cannot."""
     builds = [(directory / _file_name(flags), flags) for flags in _flag_sets(instructions)]
-    for path, _ in builds:
+    (threaded, flags), (single, _) = builds
+    # What was built for one thread serves until the compiler finds OpenMP.
+    good = builds[:1] if not threaded.exists() and single.exists() and _links(flags) else builds
+    for path, _ in good:
         with suppress(OSError):  # it is not there, or damaged
             return ctypes.CDLL(str(path))
     with _lock(directory / "build.lock"):
-        for path, _ in builds:
+        for path, _ in good:
             with suppress(OSError):  # another process was faster
                 return ctypes.CDLL(str(path))
         failure: Exception = BuildError("nothing to build")
@@ -243,6 +254,17 @@ def _compile(target: Path, flags: tuple[str, ...], source: Path = _SOURCE) -> st
         return f"{compiler}: {problem}"
     finally:
         Path(unfinished).unlink(missing_ok=True)
+
+
+def _links(flags: tuple[str, ...]) -> bool:
+    """Whether the compiler makes a library with these flags, tried on an empty one."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="hf_kvquant-") as directory:
+            source = Path(directory, "empty.cpp")
+            source.touch()
+            return not _compile(source.with_suffix(".so"), flags, source)
+    except OSError:
+        return False
 
 
 def _cache_directory() -> Path | None:
