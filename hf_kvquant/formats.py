@@ -50,7 +50,7 @@ def _encode_fp8(dtype: torch.dtype, qmax: float) -> Callable[[torch.Tensor], tor
     def encode(x: torch.Tensor) -> torch.Tensor:
         # Clamp first: what an overflowing cast gives differs between torch versions and devices.
         clamped = x.clamp(-qmax, qmax)
-        bits = clamped.to(dtype).view(torch.uint8) if has_dtype(x.device.type, dtype) else _round_to_fp8(clamped, dtype)
+        bits = clamped.to(dtype).view(torch.uint8) if has_dtype(x.device, dtype) else _round_to_fp8(clamped, dtype)
         return torch.where(x.isnan(), 0x7F, bits)
 
     return encode
@@ -80,7 +80,7 @@ def _decode_fp8(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
         return values.to(device)
 
     def decode(stored: torch.Tensor) -> torch.Tensor:
-        if has_dtype(stored.device.type, dtype):
+        if has_dtype(stored.device, dtype):
             return stored.view(dtype).to(torch.float32)
         return table(stored.device).index_select(0, stored.reshape(-1).to(torch.int32)).view(stored.shape)
 

@@ -41,8 +41,8 @@ class Elsewhere(torch.Tensor):
 
 
 def test_float64_is_on_the_cpu_where_a_device_has_none() -> None:
-    assert has_dtype("cpu", torch.float64)
-    assert not has_dtype("mps", torch.float64)
+    assert has_dtype(torch.device("cpu"), torch.float64)
+    assert not has_dtype(torch.device("mps"), torch.float64)
     for x in (torch.randn(3, 5), torch.randn(7, dtype=torch.bfloat16), torch.arange(3)):
         assert torch.equal(to_float64(Elsewhere(x)), x.double())
         assert torch.equal(to_float64(x), x.double())

@@ -11,7 +11,7 @@ import torch
 from helpers import LARGEST_CODE, NAN_BYTE, QMAX, QUANTIZED, code_value, nearest_code, positive_values
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_kvquant.dtypes import has_dtype
+from hf_kvquant import dtypes
 from hf_kvquant.formats import ALIASES, FORMATS, get_format
 
 FP8 = ("fp8_e4m3", "fp8_e5m2")
@@ -29,15 +29,14 @@ class _NoFloat8(TorchDispatchMode):
 
 
 @pytest.fixture(params=[False, True], ids=["", "no float8"])
-def device(request: pytest.FixtureRequest) -> Iterator[None]:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One that has torch's 8-bit floats, and one that has not."""
     if not request.param:
         yield
         return
-    has_dtype.cache_clear()
+    monkeypatch.setattr(dtypes, "_known", {})
     with _NoFloat8():
         yield
-    has_dtype.cache_clear()
 
 
 def _all_16_bit_numbers(dtype: torch.dtype) -> torch.Tensor:
