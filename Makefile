@@ -43,7 +43,7 @@ gpu: ## on a machine with a GPU and torch: test there and measure (RESULT=file, 
 readme: $(STAMP) ## write the README's tables and the pages and pictures of results from benchmarks/results
 	@$(BIN)/python benchmarks/readme.py
 
-wheel: $(STAMP) ## a wheel for this kind of machine, with the CPU kernels built (dist/)
+wheel: $(STAMP) ## a wheel for this kind of machine, with the CPU kernels built (dist/; on Linux)
 	@rm -rf build
 	@$(BIN)/python -c "from hf_kvquant.ops.cpu import build; build.prebuild()"
 	@$(BIN)/pip wheel -q --no-deps --wheel-dir dist . --config-settings=--build-option=--plat-name=$$($(BIN)/python -c \

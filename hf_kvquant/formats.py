@@ -3,17 +3,22 @@
 `encode` takes numbers in code units (already divided by their scale) and returns what is stored; `decode` is its
 inverse. Both are plain torch and define the bytes: every kernel must produce exactly these.
 
-* fp8 pages hold the bits of float8_e4m3fn or float8_e5m2 (OCP 8-bit floating point specification).
+* fp8 pages hold the bits of float8_e4m3fn or float8_e5m2 (OCP 8-bit floating point specification). A device whose torch
+  has no such numbers gets the same bytes by integers.
 * int8 pages hold `q + 128` (offset binary), q in [-127, 127]. Byte 0 is never written for a number: it marks slots that
   were never written. int8 cannot keep a NaN under a static scale; it becomes byte 0 and is counted as clipped.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from .dtypes import has_dtype
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,42 @@ class StorageFormat:
 def _encode_fp8(dtype: torch.dtype, qmax: float) -> Callable[[torch.Tensor], torch.Tensor]:
     def encode(x: torch.Tensor) -> torch.Tensor:
         # Clamp first: what an overflowing cast gives differs between torch versions and devices.
-        bits = x.clamp(-qmax, qmax).to(dtype).view(torch.uint8)
+        clamped = x.clamp(-qmax, qmax)
+        bits = clamped.to(dtype).view(torch.uint8) if has_dtype(x.device, dtype) else _round_to_fp8(clamped, dtype)
         return torch.where(x.isnan(), 0x7F, bits)
 
     return encode
 
 
+def _round_to_fp8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What torch's conversion of fp32 gives, in operations that every device has. Numbers must fit."""
+    info = torch.finfo(dtype)
+    dropped = 23 + round(math.log2(info.eps))  # bits of the mantissa that fp8 has no room for
+    bits = x.abs().view(torch.int32)
+    # To nearest, ties to even; the exponents of the two count from different numbers.
+    shift = (127 - 1 + round(math.log2(info.smallest_normal))) << 23
+    rounded = (bits - shift + (1 << dropped - 1) - 1 + (bits >> dropped & 1)) >> dropped
+    # Below the normal numbers a sum rounds: with one whose last bit is worth the smallest number of fp8.
+    smallest = info.smallest_normal * info.eps
+    magic = smallest * 2.0**23
+    small = ((x.abs() + magic) - magic) * (1.0 / smallest)
+    codes = torch.where(x.abs() < info.smallest_normal, small.to(torch.int32), rounded)
+    return (codes | x.view(torch.int32) >> 24 & 0x80).to(torch.uint8)
+
+
 def _decode_fp8(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda stored: stored.view(dtype).to(torch.float32)
+    values = torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).to(torch.float32)
+
+    @functools.cache
+    def table(device: torch.device) -> torch.Tensor:
+        return values.to(device)
+
+    def decode(stored: torch.Tensor) -> torch.Tensor:
+        if has_dtype(stored.device, dtype):
+            return stored.view(dtype).to(torch.float32)
+        return table(stored.device).index_select(0, stored.reshape(-1).to(torch.int32)).view(stored.shape)
+
+    return decode
 
 
 def _encode_int8(x: torch.Tensor) -> torch.Tensor:

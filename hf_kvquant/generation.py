@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 import transformers
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -34,7 +35,7 @@ from .policy import asks_for_files
 
 CACHE_IMPLEMENTATION = "kvquant"
 _COMPILED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-COMPILED_DEVICES = ("cuda", "xpu")  # on which `generate` compiles without being asked
+COMPILED_DEVICES = ("cuda", "xpu")  # on which `generate` compiles without being asked, by Triton
 _NAMES = "ALL_CACHE_IMPLEMENTATIONS"
 _METHOD = "_prepare_cache_for_generation"
 _CONTINUOUS = "init_continuous_batching"
@@ -404,7 +405,17 @@ def _will_compile(model: Any, call: _Call) -> bool:
     if compile_config is None and (config.return_dict_in_generate or options.num_pages):
         return False
     # Not every model works over such a cache, and transformers says of some that they do.
-    return _is_fused(model) and model._can_compile_fullgraph and model.device.type in COMPILED_DEVICES
+    return _is_fused(model) and model._can_compile_fullgraph and compiles_unasked(model.device)
+
+
+def compiles_unasked(device: torch.device) -> bool:
+    """Whether `generate` compiles its steps there over a cache that can be compiled."""
+    if device.type not in COMPILED_DEVICES:
+        return False
+    # Asked late: it looks at the devices. Without Triton (Windows has none) the compiler raises an error.
+    from torch.utils._triton import has_triton
+
+    return has_triton()
 
 
 def _may_reserve_more(model: Any, options: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .dtypes import has_dtype, to_float64
 from .hosts import kept_weight
 
 # Configuration entries that say nothing about keys and values.
@@ -156,5 +157,7 @@ def _short(content: bytes) -> str:
 
 def _sample(numbers: torch.Tensor) -> torch.Tensor:
     flat = numbers.reshape(-1)
-    places = torch.linspace(0, len(flat) - 1, min(_SAMPLES, len(flat)), dtype=torch.float64, device=flat.device)
-    return flat[places.long()].to(torch.float64)
+    # On the device if that has float64: its places need not be those of a CPU, and saved files hold digests of them.
+    where = flat.device if has_dtype(flat.device, torch.float64) else "cpu"
+    places = torch.linspace(0, len(flat) - 1, min(_SAMPLES, len(flat)), dtype=torch.float64, device=where)
+    return to_float64(flat[places.long()])

@@ -258,6 +258,10 @@ class SavedCache:
     def _names(self) -> list[str]:
         return list(self.file.keys())
 
+    def _own(self, name: str) -> torch.Tensor:
+        """A tensor of the file that is to be kept: a view of the mapped file would keep it open, in use on Windows."""
+        return self.file.get_tensor(name).clone()
+
     @property
     def options(self) -> dict[str, Any]:
         """Options to make the cache with; scales, and how queries are rounded, come from the file."""
@@ -360,7 +364,7 @@ class SavedCache:
         oldest = oldest_needed(length, layer.window) // page_size
         if not 0 <= first_page <= oldest:
             raise ValueError(f"{where}.first_page is {first_page}; with {length} tokens it must be from 0 to {oldest}")
-        rows = self.file.get_tensor(where)
+        rows = self._own(where)
         held = -(-length // page_size) - first_page
         if rows.dtype != torch.int64 or rows.ndim != 2 or not len(rows) or rows.shape[1] != held:
             raise ValueError(
@@ -384,7 +388,7 @@ class SavedCache:
 
     def _plan(self, where: str, entry: dict[str, Any]) -> SidePlan:
         names, plan = self._names, entry["plan"]
-        scales = {name: self.file.get_tensor(f"{where}.{name}") for name in _SCALES if f"{where}.{name}" in names}
+        scales: dict[str, Any] = {name: self._own(f"{where}.{name}") for name in _SCALES if f"{where}.{name}" in names}
         check_plan(plan, f"{where}.plan")
         is_measured = plan["kind"] == "first_batch" or plan["equalize"]
         if entry["needs_tokens"] and not is_measured:
@@ -465,7 +469,7 @@ class SavedCache:
             if path not in tensors and type(value) not in (bool, int, float, str):
                 raise ValueError(f"{where}.{path} is {value!r}, neither a number nor a text")
             if path in tensors:
-                value = self.file.get_tensor(value).to(device)
+                value = self._own(value).to(device)
                 if not isinstance(layer, PagedLayer) and getattr(layer, "device", None) is None:
                     layer.dtype, layer.device = value.dtype, device
                 if layer.is_compileable:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +82,18 @@ def load_plain(directory: Path) -> PreTrainedModel:
 def test_python_m() -> None:
     done = subprocess.run([sys.executable, "-m", "hf_kvquant", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"hf-kvquant {hf_kvquant.__version__}\n"
+
+
+def test_letters_that_standard_output_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a pipe on Windows, which takes those of one code page; others raised an error, and nothing was printed."""
+    model = shutil.copytree(TINY, tmp_path / "модель")
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", pipe)
+    assert main(["doctor", str(model), "--device", "cpu"]) == 0
+    pipe.flush()
+    output = pipe.buffer.getvalue().decode("cp1252")  # type: ignore[attr-defined]
+    assert "модель".encode("unicode_escape").decode() in output
+    assert "kernels: " in output
 
 
 WRONG = ("", "dance", "plan", "plan x --memory much", "doctor x --device abacus", "calibrate x --data y",

@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from helpers import LARGEST_CODE, NAN_BYTE, QMAX, QUANTIZED, code_value, nearest_code, positive_values
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_kvquant import dtypes
 from hf_kvquant.formats import ALIASES, FORMATS, get_format
 
 FP8 = ("fp8_e4m3", "fp8_e5m2")
 ALL_BYTES = torch.arange(256, dtype=torch.int32).to(torch.uint8)
 
 
+class _NoFloat8(TorchDispatchMode):
+    """Within it torch has no 8-bit floats, as on MPS."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(result, "dtype", None) in (torch.float8_e4m3fn, torch.float8_e5m2):
+            raise TypeError("Trying to convert Float8 to the MPS backend but it does not have support for that dtype.")
+        return result
+
+
+@pytest.fixture(params=[False, True], ids=["", "no float8"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One that has torch's 8-bit floats, and one that has not."""
+    if not request.param:
+        yield
+        return
+    monkeypatch.setattr(dtypes, "_known", {})
+    with _NoFloat8():
+        yield
+
+
 def _all_16_bit_numbers(dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(torch.float32)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_decode_is_the_layout_of_the_bits(name: str) -> None:
     expected = torch.tensor([code_value(name, code) for code in range(256)], dtype=torch.float32)
@@ -27,6 +53,7 @@ def test_decode_is_the_layout_of_the_bits(name: str) -> None:
     assert torch.equal(decoded.signbit()[~expected.isnan()], expected.signbit()[~expected.isnan()])  # -0.0
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_every_code_survives_decode_and_encode(name: str) -> None:
     row = get_format(name)
@@ -45,6 +72,7 @@ def test_every_code_survives_decode_and_encode(name: str) -> None:
         assert int(again[code]) == expected, f"byte {code:#04x}"
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_rounds_to_nearest_even(name: str, dtype: torch.dtype) -> None:
@@ -73,6 +101,7 @@ def test_rounds_to_nearest_even(name: str, dtype: torch.dtype) -> None:
     assert wrong.numel() == 0, f"{numbers[wrong[:5]].tolist()} -> {encoded[wrong[:5]].tolist()}"
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_rounds_fp32_once(name: str) -> None:
     """Numbers just beside a tie, which rounding by way of a 16-bit type would put on the wrong side."""
@@ -101,6 +130,7 @@ def test_clip_limit_is_where_saturation_costs_more_than_rounding(name: str) -> N
     assert row.clip_limit == largest[1] + (largest[1] - largest[0]) / 2
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_nan_is_kept(name: str) -> None:
     row = get_format(name)
@@ -111,6 +141,7 @@ def test_nan_is_kept(name: str) -> None:
         assert row.decode(stored).isnan().all()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", FP8)
 def test_negative_zero_is_kept(name: str) -> None:
     row = get_format(name)

@@ -14,7 +14,7 @@ import torch
 from helpers import FP8_LAYOUT, NAN_BYTE, QMAX, QUANTIZED, code_value, nearest_code
 
 from hf_kvquant.formats import get_format
-from hf_kvquant.ops import PagedTensor, check_page_table, paged_attention, read_pages, reference, write_kv
+from hf_kvquant.ops import PagedTensor, check_page_table, others, paged_attention, read_pages, reference, write_kv
 
 CLIP_LIMIT = {"fp8_e4m3": 464.0, "fp8_e5m2": 61440.0, "int8": 127.5}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -782,6 +782,33 @@ def test_opcheck_write_kv(kind: str) -> None:
     clipped = torch.zeros(2, dtype=torch.int64)
     arguments = (x, x, p.page_table, p.seq_lens, *_flat(p.k), *_flat(p.v), clipped)
     torch.library.opcheck(torch.ops.hf_kvquant.write_kv, arguments)
+
+
+def test_a_device_without_kernels_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The CPU stands for one; its own kernels have keys of their own, but for reading."""
+    p = build(CASES["int8_equalized"], poisoned=False)
+    o = p.options
+    arguments = (
+        p.query, p.page_table, p.seq_lens, *_flat(p.k), *_flat(p.v),
+        None, 0, None, o["softmax_scale"], None, None, True,
+    )  # fmt: skip
+    read = (p.page_table, *_flat(p.k), torch.float32)
+    others._warn.cache_clear()
+    with caplog.at_level("WARNING", logger="hf_kvquant"):
+        torch.ops.hf_kvquant.read_pages(*read)
+        assert not caplog.records  # a CPU is told by its own
+        monkeypatch.setattr(others, "_TOLD_ELSEWHERE", frozenset({"meta"}))
+        for _ in range(2):
+            assert torch.equal(torch.ops.hf_kvquant.read_pages(*read), reference.read_pages(*read))
+            assert torch.equal(others.paged_attention(*arguments), reference.paged_attention(*arguments))
+            x = torch.randn(2, 2, 3, 64)
+            others.write_kv(x, x, p.page_table, p.seq_lens, *_flat(p.k), *_flat(p.v), None)
+    others._warn.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "The KV cache uses plain torch on cpu, which is slow: there are no kernels for such devices."
+    ]
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

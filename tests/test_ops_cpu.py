@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -638,10 +639,10 @@ def test_nothing_is_written_to_a_page_outside_the_pool(
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """Puts a shell script in the compiler's place, and an empty cache; returns a log that the script may write to."""
+    real = os.environ.get("CXX", "c++")
 
     def put(script: str) -> Path:
         program, log = tmp_path / "compiler", tmp_path / "log"
-        real = os.environ.get("CXX", "c++")
         program.write_text(f"#!/bin/sh\nreal={real}\nlog={log}\n{script}\n")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -703,7 +704,79 @@ def test_how_the_kernels_would_come_about_is_said(
     assert cpu.outlook() == f"{expected}built before"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    assert cpu.outlook() == "torch operators (no compiler: several times slower; install g++)"
+    assert cpu.outlook().startswith("torch operators (no compiler: several times slower): install g++ or clang++")
+
+
+def on(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What builds and chooses kernels takes this for `platform`, and has done nothing yet."""
+    monkeypatch.setattr(builds, "sys", SimpleNamespace(platform=platform))
+    monkeypatch.setattr(cpu, "_libraries", {})
+    monkeypatch.setattr(cpu, "_path", None)
+
+
+@pytest.mark.parametrize("chosen", ["", "clang++ -v"])
+def test_a_mac_without_its_tools_has_no_compiler(
+    chosen: str, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only programs that ask to install one, which nobody wants to be asked while a model generates."""
+    compiler("")
+    monkeypatch.setenv("CXX", chosen)
+    on("darwin", monkeypatch)
+    calls: list[list[str]] = []
+    status = 2
+
+    def call(command: list[str], **options: Any) -> SimpleNamespace:
+        calls.append(command)
+        return SimpleNamespace(returncode=status, stderr="")
+
+    monkeypatch.setattr(builds.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(builds.subprocess, "run", call)
+    builds._has_command_line_tools.cache_clear()
+    try:
+        remedy = "install the Command Line Tools (`xcode-select --install`)"
+        assert cpu.outlook() == f"torch operators (no compiler: several times slower): {remedy}"
+        with pytest.warns(
+            RuntimeWarning, match=r"no C\+\+ compiler was found .*; install the Command Line Tools \(`xco"
+        ):
+            assert cpu.use() == "torch"
+        assert calls == [["xcode-select", "-p"]]
+        status = 0
+        builds._has_command_line_tools.cache_clear()
+        assert "compiler found" in cpu.outlook()
+        monkeypatch.setattr(builds.shutil, "which", lambda name: f"/opt/homebrew/bin/{name}")
+        status = 2
+        builds._has_command_line_tools.cache_clear()
+        assert "compiler found" in cpu.outlook()
+    finally:
+        builds._has_command_line_tools.cache_clear()
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_wheels_with_kernels_are_made_on_linux(
+    platform: str, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A Mac built some before, under names that nobody looked for, and wheels elsewhere are not promised."""
+    log = compiler("echo called > $log; exit 1")
+    on(platform, monkeypatch)
+    with pytest.raises(builds.BuildError, match=f"wheels with kernels are made on Linux, and this is {platform}"):
+        builds.prebuild(tmp_path / "prebuilt")
+    assert not log.exists()
+    assert not (tmp_path / "prebuilt").exists()
+    assert "wheel" not in builds.remedy()
+
+
+def test_there_are_no_kernels_for_windows(
+    compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log = compiler("echo called > $log; exit 1")
+    on("win32", monkeypatch)
+    assert cpu.outlook() == "torch operators (several times slower: there are no kernels for Windows)"
+    with pytest.warns(RuntimeWarning, match="could not be built: there are no kernels for Windows$"):
+        assert cpu.use() == "torch"
+    with pytest.raises(builds.BuildError, match="there are no kernels for Windows"):
+        cpu.use(PATHS[0])
+    assert not log.exists()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_no_compiler_is_said(compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -813,16 +886,50 @@ def test_the_cache_is_not_in_the_working_directory(
 def test_built_without_openmp_and_without_a_cache(
     compiler: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler('for a; do if [ "$a" = -fopenmp ]; then exit 1; fi; done; exec $real "$@"')
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no directory can be made below it
     problem = build(Case(), poisoned=False)
     cpu.use("default")
     expected = problem.run()
+    compiler('for a; do if [ "$a" = -fopenmp ]; then exit 1; fi; done; exec $real "$@"')
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no directory can be made below it
     monkeypatch.setattr(cpu, "_libraries", {})
+    monkeypatch.setattr(cpu, "_path", None)
     torch.set_num_threads(2)
-    cpu.use("default")
+    with pytest.warns(RuntimeWarning, match="runs on one thread, because the compiler has found no OpenMP"):
+        cpu.use("default")
     assert torch.equal(problem.run(), expected)
+
+
+@needs_compiler
+def test_openmp_is_used_once_it_is_there(compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was built without is not for good; one warning says so, and the outlook, and no other build is tried."""
+    without = 'for a; do if [ "$a" = -fopenmp ]; then echo refused >> $log; exit 1; fi; done; '
+    # Whether the machine's own compiler has it does not matter.
+    real = 'echo built >> $log; for a; do shift; [ "$a" = -fopenmp ] || set -- "$@" "$a"; done; exec $real "$@"'
+    monkeypatch.setattr(builds, "instruction_sets", lambda: ["default"])
+
+    def start(script: str) -> tuple[list[str], list[str]]:
+        """What a new process warns of, and what it asks of the compiler."""
+        log = compiler(script)
+        log.unlink(missing_ok=True)
+        on(sys.platform, monkeypatch)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cpu.use()
+            cpu.use()
+        return [str(each.message) for each in caught], log.read_text().split() if log.exists() else []
+
+    for asked in (["refused", "built"], ["refused"]):
+        said, calls = start(without + real)
+        assert calls == asked
+        assert len(said) == 1
+        assert "attention on the CPU runs on one thread, because the compiler has found no OpenMP" in said[0]
+        assert cpu.outlook().startswith(
+            "C++ for default, built before for one thread, because the compiler has found no"
+        )
+    assert start(real) == ([], ["built", "built"])  # an empty library first, which is quick
+    assert cpu.outlook() == "C++ for default, built before"
+    assert start(without + real) == ([], [])
 
 
 @needs_compiler

@@ -84,6 +84,22 @@ def test_a_saved_session_goes_on_as_if_nothing_had_been(name: str, options: str,
     assert equal(loaded, cache)
 
 
+@pytest.mark.parametrize("options", ["model", "int8", "first_batch", "exact", "fixed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loaded_session_is_done_with_its_file(name: str, options: str, tmp_path: Path) -> None:
+    """Memory of its own, not the file's: on Windows that could not be replaced, nor the session saved there again."""
+    model = MODELS[name]()
+    cache, text = filled(model, **OPTIONS[options])
+    cache.save_pretrained(tmp_path)
+    loaded = QuantizedPagedCache.from_pretrained(tmp_path, model)
+    file = tmp_path / sessions.FILE
+    with file.open("rb+") as handle:
+        handle.write(b"\xff" * file.stat().st_size)
+    assert equal(loaded, cache)
+    turn = torch.cat([text, prompt(2, 5, seed=3)], dim=1)
+    assert torch.equal(generate(model, turn, loaded), generate(model, turn, cache))
+
+
 def test_every_option_has_been_thought_of() -> None:
     """A new one may keep something that a saved cache has to hold: add it to OPTIONS, then here."""
     assert {field.name for field in dataclasses.fields(KVQuantConfig)} == {

@@ -478,6 +478,23 @@ def test_a_new_checkpoint_is_there_as_a_whole_or_not_at_all(tmp_path: Path, base
     assert {file.name: file.read_bytes() for file in base.iterdir()} == before
 
 
+@pytest.mark.parametrize("layout", ["compressed-tensors", "sidecar"])
+def test_files_are_flushed_as_windows_wants_it(
+    tmp_path: Path, base: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a handle that may write."""
+    flushed: list[int] = []
+
+    def fsync(handle: int) -> None:
+        os.write(handle, b"")
+        flushed.append(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_scales(make("fp8")[0], base, tmp_path / "new", layout=layout)
+    assert flushed
+    assert read_scales(tmp_path / "new", LAYERS) is not None
+
+
 def test_what_a_killed_run_left_is_cleaned_up(tmp_path: Path, base: Path) -> None:
     leftover = tmp_path / ".new.partial"
     leftover.mkdir()

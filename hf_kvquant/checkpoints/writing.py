@@ -348,7 +348,7 @@ def _put(file: Path, write: Callable[[Path], object]) -> None:
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         write(partial)
-        with partial.open("rb") as handle:
+        with partial.open("rb+") as handle:  # Windows flushes only what it may write to
             os.fsync(handle.fileno())
         os.replace(partial, file)
     finally:

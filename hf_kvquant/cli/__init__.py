@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .arguments import parser
 from .commands import COMMANDS
-from .saying import remark
+from .saying import escape_foreign_letters, remark
 from .serving import serve
 
 __all__ = ["main"]
@@ -27,6 +27,7 @@ _WITHOUT_COMPRESSED_TENSORS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 130 if interrupted, 1 with a line on standard error otherwise."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    escape_foreign_letters()
     if arguments and arguments[0] == "serve":  # whose arguments are transformers' own
         return _status(partial(serve, arguments[1:]))
     return _status(partial(_run, parser().parse_args(arguments)))

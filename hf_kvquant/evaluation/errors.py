@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..cache import QuantizedPagedCache
+from ..dtypes import to_float64
 from ..hosts import attention_paths, with_cache, without_wrapper
 
 
@@ -112,8 +113,8 @@ class _Squares:
         self._numbers = self._errors = 0.0
 
     def add(self, expected: torch.Tensor, got: torch.Tensor) -> None:
-        self._numbers += expected.double().square().sum().item()
-        self._errors += (got.double() - expected.double()).square().sum().item()
+        self._numbers += to_float64(expected).square().sum().item()
+        self._errors += (to_float64(got) - to_float64(expected)).square().sum().item()
 
     def relative_error(self) -> float | None:
         """None where there is nothing to be relative to."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from ..generation import COMPILED_DEVICES
+from ..generation import compiles_unasked
 from ..hosts import evaluating, input_device, longest_sequence, without_wrapper
 from ..interface import attention_by_part, attention_name, is_fused, uses_attention_interface
 from .caches import Candidate, Formats, candidates
@@ -79,7 +79,7 @@ def usual_contexts(model: PreTrainedModel, usual: Sequence[int], new_tokens: int
 def generating_candidates(model: PreTrainedModel, formats: Formats) -> list[Candidate]:
     """The caches as `generate` would have them on the model's device."""
     fused = uses_attention_interface(model.config.get_text_config(decoder=True))
-    return candidates(model, formats, reserved=fused and model.device.type in COMPILED_DEVICES)
+    return candidates(model, formats, reserved=fused and compiles_unasked(model.device))
 
 
 def generating_setup(model: PreTrainedModel, name: str | None, new_tokens: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ..dtypes import to_float64
 from ..hosts import input_device, with_cache
 
 TASKS = ("key-value", "needle")
@@ -120,7 +121,7 @@ def _score(model: PreTrainedModel, probe: Probe, cache: Cache) -> tuple[int, flo
     logits = model(input_ids=asked, **with_cache(cache)).logits[0, question.shape[1] - 1 :]
     scores = logits.float().log_softmax(dim=-1)
     right = scores.gather(-1, answer[0, :, None].to(scores.device))
-    return int((scores > right).sum(dim=-1).max()) + 1, right.double().sum().item()
+    return int((scores > right).sum(dim=-1).max()) + 1, to_float64(right).sum().item()
 
 
 def _mean(values: Iterable[float]) -> float:

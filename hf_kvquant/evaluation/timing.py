@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..generation import COMPILED_DEVICES
+from ..generation import compiles_unasked
 from ..hosts import input_device, with_cache
 from .caches import held_bytes
 from .memory import free, peak_bytes, reset_peak, synchronize
@@ -82,5 +82,5 @@ def generate_once(model: PreTrainedModel, make: Callable[[int], Cache], ids: tor
         cache_bytes=held_bytes(cache),
         peak_bytes=peak_bytes(device),
         # transformers' own condition.
-        compiled=device.type in COMPILED_DEVICES and cache.is_compileable and type(cache) is not DynamicCache,
+        compiled=compiles_unasked(device) and cache.is_compileable and type(cache) is not DynamicCache,
     )

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from .. import huge_pages
-from . import cpu, gpu, reference
+from . import cpu, gpu, others, reference
 from .checks import check_attention, check_page_table, check_write
 
 
@@ -98,10 +98,10 @@ def _with_lse(attend: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.
     return paged_attention_lse
 
 
-_LIBRARY.impl("write_kv", reference.write_kv, "CompositeExplicitAutograd")
-_LIBRARY.impl("paged_attention", reference.paged_attention, "CompositeExplicitAutograd")
-_LIBRARY.impl("paged_attention_lse", _with_lse(reference.paged_attention), "CompositeExplicitAutograd")
-_LIBRARY.impl("read_pages", reference.read_pages, "CompositeExplicitAutograd")
+_LIBRARY.impl("write_kv", others.write_kv, "CompositeExplicitAutograd")
+_LIBRARY.impl("paged_attention", others.paged_attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("paged_attention_lse", _with_lse(others.paged_attention), "CompositeExplicitAutograd")
+_LIBRARY.impl("read_pages", others.read_pages, "CompositeExplicitAutograd")
 _LIBRARY.impl("channel_absmax", reference.channel_absmax, "CompositeExplicitAutograd")
 _LIBRARY.impl("write_kv", cpu.write_kv, "CPU")
 _LIBRARY.impl("paged_attention", cpu.paged_attention, "CPU")

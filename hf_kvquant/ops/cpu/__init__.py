@@ -53,10 +53,17 @@ def use(path: str | None = None) -> str:
             else:
                 break
         said, _path = _path == candidate, candidate
+    library = _libraries[candidate]
+    if library is not None and not said and not build.is_threaded(library, candidate):
+        warnings.warn(
+            f"hf_kvquant: attention on the CPU runs on one thread, because {build.NO_OPENMP}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if problem is not None and candidate == _TORCH and not said:
         warnings.warn(
             "hf_kvquant: attention on the CPU runs on torch operators, several times slower than its kernels, which "
-            f"could not be built: {problem}; install g++ or clang++, or a wheel that has them built (`make wheel`)",
+            f"could not be built: {'; '.join(filter(None, (str(problem), build.remedy())))}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,11 +1,12 @@
 """Building the C++ kernels: on first use, once per user and instruction set, in a second or three.
 
-A wheel may bring them along (`make wheel`), for machines without a compiler.
+A wheel may bring them along (`make wheel`, on Linux), for machines without a compiler.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -37,6 +38,9 @@ _INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "default": (),
 }
 _TIMEOUT = 120.0  # seconds
+# Its compilers lack what the sources need: one has no vector types, the other does not align them (GCC's PR 54412).
+_NOT_FOR_WINDOWS = "there are no kernels for Windows"
+NO_OPENMP = "the compiler has found no OpenMP (install libomp for clang++, libgomp for g++; it is looked for again)"
 
 
 class BuildError(RuntimeError):
@@ -61,6 +65,8 @@ def _has_vnni() -> bool:
 
 def load(instructions: str) -> ctypes.CDLL:
     """The kernels for `instructions`: those that came with the package, else a build, cached. Raises BuildError."""
+    if sys.platform == "win32":
+        raise BuildError(_NOT_FOR_WINDOWS)
     _share_openmp()
     for flags in _flag_sets(instructions):
         with suppress(OSError):
@@ -103,28 +109,49 @@ def _share_openmp() -> None:
 
 def outlook() -> str:
     """What `load` would give on this machine, in words; nothing is built."""
+    if sys.platform == "win32":
+        return f"torch operators (several times slower: {_NOT_FOR_WINDOWS})"
     compiler, cached = _compiler(), _cache_directory()
     if cached is not None and not _is_private(cached):
         cached = None
     for instructions in instruction_sets():
-        names = [_file_name(flags) for flags in _flag_sets(instructions)]
-        if any((_PREBUILT / name).exists() for name in names):
+        threaded, single = (_file_name(flags) for flags in _flag_sets(instructions))
+        if (_PREBUILT / threaded).exists():
             return f"C++ for {instructions}, prebuilt"
-        if cached is not None and any((cached / name).exists() for name in names):
+        if cached is not None and (cached / threaded).exists():
             return f"C++ for {instructions}, built before"
+        if cached is not None and (cached / single).exists():
+            return f"C++ for {instructions}, built before for one thread, because {NO_OPENMP}"
         if compiler is not None and shutil.which(compiler.split()[0]):
             return f"C++ for {instructions}, built on first use (compiler found: {compiler})"
-    return "torch operators (no compiler: several times slower; install g++)"
+    return f"torch operators (no compiler: several times slower): {remedy()}"
+
+
+def remedy() -> str:
+    """What to do for kernels where they could not be built; nothing where that is in vain."""
+    if sys.platform == "win32":
+        return ""
+    if sys.platform == "darwin":
+        return "install the Command Line Tools (`xcode-select --install`)"
+    return "install g++ or clang++, or a wheel that has them built (`make wheel`)"
+
+
+def is_threaded(library: ctypes.CDLL, instructions: str) -> bool:
+    """Whether what `load` has returned was built with OpenMP."""
+    return Path(library._name).name == _file_name(_flag_sets(instructions)[0])
 
 
 def _load_from(directory: Path, instructions: str) -> ctypes.CDLL:
     """Raises OSError if the directory cannot be used and BuildError if the compiler cannot."""
     builds = [(directory / _file_name(flags), flags) for flags in _flag_sets(instructions)]
-    for path, _ in builds:
+    (threaded, flags), (single, _) = builds
+    # What was built for one thread serves until the compiler finds OpenMP.
+    good = builds[:1] if not threaded.exists() and single.exists() and _links(flags) else builds
+    for path, _ in good:
         with suppress(OSError):  # it is not there, or damaged
             return ctypes.CDLL(str(path))
     with _lock(directory / "build.lock"):
-        for path, _ in builds:
+        for path, _ in good:
             with suppress(OSError):  # another process was faster
                 return ctypes.CDLL(str(path))
         failure: Exception = BuildError("nothing to build")
@@ -158,6 +185,10 @@ def prebuild(directory: Path = _PREBUILT) -> list[Path]:
     They ask for no OpenMP library by name: the one that torch has loaded serves them, and there may be no other.
     Raises BuildError.
     """
+    if not sys.platform.startswith("linux"):  # elsewhere a library cannot leave open where OpenMP is to come from
+        raise BuildError(
+            f"wheels with kernels are made on Linux, and this is {sys.platform}; `pip install .` makes do without"
+        )
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -182,7 +213,25 @@ def _file_name(flags: tuple[str, ...]) -> str:
 
 
 def _compiler() -> str | None:
-    return os.environ.get("CXX", "").strip() or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    chosen = os.environ.get("CXX", "").strip()
+    found = [chosen] if chosen else filter(shutil.which, ("c++", "g++", "clang++"))
+    return next((command for command in found if not _asks_for_tools(command)), None)
+
+
+def _asks_for_tools(command: str) -> bool:
+    """Whether it only stands for a compiler, as on a Mac without the Command Line Tools: it asks to install them."""
+    if sys.platform != "darwin":
+        return False
+    program = shutil.which(command.split()[0])
+    return program is not None and program.startswith("/usr/bin/") and not _has_command_line_tools()
+
+
+@functools.cache
+def _has_command_line_tools() -> bool:
+    try:
+        return subprocess.run(["xcode-select", "-p"], capture_output=True, timeout=_TIMEOUT).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def _compile(target: Path, flags: tuple[str, ...], source: Path = _SOURCE) -> str:
@@ -205,6 +254,17 @@ def _compile(target: Path, flags: tuple[str, ...], source: Path = _SOURCE) -> st
         return f"{compiler}: {problem}"
     finally:
         Path(unfinished).unlink(missing_ok=True)
+
+
+def _links(flags: tuple[str, ...]) -> bool:
+    """Whether the compiler makes a library with these flags, tried on an empty one."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="hf_kvquant-") as directory:
+            source = Path(directory, "empty.cpp")
+            source.touch()
+            return not _compile(source.with_suffix(".so"), flags, source)
+    except OSError:
+        return False
 
 
 def _cache_directory() -> Path | None:
