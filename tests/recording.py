@@ -30,13 +30,14 @@ class Recording(TorchDispatchMode):
         return found
 
     def replay(self) -> None:
-        """Do it again: results come to lie where those of the first time did."""
+        """Do it again, in whatever mode: results come to lie where those of the first time did."""
         self.num_replays += 1
-        for func, args, kwargs, before in self._done:
-            read = {_memory(x) for x in _tensors((args, kwargs))}
-            for old, new in zip(_tensors(before), _tensors(func(*args, **kwargs)), strict=True):
-                if _memory(old) not in read:  # else it is an argument, or a view of one
-                    old.copy_(new)
+        with torch.inference_mode():
+            for func, args, kwargs, before in self._done:
+                read = {_memory(x) for x in _tensors((args, kwargs))}
+                for old, new in zip(_tensors(before), _tensors(func(*args, **kwargs)), strict=True):
+                    if _memory(old) not in read:  # else it is an argument, or a view of one
+                        old.copy_(new)
 
     def reset(self) -> None:
         self._done.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -151,16 +153,40 @@ def test_scales_that_come_with_the_first_tokens(scales: str, recordings: list[Re
     assert recordings
 
 
+@contextlib.contextmanager
+def kept(model: Any, options: Any = None, **batching: Any) -> Iterator[Callable[..., list[list[int]]]]:
+    """Sessions of one manager: the new tokens of their prompts."""
+
+    def session(prompts: Any) -> list[list[int]]:
+        config = sizes(use_cuda_graph=True, max_requests_per_batch=8, **batching)
+        outputs = model.generate_batch(
+            prompts, sampling(options), continuous_batching_config=config, persistent_manager=True
+        )
+        return tokens_of(list(outputs.values()))
+
+    try:
+        yield session
+    finally:
+        model.destroy_cached_continuous_batching_manager()
+
+
 def test_a_manager_that_is_kept_keeps_its_recordings(recordings: list[Recording]) -> None:
     model = build("gemma3")
-    expected = all_alone(model, INT8)
-    for _ in range(2):
-        outputs = model.generate_batch(
-            PROMPTS, sampling(INT8), continuous_batching_config=sizes(use_cuda_graph=True), persistent_manager=True
-        )
-        assert tokens_of(list(outputs.values())) == expected
+    with kept(model, INT8) as session:
+        assert session(PROMPTS) == session(PROMPTS) == all_alone(model, INT8)
     assert len(recordings) == 1
-    model.destroy_cached_continuous_batching_manager()
+
+
+def test_sessions_in_and_out_of_inference_mode(recordings: list[Recording]) -> None:
+    """Recorded in one of them, played in the other."""
+    model = build("llama")
+    expected = all_alone(model, INT8)
+    with kept(model, INT8) as session:
+        assert session(PROMPTS[:1]) == expected[:1]
+        with torch.inference_mode():
+            assert session(PROMPTS[1:]) == expected[1:]
+        assert session(PROMPTS[1:]) == expected[1:]
+    assert len(recordings) == 2
 
 
 @pytest.mark.parametrize("asked", [None, False, (True, False)])

@@ -279,7 +279,8 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         longest = max((len(request.blocks[name]) for request in requests for name in unbounded), default=1)
         size = num_tokens, _power_of_2(max(longest, _FEWEST_RECORDED // page_size))
         if size not in self._tables:
-            self._tables[size] = DecodeTables(self._groups.values(), self._spare_pages(), *size, self.device)
+            with mutable_everywhere():  # the next session of a manager that is kept may be in another mode
+                self._tables[size] = DecodeTables(self._groups.values(), self._spare_pages(), *size, self.device)
         self._tables[size].fill(requests)
         self._step.lies_in(self._tables[size].places, num_tokens)
         return size
