@@ -200,6 +200,42 @@ def test_sessions_in_and_out_of_inference_mode(recordings: list[Recording]) -> N
     assert len(recordings) == 2
 
 
+@pytest.mark.parametrize("options", [INT8, STATIC], ids=["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_model_that_cannot_be_recorded(
+    kind: str, options: dict[str, Any], recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it looks at a number in every step; all of them run as they are, also that which was to be recorded."""
+    warned: list[str] = []
+    monkeypatch.setattr("hf_kvquant.batching.graphs.logger.warning_once", warned.append)
+    model = build(kind)
+    model.model.layers[-1].register_forward_hook(lambda module, args, output: output.sum().item() and None)
+    with running(model, options, use_cuda_graph=True) as manager:
+        names = manager.add_requests(PROMPTS)
+        results = collect(manager, len(PROMPTS))
+    assert tokens_of([results[name] for name in names]) == all_alone(model, options)
+    assert len(recordings) == 1
+    assert not recordings[0].num_replays
+    assert len(warned) == 1
+    assert "_local_scalar_dense" in warned[0]
+
+
+def test_a_step_that_fails_fails(recordings: list[Recording]) -> None:
+    """Before it is recorded, and then it is not about recording."""
+    model = build("llama")
+
+    def fail(module: Any, args: Any, output: torch.Tensor) -> None:
+        if output.shape[1] == 8:
+            raise RuntimeError("no more")
+
+    model.model.layers[-1].register_forward_hook(fail)
+    with running(model, INT8, use_cuda_graph=True) as manager:
+        manager.add_requests(PROMPTS)
+        results = collect(manager, len(PROMPTS))
+    assert {result.error for result in results.values()} == {"no more"}
+    assert not recordings
+
+
 @pytest.mark.parametrize("asked", [None, False, (True, False)])
 def test_nothing_is_recorded_unless_it_is_asked_for(asked: Any, recordings: list[Recording]) -> None:
     model = build("llama")
