@@ -26,11 +26,13 @@ class Recording(TorchDispatchMode):
 
     Attributes:
         num_replays: how often it was done again.
+        is_kept: whether nobody has let go of it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.num_replays = 0
+        self.is_kept = True
         self._done: list[tuple[Any, Any, Any, Any]] = []
         self._made: dict[int, torch.Tensor] = {}  # by where they lie
         self._written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with what they were before
@@ -74,6 +76,7 @@ class Recording(TorchDispatchMode):
                         old.copy_(new)
 
     def reset(self) -> None:
+        self.is_kept = False
         self._done.clear()
 
 

@@ -117,6 +117,33 @@ def test_requests_that_outgrow_a_table(monkeypatch: pytest.MonkeyPatch, recordin
     assert len(recordings) == 6  # tables for 16, 32 and 64 tokens, of two managers
 
 
+def test_only_so_many_sizes_are_kept(monkeypatch: pytest.MonkeyPatch, recordings: list[Recording]) -> None:
+    """Those used last; others are recorded anew."""
+    monkeypatch.setattr("hf_kvquant.batching.cache._MOST_TABLES", 2)
+    model = build("gemma3")
+    expected = all_alone(model, INT8)
+    with kept(model, INT8) as session:
+        for _ in range(2):
+            assert session(PROMPTS) == expected
+            assert session(PROMPTS[:1]) == expected[:1]
+            assert session(PROMPTS[:2]) == expected[:2]
+            assert sum(recording.is_kept for recording in recordings) == 2
+    assert len(recordings) == 6
+
+
+def test_tables_fit_into_the_memory(monkeypatch: pytest.MonkeyPatch, recordings: list[Recording]) -> None:
+    """Of as many requests as there may be, one of which has all pages."""
+    from transformers.generation.continuous_batching import cache as host
+
+    available, most = 2**26, 1024
+    monkeypatch.setattr(host, "get_device_and_memory_breakdown", lambda: (torch.device("cpu"), available, 0, 0))
+    options = {"num_blocks": None, "max_batch_tokens": most, "max_memory_percent": 1.0, "max_requests_per_batch": most}
+    with running(build("llama", head_dim=128).bfloat16(), INT8, use_cuda_graph=True, **options) as manager:
+        cache = manager.batch_processor.cache
+        num_bytes = cache.nbytes_allocated + most * cache.num_blocks * torch.int32.itemsize
+    assert 0.9 * available < num_bytes <= available
+
+
 @pytest.mark.parametrize("options", CLIPPING.values(), ids=CLIPPING)
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_padding_is_not_counted(kind: str, options: dict[str, Any], recordings: list[Recording]) -> None:

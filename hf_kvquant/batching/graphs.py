@@ -6,13 +6,15 @@ table, when it is first met. All other steps run as they are, and so do all of a
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.utils import CudaGraphBuffer, stream_context
 from transformers.utils import logging
+
+from .tables import DecodeTables
 
 logger = logging.get_logger(__name__)
 
@@ -23,7 +25,8 @@ class GraphRunner(ModelRunner):  # type: ignore[misc]
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.pad_inputs = False
-        self._graphs: dict[Any, CudaGraphBuffer] = defaultdict(CudaGraphBuffer)
+        # The cache lets go of tables; steps run one at a time, so that no graph is at work then.
+        self._graphs: WeakKeyDictionary[DecodeTables, CudaGraphBuffer] = WeakKeyDictionary()
 
     def maybe_pad_inputs(self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool) -> tuple[int, int]:
         """Sizes of the next step; only those of a graph are padded."""
@@ -37,7 +40,8 @@ class GraphRunner(ModelRunner):  # type: ignore[misc]
             stream.wait_stream(self._current_stream())  # inputs were brought there on that one
         if inputs.use_block_table and self.use_cuda_graph_decode:
             with stream_context(stream):
-                inputs.graphs = self._graphs[self.cache.begin_decoding(inputs.num_q_tokens)]
+                tables = self.cache.begin_decoding(inputs.num_q_tokens)
+            inputs.graphs = self._graphs.setdefault(tables, CudaGraphBuffer())
         super().compute_batch(model, batch_data)
 
     def _current_stream(self) -> Any:

@@ -10,6 +10,19 @@ import torch
 from .step import Group, Part, Places, Request, row_of, slots_of
 
 
+def bytes_of_row(groups: Collection[Group], num_columns: int) -> int:
+    """What the tables have for one token."""
+    return sum(_widths(groups, num_columns).values()) * torch.int32.itemsize
+
+
+def _widths(groups: Collection[Group], num_columns: int) -> dict[str, int]:
+    widths = {"length": 1, "is_padding": 1}
+    for group in groups:
+        columns = num_columns if group.num_columns is None else group.num_columns
+        widths |= {f"{group.name} page": 1, f"{group.name} table": columns}
+    return widths
+
+
 class DecodeTables:
     """Tables for steps in which every request has one new token.
 
@@ -30,9 +43,7 @@ class DecodeTables:
         device: torch.device,
     ) -> None:
         self._groups, self._spare_pages = groups, spare_pages
-        widths = {"length": 1, "is_padding": 1}
-        for group in groups:
-            widths |= {f"{group.name} page": 1, f"{group.name} table": group.num_columns or num_columns}
+        widths = _widths(groups, num_columns)
 
         def views(whole: torch.Tensor) -> dict[str, torch.Tensor]:
             parts = whole.split([num_rows * width for width in widths.values()])
