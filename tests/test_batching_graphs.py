@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from itertools import product
+from random import Random
 from typing import Any
 
 import pytest
@@ -31,6 +33,8 @@ from batches import (
 from recording import Recording, record_instead
 
 from hf_kvquant import LayerScales
+from hf_kvquant.batching.step import Group, Request
+from hf_kvquant.batching.tables import DecodeTables
 
 pytestmark = known
 
@@ -73,6 +77,37 @@ def test_what_is_recorded_is_computed_later() -> None:
     assert total.tolist() == [4, 4, 4]
     with pytest.raises(RuntimeError, match="reads"), Recording():
         x.sum().item()
+
+
+def test_tables_know_what_is_in_them() -> None:
+    """Filled again and again they are as new ones: requests come, grow, change places and leave."""
+    groups, random = [Group("full", 4, 6), Group("sliding", 4, 2, window=10)], Random(0)
+    spare = {"full": 7, "sliding": 9}
+
+    def new_tables() -> DecodeTables:
+        return DecodeTables(groups, spare, num_rows=8, num_columns=16, device=torch.device("cpu"))
+
+    tables, requests = new_tables(), []
+    for _ in range(200):
+        requests = random.sample(requests, random.randint(0, len(requests)) if random.random() < 0.2 else len(requests))
+        if len(requests) < 8:
+            requests.append(Request(random.randrange(40), 1, {group.name: [] for group in groups}))
+        requests = [request._replace(past=request.past + 1) for request in requests if request.past < 60]
+        for request, group in product(requests, groups):
+            blocks, needed = request.blocks[group.name], request.past // 4 + 1
+            needed = needed if group.num_columns is None else min(needed, group.num_columns)
+            blocks += [random.randrange(100) for _ in range(needed - len(blocks))]
+        expected = new_tables()
+        for each in (tables, expected):
+            each.fill(requests)
+        for group in groups:
+            found, new = tables.places[group.name], expected.places[group.name]
+            for field in ("pages", "lengths", "is_padding"):
+                assert torch.equal(getattr(found, field), getattr(new, field))
+            counts = [len(request.blocks[group.name]) for request in requests] + [1] * (8 - len(requests))
+            for row, new_row, count in zip(found.parts[0].page_table, new.parts[0].page_table, counts, strict=True):
+                assert torch.equal(row[:count], new_row[:count])
+            assert set(found.pages[len(requests) :, 0].tolist()) <= {spare[group.name] * group.stride}
 
 
 @pytest.mark.parametrize("page_size", [4, 16])

@@ -273,7 +273,8 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
             self._step, self._has_begun = Step(), False
         if not query_length:  # a prompt that is known but for the token that a copy of it will compute
             return
-        blocks = {name: list(ca.block_table[request_id]) for name, ca in self.cache_allocators.items()}
+        # These lists stay as they are until the step is done.
+        blocks = {name: ca.block_table[request_id] for name, ca in self.cache_allocators.items()}
         self._step.requests.append(Request(past_length, query_length, blocks))
 
     @property
@@ -302,16 +303,15 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         tables = self._tables.pop(size, None)
         if tables is None:
             with mutable_everywhere():  # the next session of a manager that is kept may be in another mode
-                tables = DecodeTables(self._groups.values(), self._spare_pages(), *size, self.device)
+                tables = DecodeTables(self._groups.values(), self._spare_blocks(), *size, self.device)
         self._tables[size] = tables
         if len(self._tables) > _MOST_TABLES:
             del self._tables[next(iter(self._tables))]  # not used for longest
         return tables
 
-    def _spare_pages(self) -> dict[str, int]:
-        """Of each group a page in the second sector, where transformers has padding written."""
-        allocators = self.cache_allocators.items()
-        return {name: allocator.blocks_per_sector * self._groups[name].stride for name, allocator in allocators}
+    def _spare_blocks(self) -> dict[str, int]:
+        """Of each group the first block of the second sector, where transformers has padding written."""
+        return {name: allocator.blocks_per_sector for name, allocator in self.cache_allocators.items()}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: Any = None
