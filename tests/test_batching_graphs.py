@@ -61,7 +61,8 @@ def with_padding(kind: str, factor: float) -> Any:
 
 
 def recorded(model: Any, options: Any = None, **batching: Any) -> list[list[int]]:
-    return batched(model, options, use_cuda_graph=True, **batching)
+    """With recordings for 1, 2, 4 and 8 requests, so that there is padding."""
+    return batched(model, options, **{"use_cuda_graph": True, "max_requests_per_batch": 8, **batching})
 
 
 def test_what_is_recorded_is_computed_later() -> None:
@@ -130,7 +131,8 @@ def test_requests_that_end_leave_rows_to_padding(recordings: list[Recording]) ->
     """One graph for 5 to 8 requests, then those for 4, for 2 and for 1; each begins where the last one ended."""
     model = build("gemma3")
     lengths = [4, 8, 12, 16, 20]
-    with running(model, UNQUANTIZED, use_cuda_graph=True, max_new_tokens=20) as manager:
+    batching = {"use_cuda_graph": True, "max_requests_per_batch": 8}
+    with running(model, UNQUANTIZED, max_new_tokens=20, **batching) as manager:
         for text, length in zip(PROMPTS, lengths, strict=True):
             manager.add_request(text, max_new_tokens=length)
         results = collect(manager, len(PROMPTS))
@@ -147,7 +149,8 @@ def test_requests_that_outgrow_a_table(monkeypatch: pytest.MonkeyPatch, recordin
     model = build("llama")
     prompts = [PROMPTS[1], PROMPTS[1][:3]]
     expected = all_alone(model, INT8, prompts, max_new_tokens=40)
-    found = [recorded(model, INT8, prompts=[text], generation={"max_new_tokens": 40})[0] for text in prompts]
+    options = {"generation": {"max_new_tokens": 40}, "max_requests_per_batch": 1}
+    found = [recorded(model, INT8, prompts=[text], **options)[0] for text in prompts]
     assert found == expected
     assert len(recordings) == 6  # tables for 16, 32 and 64 tokens, of two managers
 
@@ -157,7 +160,7 @@ def test_only_so_many_sizes_are_kept(monkeypatch: pytest.MonkeyPatch, recordings
     monkeypatch.setattr("hf_kvquant.batching.cache._MOST_TABLES", 2)
     model = build("gemma3")
     expected = all_alone(model, INT8)
-    with kept(model, INT8) as session:
+    with kept(model, INT8, warmup=False) as session:
         for _ in range(2):
             assert session(PROMPTS) == expected
             assert session(PROMPTS[:1]) == expected[:1]
@@ -182,14 +185,14 @@ def test_tables_fit_into_the_memory(monkeypatch: pytest.MonkeyPatch, recordings:
 @pytest.mark.parametrize("options", CLIPPING.values(), ids=CLIPPING)
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_padding_is_not_counted(kind: str, options: dict[str, Any], recordings: list[Recording]) -> None:
-    """What clips is counted as without recordings."""
-    counts = []
+    """What clips is counted as without recordings, and not what was made up to have them."""
+    counts, batching = [], {"allow_block_sharing": False, "max_requests_per_batch": 8}
     for use_graphs in (False, True):
-        with running(with_padding(kind, 1), options, use_cuda_graph=use_graphs, allow_block_sharing=False) as manager:
+        with running(with_padding(kind, 1), options, use_cuda_graph=use_graphs, **batching) as manager:
             manager.add_requests(PROMPTS)
             collect(manager, len(PROMPTS))
             counts.append([row.clipped for row in manager.batch_processor.cache.report().layers])
-    assert len(recordings) == 1
+    assert recordings[-1].num_replays
     assert min(min(row) for row in counts[0]) > 0
     assert counts[0] == counts[1]
 
@@ -227,14 +230,12 @@ def test_scales_that_come_with_the_first_tokens(scales: str, recordings: list[Re
 
 
 @contextlib.contextmanager
-def kept(model: Any, options: Any = None, **batching: Any) -> Iterator[Callable[..., list[list[int]]]]:
+def kept(model: Any, options: Any, warmup: bool = True) -> Iterator[Callable[[Any], list[list[int]]]]:
     """Sessions of one manager: the new tokens of their prompts."""
 
     def session(prompts: Any) -> list[list[int]]:
-        config = sizes(use_cuda_graph=True, max_requests_per_batch=8, **batching)
-        outputs = model.generate_batch(
-            prompts, sampling(options), continuous_batching_config=config, persistent_manager=True
-        )
+        config = sizes(use_cuda_graph=True, max_requests_per_batch=8)
+        outputs = model.generate_batch(prompts, sampling(options), config, persistent_manager=True, warmup=warmup)
         return tokens_of(list(outputs.values()))
 
     try:
@@ -247,14 +248,15 @@ def test_a_manager_that_is_kept_keeps_its_recordings(recordings: list[Recording]
     model = build("gemma3")
     with kept(model, INT8) as session:
         assert session(PROMPTS) == session(PROMPTS) == all_alone(model, INT8)
-    assert len(recordings) == 1
+    assert len(recordings) == 4  # before the first request
+    assert recordings[-1].num_replays == 2 * (NUM_NEW - 1)
 
 
 def test_sessions_in_and_out_of_inference_mode(recordings: list[Recording]) -> None:
     """Recorded in one of them, played in the other."""
     model = build("llama")
     expected = all_alone(model, INT8)
-    with kept(model, INT8) as session:
+    with kept(model, INT8, warmup=False) as session:
         assert session(PROMPTS[:1]) == expected[:1]
         with torch.inference_mode():
             assert session(PROMPTS[1:]) == expected[1:]
@@ -282,8 +284,10 @@ def test_a_model_that_cannot_be_recorded(
     assert "_local_scalar_dense" in warned[0]
 
 
-def test_a_step_that_fails_fails(recordings: list[Recording]) -> None:
+def test_a_step_that_fails_fails(recordings: list[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
     """Before it is recorded, and then it is not about recording."""
+    warned: list[str] = []
+    monkeypatch.setattr("hf_kvquant.batching.graphs.logger.warning_once", warned.append)
     model = build("llama")
 
     def fail(module: Any, args: Any, output: torch.Tensor) -> None:
@@ -291,11 +295,12 @@ def test_a_step_that_fails_fails(recordings: list[Recording]) -> None:
             raise RuntimeError("no more")
 
     model.model.layers[-1].register_forward_hook(fail)
-    with running(model, INT8, use_cuda_graph=True) as manager:
+    with running(model, INT8, use_cuda_graph=True, max_requests_per_batch=8) as manager:
         manager.add_requests(PROMPTS)
         results = collect(manager, len(PROMPTS))
     assert {result.error for result in results.values()} == {"no more"}
-    assert not recordings
+    assert len(recordings) == 3  # of 1, 2 and 4
+    assert not warned
 
 
 @pytest.mark.parametrize("asked", [None, False, (True, False)])

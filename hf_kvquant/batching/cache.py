@@ -8,7 +8,8 @@ tokens lie beside, a number for every token and head of every page.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from math import lcm
 from typing import Any
 
@@ -350,6 +351,17 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         """Let go of all requests, and of a step that was scheduled and has not been computed."""
         super().free_all_requests(clear_ledgers)
         self._step, self._has_begun = Step(), False
+
+    @contextlib.contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """Afterwards there are no requests, and nothing has been counted of those that there were meanwhile."""
+        clipped = [layer.clipped.clone() for layer in self._layers.values()]
+        try:
+            yield
+        finally:
+            for layer, count in zip(self._layers.values(), clipped, strict=True):
+                layer.clipped.copy_(count)
+            self.reset()
 
     # -- what it holds ---------------------------------------------------------------------------------------------
 

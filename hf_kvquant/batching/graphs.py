@@ -1,11 +1,13 @@
 """Steps of decoding as CUDA graphs, for continuous batching with `use_cuda_graph=True`.
 
 A graph is recorded for every number of requests (a power of two, the rest is padding) and every length of the page
-table, when it is first met. All other steps run as they are, and so do all of a model that cannot be recorded.
+table, before there are requests or when it is first met. All other steps run as they are, and so do all of a model
+that cannot be recorded.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,9 +20,13 @@ from .tables import DecodeTables
 
 logger = logging.get_logger(__name__)
 
+_WARM_SIZES = 8  # so many numbers of requests are recorded before there are any
+
 
 class GraphRunner(ModelRunner):  # type: ignore[misc]
     """transformers' own runner, over a `QuantizedBatchCache`."""
+
+    _one_at_a_time = threading.Lock()  # of all recordings of a process
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -60,7 +66,8 @@ class GraphRunner(ModelRunner):  # type: ignore[misc]
             is_computed = True
 
         try:
-            with stream_context(self._current_stream()):  # a recording that fails may not leave its own
+            # A recording that fails may not leave its own stream.
+            with self._one_at_a_time, stream_context(self._current_stream()):
                 super()._capture_graph(forward, compute_stream, *args)
         except RuntimeError as error:
             if not is_computed:
@@ -72,5 +79,13 @@ class GraphRunner(ModelRunner):  # type: ignore[misc]
                 f"{type(reason).__name__}: {reason}".partition("\n")[0]
             )
 
+    @torch.no_grad()
     def warmup(self, model: torch.nn.Module) -> None:
-        """Nothing: requests that are made up would be seen where scales are taken from the first tokens."""
+        """Record steps of short requests, if all scales are known: made-up requests may have no say in them."""
+        if not self.cache.max_decode_fast_path_length:
+            return
+        most = self.cb_config.max_requests_per_batch
+        with self.cache.as_it_was():
+            for num_requests in sorted({min(1 << exponent, most) for exponent in range(_WARM_SIZES)}):
+                if self.use_cuda_graph_decode:
+                    self.run_one_warmup(model, num_requests, None)
