@@ -29,10 +29,13 @@ class GraphRunner(ModelRunner):  # type: ignore[misc]
     _one_at_a_time = threading.Lock()  # of all recordings of a process
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.pad_inputs = False
         # The cache lets go of tables; steps run one at a time, so that no graph is at work then.
         self._graphs: WeakKeyDictionary[DecodeTables, CudaGraphBuffer] = WeakKeyDictionary()
+        super().__init__(**kwargs)
+        self.pad_inputs = False
+
+    def __del__(self) -> None:
+        self._graphs.clear()  # before the memory that they share
 
     def maybe_pad_inputs(self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool) -> tuple[int, int]:
         """Sizes of the next step; only those of a graph are padded."""
