@@ -117,6 +117,21 @@ def running(
         manager.destroy()
 
 
+@contextlib.contextmanager
+def kept(model: Any, options: Any, warmup: bool = True) -> Iterator[Callable[[Any], list[list[int]]]]:
+    """Sessions of one manager: the new tokens of their prompts."""
+
+    def session(prompts: Any) -> list[list[int]]:
+        config = sizes(use_cuda_graph=True, max_requests_per_batch=8)
+        outputs = model.generate_batch(prompts, sampling(options), config, persistent_manager=True, warmup=warmup)
+        return tokens_of(list(outputs.values()))
+
+    try:
+        yield session
+    finally:
+        model.destroy_cached_continuous_batching_manager()
+
+
 def collect(manager: Any, count: int) -> dict[str, Any]:
     """The results of so many requests."""
     results: dict[str, Any] = {}

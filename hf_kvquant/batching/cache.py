@@ -8,6 +8,8 @@ tokens lie beside, a number for every token and head of every page.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection, Iterator
 from math import lcm
 from typing import Any
 
@@ -33,7 +35,7 @@ from ..scales import as_head_channel
 from ..stores import PageStore, mutable_everywhere
 from .layer import BatchedKV, BatchedLayer
 from .step import Group, Request, Step, columns_of
-from .tables import DecodeTables
+from .tables import DecodeTables, bytes_of_row
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +43,7 @@ _NOT_FOR_BATCHING = ("sink_tokens", "recent_tokens", "offload", "num_pages", "ma
 _MOST_SLOTS = 1 << 31  # kernels count tokens of all heads and pages in 32 bits
 _MOST_BATCH_TOKENS = 65535  # the most sequences of a launch
 _FEWEST_RECORDED = 2048  # tokens of a request that every recorded step has room for
+_MOST_TABLES = 32  # sizes of recorded steps
 
 
 def check_template(template: QuantizedPagedCache, config: PreTrainedConfig) -> None:
@@ -93,12 +96,13 @@ _ALLOCATORS = {allocator.layer_type: allocator for allocator in (FullAttentionCa
 
 
 class _Memory(host.PagedAttentionMemoryHandler):  # type: ignore[misc]
-    """What fits: without masks, and without a copy of all keys and values, which transformers' attention needs."""
+    """What fits: without masks, and without a copy of all keys and values, which transformers' attention needs.
 
-    scales_per_byte: float
+    With tables for steps that are recorded, of the largest size: a request may have all pages.
+    """
 
-    def __init__(self, num_kv_heads: int, scales_per_byte: float, **kwargs: Any) -> None:
-        self.scales_per_byte = scales_per_byte
+    def __init__(self, num_kv_heads: int, scales_per_byte: float, groups: Collection[Group], **kwargs: Any) -> None:
+        self.scales_per_byte, self._groups = scales_per_byte, groups
         super().__init__(**kwargs)
         self.num_attention_masks = 0
         self.kv_heads_at_peak = 2 * num_kv_heads
@@ -110,7 +114,17 @@ class _Memory(host.PagedAttentionMemoryHandler):  # type: ignore[misc]
     @property
     def bytes_per_cache_sector(self) -> int:
         sector = int(self.bytes_per_sector * (1 + self.scales_per_byte))
-        return sector + int(self.tokens_per_sector) * self.bytes_per_cache_token
+        num_pages = self.tokens_per_sector // self.cb_config.page_size
+        tables = self._table_bytes(num_pages) - self._table_bytes(0)
+        return sector + int(self.tokens_per_sector) * self.bytes_per_cache_token + tables
+
+    @property
+    def fixed_overhead_bytes(self) -> int:
+        return int(super().fixed_overhead_bytes) + self._table_bytes(0)
+
+    def _table_bytes(self, num_pages: int) -> int:
+        is_used = self.cb_config.cuda_graph_booleans[1]
+        return is_used * int(self.cb_config.max_requests_per_batch) * bytes_of_row(self._groups, num_pages)
 
 
 class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
@@ -183,7 +197,7 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         # Of all layers, as num_blocks counts.
         self._bytes_per_block = len(self.layer_to_allocator) * allocators[0].bytes_per_page
         memory = _Memory(
-            num_heads, scales_per_byte, config=self.config, cb_config=config, dtype=self.dtype,
+            num_heads, scales_per_byte, self._groups.values(), config=self.config, cb_config=config, dtype=self.dtype,
             bytes_per_sector=self.bytes_per_sector, tokens_per_sector=self.tokens_per_sector,
             bytes_per_block=self._bytes_per_block, attn_types=list(self.cache_allocators),
             model_supports_logits_to_keep=slices_logits,
@@ -260,7 +274,8 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
             self._step, self._has_begun = Step(), False
         if not query_length:  # a prompt that is known but for the token that a copy of it will compute
             return
-        blocks = {name: list(ca.block_table[request_id]) for name, ca in self.cache_allocators.items()}
+        # These lists stay as they are until the step is done.
+        blocks = {name: ca.block_table[request_id] for name, ca in self.cache_allocators.items()}
         self._step.requests.append(Request(past_length, query_length, blocks))
 
     @property
@@ -271,23 +286,33 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         )
         return self.max_tokens_read if self._has_scales else 0
 
-    def begin_decoding(self, num_tokens: int) -> tuple[int, int]:
-        """Bring the tables of a step that only decodes to where its graph reads them; returns which graph that is."""
+    def begin_decoding(self, num_tokens: int) -> DecodeTables:
+        """Bring the tables of a step that only decodes to where its graph reads them; a graph lasts as they do."""
         self._begin()
         requests, page_size = self._step.requests, self._page_shape[1]
         unbounded = [name for name, group in self._groups.items() if group.num_columns is None]
         longest = max((len(request.blocks[name]) for request in requests for name in unbounded), default=1)
-        size = num_tokens, _power_of_2(max(longest, _FEWEST_RECORDED // page_size))
-        if size not in self._tables:
-            self._tables[size] = DecodeTables(self._groups.values(), self._spare_pages(), *size, self.device)
-        self._tables[size].fill(requests)
-        self._step.lies_in(self._tables[size].places, num_tokens)
-        return size
+        most = max((self.cache_allocators[name].num_blocks for name in unbounded), default=1)
+        num_columns = min(_power_of_2(max(longest, _FEWEST_RECORDED // page_size)), most)
+        tables = self._tables_of(num_tokens, num_columns)
+        tables.fill(requests)
+        self._step.lies_in(tables.places, num_tokens)
+        return tables
 
-    def _spare_pages(self) -> dict[str, int]:
-        """Of each group a page in the second sector, where transformers has padding written."""
-        allocators = self.cache_allocators.items()
-        return {name: allocator.blocks_per_sector * self._groups[name].stride for name, allocator in allocators}
+    def _tables_of(self, num_rows: int, num_columns: int) -> DecodeTables:
+        size = num_rows, num_columns
+        tables = self._tables.pop(size, None)
+        if tables is None:
+            with mutable_everywhere():  # the next session of a manager that is kept may be in another mode
+                tables = DecodeTables(self._groups.values(), self._spare_blocks(), *size, self.device)
+        self._tables[size] = tables
+        if len(self._tables) > _MOST_TABLES:
+            del self._tables[next(iter(self._tables))]  # not used for longest
+        return tables
+
+    def _spare_blocks(self) -> dict[str, int]:
+        """Of each group the first block of the second sector, where transformers has padding written."""
+        return {name: allocator.blocks_per_sector for name, allocator in self.cache_allocators.items()}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: Any = None
@@ -326,6 +351,17 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         """Let go of all requests, and of a step that was scheduled and has not been computed."""
         super().free_all_requests(clear_ledgers)
         self._step, self._has_begun = Step(), False
+
+    @contextlib.contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """Afterwards there are no requests, and nothing has been counted of those that there were meanwhile."""
+        clipped = [layer.clipped.clone() for layer in self._layers.values()]
+        try:
+            yield
+        finally:
+            for layer, count in zip(self._layers.values(), clipped, strict=True):
+                layer.clipped.copy_(count)
+            self.reset()
 
     # -- what it holds ---------------------------------------------------------------------------------------------
 

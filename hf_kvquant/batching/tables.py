@@ -7,7 +7,20 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import torch
 
-from .step import Group, Part, Places, Request, row_of, slots_of
+from .step import Group, Part, Places, Request, slots_of
+
+
+def bytes_of_row(groups: Collection[Group], num_columns: int) -> int:
+    """What the tables have for one token."""
+    return sum(_widths(groups, num_columns).values()) * torch.int32.itemsize
+
+
+def _widths(groups: Collection[Group], num_columns: int) -> dict[str, int]:
+    widths = {"length": 1, "is_padding": 1}
+    for group in groups:
+        columns = num_columns if group.num_columns is None else group.num_columns
+        widths |= {f"{group.name} page": 1, f"{group.name} table": columns}
+    return widths
 
 
 class DecodeTables:
@@ -15,7 +28,7 @@ class DecodeTables:
 
     Args:
         groups: of the model's layers.
-        spare_pages: of each group a page that no request has, for rows that are padding.
+        spare_blocks: of each group a block that no request has, for rows that are padding.
         num_rows: tokens of a step, those of padding included.
         num_columns: pages that the longest request may have, where its group has no bound of its own.
         device: of the pages.
@@ -24,15 +37,15 @@ class DecodeTables:
     def __init__(
         self,
         groups: Collection[Group],
-        spare_pages: dict[str, int],
+        spare_blocks: dict[str, int],
         num_rows: int,
         num_columns: int,
         device: torch.device,
     ) -> None:
-        self._groups, self._spare_pages = groups, spare_pages
-        widths = {"length": 1, "is_padding": 1}
-        for group in groups:
-            widths |= {f"{group.name} page": 1, f"{group.name} table": group.num_columns or num_columns}
+        self._groups, self._spare_blocks = groups, spare_blocks
+        # What rows were filled from: most are the same from step to step.
+        self._blocks: dict[str, list[list[int]]] = {group.name: [[] for _ in range(num_rows)] for group in groups}
+        widths = _widths(groups, num_columns)
 
         def views(whole: torch.Tensor) -> dict[str, torch.Tensor]:
             parts = whole.split([num_rows * width for width in widths.values()])
@@ -57,11 +70,18 @@ class DecodeTables:
         rows["length"][:count, 0] = [request.past + 1 for request in requests]
         rows["is_padding"][:count], rows["is_padding"][count:] = 0, 1
         for group in self._groups:
-            table = rows[f"{group.name} table"]
-            table[:] = self._spare_pages[group.name]
-            for row, request in zip(table, requests, strict=False):
-                pages = row_of(request.blocks[group.name], group)
-                row[: len(pages)] = pages
+            table, spare = rows[f"{group.name} table"], [self._spare_blocks[group.name]]
+            for index, known in enumerate(self._blocks[group.name]):
+                blocks = requests[index].blocks[group.name] if index < count else spare
+                if known != blocks:
+                    _refill(table[index], known, blocks, group)
             columns = slots_of(rows["length"] - 1, group) // group.page_size
             rows[f"{group.name} page"][:] = np.take_along_axis(table, columns, axis=1)
         self._device.copy_(self._host, non_blocking=True)
+
+
+def _refill(row: np.ndarray, known: list[int], blocks: list[int], group: Group) -> None:
+    """Bring a row from what is known of it to other blocks. What lies behind them is not read."""
+    first = len(known) if blocks[: len(known)] == known else 0
+    known[first:] = blocks[first:]
+    row[first : len(blocks)] = np.array(known[first:]) * group.stride
