@@ -151,7 +151,7 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
     const bool k_digits = digits && k_direct && a.k.format == INT8, v_digits = digits && v_direct && a.v.format == INT8;
     const int64_t k_size = a.k.row_size(), v_size = a.v.row_size();
     // Rows of the next side are fetched in as many pieces as this side's have: so never more of them than a tile holds.
-    const int64_t size = std::max(k_size, v_size), tile = tile_tokens(size);
+    const int64_t size = std::max(k_size, v_size);
     const int64_t chunk = k_direct && v_direct ? DIRECT_CHUNK : CHUNK, padded = round_up(block.span, W) + PADDING;
 
     float *q, *units, *zeros, *logits, *offsets, *k_scales, *v_scales, *k_tile, *v_tile;
@@ -159,7 +159,6 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
     const char **k_rows, **v_rows;
     const float **k_tile_rows, **v_tile_rows;
     int64_t* slots;
-    int32_t* codes_tile;
     Digits q_digits, weight_digits;
     Carver carver{nullptr};
     for (int pass = 0; pass < 2; pass++) {
@@ -180,8 +179,7 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
         v_tile_rows = carver.take<const float*>(v_direct ? 0 : CHUNK);
         slots = carver.take<int64_t>(padded);
         // Behind the rows: where K and V differ in size, fetching ahead looks at pointers beyond them, at most so many.
-        codes_tile = carver.take<int32_t>(std::max(k_digits ? k_dim : 0, v_digits ? v_dim : 0) * tile / 4);
-        q_digits = digits_from(carver, k_digits ? rows : 0, k_dim);
+        q_digits = digits_from(carver, k_digits ? rows : 0, round_up(k_dim, 32));
         weight_digits = digits_from(carver, v_digits ? rows : 0, chunk);
     }
     if (!k_direct)
@@ -226,9 +224,8 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
     if (!find_rows(a.tables, a.k, block.b, h, start, total, slots, k_rows, k_scales) ||
         !find_rows(a.tables, a.v, block.b, h, start, total, slots, v_rows, v_scales))
         return 1;
-    const int64_t k_ahead = k_digits ? tile : TILE, v_ahead = v_digits ? 0 : TILE;
-    for (int64_t t = 0; t < std::min(total, k_ahead); t++) prefetch(k_rows[t], k_size);
-    for (int64_t t = 0; t < std::min(total, v_ahead); t++) prefetch(v_rows[t], v_size);
+    for (int64_t t = 0; t < std::min<int64_t>(total, TILE); t++) prefetch(k_rows[t], k_size);
+    for (int64_t t = 0; t < std::min<int64_t>(total, v_digits ? 0 : TILE); t++) prefetch(v_rows[t], v_size);
 
     for (int64_t t0 = 0; t0 < total; t0 += chunk) {
         const int64_t count = std::min(chunk, total - t0), columns = round_up(count, W);
@@ -238,8 +235,8 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
             auto codes = reinterpret_cast<const typename C::T* const*>(k_rows + t0);
             if constexpr (C::DIGITS)
                 if (k_digits) {
-                    const Ahead next{reinterpret_cast<const uint8_t* const*>(v_rows + t0), size, tile};
-                    return dots_of_digits(q_digits, rows, codes, count, k_dim, codes_tile, next, logits, chunk);
+                    const Ahead next{reinterpret_cast<const uint8_t* const*>(v_rows + t0), size};
+                    return dots_of_digits(q_digits, rows, codes, count, k_dim, next, logits, chunk);
                 }
             if (k_direct) return dots_of_rows<C>(q, k_padded, rows, codes, count, k_dim, logits, chunk);
             decode_turned<C>(codes, count, k_dim, k_tile);
@@ -265,9 +262,9 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
             auto codes = reinterpret_cast<const typename C::T* const*>(v_rows + t0);
             if constexpr (C::DIGITS)
                 if (v_digits) {
-                    const Ahead next{reinterpret_cast<const uint8_t* const*>(k_rows + t0 + count), size, tile};
-                    return accumulate_digits(logits, chunk, rows, codes, count, v_dim, weight_digits, codes_tile, next,
-                                             values, v_padded);
+                    const Ahead next{reinterpret_cast<const uint8_t* const*>(k_rows + t0 + count), size};
+                    return accumulate_digits(logits, chunk, rows, codes, count, v_dim, weight_digits, next, values,
+                                             v_padded);
                 }
             if (v_direct)
                 return accumulate_rows<C>(logits, chunk, rows, codes, count, v_dim, values, v_padded, true);
