@@ -221,9 +221,10 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
     });
 
     const int64_t total = stop - start;
-    if (!find_rows(a.tables, a.k, block.b, h, start, total, slots, k_rows, k_scales) ||
-        !find_rows(a.tables, a.v, block.b, h, start, total, slots, v_rows, v_scales))
-        return 1;
+    const int64_t page_size = a.tables.page_size, num_pages = find_pages(a.tables, block.b, h, start, total, slots);
+    if (num_pages < 0) return 1;
+    find_rows(a.k, page_size, slots, num_pages, start % page_size, total, k_rows, k_scales);
+    find_rows(a.v, page_size, slots, num_pages, start % page_size, total, v_rows, v_scales);
     for (int64_t t = 0; t < std::min<int64_t>(total, TILE); t++) prefetch(k_rows[t], k_size);
     for (int64_t t = 0; t < std::min<int64_t>(total, v_digits ? 0 : TILE); t++) prefetch(v_rows[t], v_size);
 
