@@ -186,6 +186,7 @@ def test_queries_of_16_bits_may_be_split_into_bytes(
         {"v_head_dim": 48},
         {"v_head_dim": 176},
         {"head_dim": 16},
+        {"groups": 1, "num_tokens": 1},
         {"groups": 13, "num_tokens": 1},
         {"formats": ("int8", "fp8_e4m3"), "window": 37},
         {"formats": ("fp8_e4m3", "int8"), "window": 37},

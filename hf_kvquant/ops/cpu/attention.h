@@ -71,9 +71,9 @@ struct Block {
     int64_t b, first, count, start, hidden, stop, span, num_spans, first_item, first_part;
 };
 
-// Whether one of the sides is multiplied in digits; a span begins with a block then. A single row waits for memory anyway.
+// Whether one of the sides is multiplied in digits; a span begins with a block then.
 bool takes_digits(const Attention& a, const Side& side, int64_t rows) {
-    return HAS_DIGITS && a.query_format != FLOAT && side.format == INT8 && side.dim % W == 0 && rows > 1 &&
+    return HAS_DIGITS && a.query_format != FLOAT && side.format == INT8 && side.dim % W == 0 &&
            rows <= DIRECT_ROWS && a.tables.page_size % BLOCK == 0;
 }
 
