@@ -171,26 +171,59 @@ DTYPES = [torch.bfloat16, torch.float16]
 def test_queries_of_16_bits_may_be_split_into_bytes(
     path: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]
 ) -> None:
+    check_split_query(path, shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", ["split", "odd", "wide", "few"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"window": 37},
+        {"window": 37, "ring": True},
+        {"window": 32, "page_size": 8, "ring": True},
+        {"page_size": 4},
+        {"page_size": 48},
+        {"v_head_dim": 48},
+        {"v_head_dim": 176},
+        {"head_dim": 16},
+        {"groups": 1, "num_tokens": 1},
+        {"groups": 13, "num_tokens": 1},
+        {"formats": ("int8", "fp8_e4m3"), "window": 37},
+        {"formats": ("fp8_e4m3", "int8"), "window": 37},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("path", KERNELS[:1])
+def test_bytes_in_blocks(path: str, changes: dict[str, Any], shape: str) -> None:
+    """Pages of other sizes, K and V of different ones; of the block in which a window begins only what it shows."""
+    check_split_query(path, SHAPES[shape], dtype=torch.bfloat16, **changes)
+
+
+def check_split_query(path: str, shape: tuple[int, int, int, int, int], **changes: Any) -> None:
     """Over int8, query and weights may be rounded to 16 bits of the row's largest; and no further."""
     head_dim, heads, groups, length, tokens = shape
-    case = Case(
-        lengths=(length, tokens + 5), num_tokens=tokens, num_kv_heads=heads, groups=groups, head_dim=head_dim,
-        formats=("int8", "int8"), kinds=("equalized", "dynamic"), dtype=dtype,
-    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "lengths": (length, tokens + 5), "num_tokens": tokens, "num_kv_heads": heads, "groups": groups,
+        "head_dim": head_dim, "formats": ("int8", "int8"), "kinds": ("equalized", "dynamic"),
+    }  # fmt: skip
+    case = Case(**{**fields, **changes})
     problem = build(case, poisoned=True)
-    tables, scale = (problem.page_table, problem.seq_lens), problem.options["softmax_scale"]
-    cpu.use(path)
+    tables, scale, window = (problem.page_table, problem.seq_lens), problem.options["softmax_scale"], case.window
     lse, expected_lse = (torch.full(problem.query.shape[:3], torch.nan) for _ in range(2))
-    got = problem.run(lse=lse).to(torch.float32)
     query = problem.query.to(torch.float32)
     expected = reference.paged_attention(
-        query, *tables, *flat(problem.k), *flat(problem.v), None, 0, None, scale, None, None, True, expected_lse
+        query, *tables, *flat(problem.k), *flat(problem.v), None, 0, None, scale, None, window, True, expected_lse
     )
+    if window is not None:
+        poison_before_windows(problem, case.num_tokens)
+    cpu.use(path)
+    got = problem.run(lse=lse).to(torch.float32)
     fp32_error = 1e-5  # what every path is held to
     assert problem.k.scale is not None
-    unit = problem.k.scale.repeat_interleave(groups, 0)[:, None]
+    unit = problem.k.scale.repeat_interleave(case.groups, 0)[:, None]
+    seen = slice(None if window is None else -(window + case.num_tokens - 1), None)
     for b, (k, v) in enumerate(zip(*problem.numbers, strict=True)):
-        keys = torch.tensor(k, dtype=torch.float32).repeat_interleave(groups, 0)
+        keys = torch.tensor(k[:, seen], dtype=torch.float32).repeat_interleave(case.groups, 0)
         # Half a step in every channel of the query, of which there are 127 * 256 up to its largest (torch: 127 * 254).
         step = scale * (query[b] * unit).abs().amax(-1) / (127 * 254)
         logit_error = step / 2 * (keys / unit).abs().sum(-1).amax(-1)[:, None] + fp32_error * (
@@ -200,8 +233,19 @@ def test_queries_of_16_bits_may_be_split_into_bytes(
         # A weight is off by twice that factor (its sum moves as well), and by half a step of the largest of 65,535.
         largest_weight = (scale * query[b] @ keys.transpose(1, 2)).amax(-1).sub(expected_lse[b]).exp()
         weight_error = 2 * logit_error + keys.shape[1] * largest_weight / (2 * 65535)
-        error = weight_error[..., None] * float(np.abs(v).max()) + torch.finfo(dtype).eps * expected[b].abs()
-        assert ((got[b] - expected[b]).abs() <= error).all()
+        error = weight_error[..., None] * float(np.abs(v[:, seen]).max())
+        assert ((got[b] - expected[b]).abs() <= error + torch.finfo(case.dtype).eps * expected[b].abs()).all()
+
+
+def poison_before_windows(problem: Problem, num_tokens: int) -> None:
+    """What no query sees any more has NaN for a scale."""
+    page_size, num_columns = problem.k.pages.shape[2], problem.page_table.shape[1]
+    for b, length in enumerate(problem.seq_lens.tolist()):
+        for position in range(problem.first[b], length - num_tokens - problem.options["window"] + 1):
+            page = problem.page_table[b, position // page_size % num_columns]
+            for side in (problem.k, problem.v):
+                if side.token_scale is not None:
+                    side.token_scale[page, :, position % page_size] = torch.nan
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])

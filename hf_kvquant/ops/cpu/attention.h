@@ -65,10 +65,17 @@ Interval seen_by(const Attention& a, int64_t b, int64_t t) {
 }
 
 // Rows [first, first + count) of every head of sequence b, and the spans of tokens that they are cut into. Items go
-// through the heads of a span, which are neighbours in memory, before the next one.
+// through the heads of a span, which are neighbours in memory, before the next one. The first `hidden` tokens are seen by
+// no row.
 struct Block {
-    int64_t b, first, count, start, stop, span, num_spans, first_item, first_part;
+    int64_t b, first, count, start, hidden, stop, span, num_spans, first_item, first_part;
 };
+
+// Whether one of the sides is multiplied in digits; a span begins with a block then.
+bool takes_digits(const Attention& a, const Side& side, int64_t rows) {
+    return HAS_DIGITS && a.query_format != FLOAT && side.format == INT8 && side.dim % W == 0 &&
+           rows <= DIRECT_ROWS && a.tables.page_size % BLOCK == 0;
+}
 
 // Spans are long enough to be worth their start, and short and many enough for many cores.
 int64_t span_of(int64_t length, bool few_rows, int64_t num_blocks) {
@@ -147,19 +154,16 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
     const int64_t start = block.start + span_index * block.span, stop = std::min(start + block.span, block.stop);
     const bool few = rows <= DIRECT_ROWS;
     const bool k_direct = few && k_dim % W == 0, v_direct = few && v_dim % W == 0;
-    const bool digits = HAS_DIGITS && a.query_format != FLOAT && rows > 1;  // one row waits for memory anyway
-    const bool k_digits = digits && k_direct && a.k.format == INT8, v_digits = digits && v_direct && a.v.format == INT8;
+    const bool in_blocks = start % BLOCK == 0;
+    const bool k_digits = in_blocks && takes_digits(a, a.k, rows), v_digits = in_blocks && takes_digits(a, a.v, rows);
     const int64_t k_size = a.k.row_size(), v_size = a.v.row_size();
-    // Rows of the next side are fetched in as many pieces as this side's have: so never more of them than a tile holds.
-    const int64_t size = std::max(k_size, v_size), tile = tile_tokens(size);
     const int64_t chunk = k_direct && v_direct ? DIRECT_CHUNK : CHUNK, padded = round_up(block.span, W) + PADDING;
 
     float *q, *units, *zeros, *logits, *offsets, *k_scales, *v_scales, *k_tile, *v_tile;
     Interval* seen;
-    const char **k_rows, **v_rows;
+    const char **k_rows, **v_rows;  // or blocks
     const float **k_tile_rows, **v_tile_rows;
     int64_t* slots;
-    int32_t* codes_tile;
     Digits q_digits, weight_digits;
     Carver carver{nullptr};
     for (int pass = 0; pass < 2; pass++) {
@@ -179,9 +183,7 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
         k_tile_rows = carver.take<const float*>(k_direct ? 0 : k_dim);
         v_tile_rows = carver.take<const float*>(v_direct ? 0 : CHUNK);
         slots = carver.take<int64_t>(padded);
-        // Behind the rows: where K and V differ in size, fetching ahead looks at pointers beyond them, at most so many.
-        codes_tile = carver.take<int32_t>(std::max(k_digits ? k_dim : 0, v_digits ? v_dim : 0) * tile / 4);
-        q_digits = digits_from(carver, k_digits ? rows : 0, k_dim);
+        q_digits = digits_from(carver, k_digits ? rows : 0, round_up(k_dim, 32));
         weight_digits = digits_from(carver, v_digits ? rows : 0, chunk);
     }
     if (!k_direct)
@@ -223,24 +225,35 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
     });
 
     const int64_t total = stop - start;
-    if (!find_rows(a.tables, a.k, block.b, h, start, total, slots, k_rows, k_scales) ||
-        !find_rows(a.tables, a.v, block.b, h, start, total, slots, v_rows, v_scales))
-        return 1;
-    const int64_t k_ahead = k_digits ? tile : TILE, v_ahead = v_digits ? 0 : TILE;
-    for (int64_t t = 0; t < std::min(total, k_ahead); t++) prefetch(k_rows[t], k_size);
-    for (int64_t t = 0; t < std::min(total, v_ahead); t++) prefetch(v_rows[t], v_size);
+    const int64_t page_size = a.tables.page_size, num_pages = find_pages(a.tables, block.b, h, start, total, slots);
+    if (num_pages < 0) return 1;
+    const int64_t skipped = start % page_size;
+    const auto find = [&](const Side& side, bool digits, const char** rows, float* scales) {
+        if (digits) find_blocks(side, page_size, slots, num_pages, skipped, BLOCK, 3 * PLACES, rows);
+        else find_rows(side, page_size, slots, num_pages, skipped, total, rows);
+        find_scales(side, page_size, slots, num_pages, skipped, total, scales);
+    };
+    find(a.k, k_digits, k_rows, k_scales);
+    find(a.v, v_digits, v_rows, v_scales);
+    if (a.v.token_scale && !span_index) std::fill(v_scales, v_scales + block.hidden, 0.0f);  // nothing times NaN is NaN
+    if (k_digits)
+        for (int64_t i = 0; i < PLACES; i++) prefetch(k_rows[i], BLOCK * k_size);
+    for (int64_t t = 0; t < std::min<int64_t>(total, k_digits ? 0 : TILE); t++) prefetch(k_rows[t], k_size);
+    for (int64_t t = 0; t < std::min<int64_t>(total, v_digits ? 0 : TILE); t++) prefetch(v_rows[t], v_size);
+    const auto ahead = [&](const Side& side, bool digits, const char** rows, int64_t t) {
+        return digits ? Ahead{reinterpret_cast<const uint8_t* const*>(rows + t / BLOCK), BLOCK * side.row_size()} : Ahead{};
+    };
 
     for (int64_t t0 = 0; t0 < total; t0 += chunk) {
         const int64_t count = std::min(chunk, total - t0), columns = round_up(count, W);
         if (!few && a.mask && a.mask_format < 0 && !shows_any(a, block, h, seen, start + t0, count)) continue;
         with_format(a.k.format, [&](auto codec) {
             typedef decltype(codec) C;
-            auto codes = reinterpret_cast<const typename C::T* const*>(k_rows + t0);
             if constexpr (C::DIGITS)
-                if (k_digits) {
-                    const Ahead next{reinterpret_cast<const uint8_t* const*>(v_rows + t0), size, tile};
-                    return dots_of_digits(q_digits, rows, codes, count, k_dim, codes_tile, next, logits, chunk);
-                }
+                if (k_digits)
+                    return dots_of_digits(q_digits, rows, ahead(a.k, true, k_rows, t0).blocks, count, k_dim,
+                                          ahead(a.v, v_digits, v_rows, t0), logits, chunk);
+            auto codes = reinterpret_cast<const typename C::T* const*>(k_rows + t0);
             if (k_direct) return dots_of_rows<C>(q, k_padded, rows, codes, count, k_dim, logits, chunk);
             decode_turned<C>(codes, count, k_dim, k_tile);
             for (int64_t r = 0; r < rows; r++) std::fill(logits + r * chunk, logits + r * chunk + columns, 0.0f);
@@ -262,13 +275,11 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
 
         with_format(a.v.format, [&](auto codec) {
             typedef decltype(codec) C;
-            auto codes = reinterpret_cast<const typename C::T* const*>(v_rows + t0);
             if constexpr (C::DIGITS)
-                if (v_digits) {
-                    const Ahead next{reinterpret_cast<const uint8_t* const*>(k_rows + t0 + count), size, tile};
-                    return accumulate_digits(logits, chunk, rows, codes, count, v_dim, weight_digits, codes_tile, next,
-                                             values, v_padded);
-                }
+                if (v_digits)
+                    return accumulate_digits(logits, chunk, rows, ahead(a.v, true, v_rows, t0).blocks, count, v_dim,
+                                             weight_digits, ahead(a.k, k_digits, k_rows, t0 + count), values, v_padded);
+            auto codes = reinterpret_cast<const typename C::T* const*>(v_rows + t0);
             if (v_direct)
                 return accumulate_rows<C>(logits, chunk, rows, codes, count, v_dim, values, v_padded, true);
             decode_tile<C>(codes, count, v_dim, v_tile, v_padded);
@@ -367,10 +378,13 @@ extern "C" int64_t hf_kvquant_paged_attention(const Attention* arguments) {
                 if (one.start < one.stop) seen = {std::min(seen.start, one.start), std::max(seen.stop, one.stop)};
             }
             if (seen.stop == 0) seen.start = 0;
+            const bool in_blocks = takes_digits(a, a.k, count) && takes_digits(a, a.v, count);
+            const int64_t hidden = in_blocks ? seen.start % BLOCK : 0;
+            seen.start -= hidden;
             const int64_t length = seen.stop - seen.start;
             const int64_t span = span_of(length, few, num_blocks * num_heads);
             const int64_t num_spans = std::max<int64_t>((length + span - 1) / span, 1);
-            blocks[index] = {b, first, count, seen.start, seen.stop, span, num_spans, num_items, num_parts};
+            blocks[index] = {b, first, count, seen.start, hidden, seen.stop, span, num_spans, num_items, num_parts};
             for (int64_t h = 0; h < num_heads; h++) unfinished[index * num_heads + h] = num_spans;
             num_items += num_heads * num_spans;
             num_parts += num_spans > 1 ? num_heads * num_spans : 0;

@@ -2,7 +2,9 @@
 // arithmetic of float32. Rows become integers of 16 bits, relative to their largest number, in two digits of 8 bits;
 // the sums of products are exact. That is for queries of 16 bits: outputs are rounded to 8 or 11 bits, which hides it.
 //
-// A tile is `[depth, columns]` groups: of four codes that are neighbours in the direction of the sum.
+// Codes come in blocks of 16 tokens, one row behind the other. In registers they become groups: of four codes that are
+// neighbours in the direction of the sum. What is next is made of its rows between the products with what is there, for
+// a processor has units for both; and nothing goes through memory, as storing it would take longer than multiplying.
 #pragma once
 
 #include "formats.h"
@@ -11,58 +13,55 @@
 
 namespace {
 
-// Tokens of a tile: it and the next one's rows have room in the first cache.
-constexpr int64_t tile_tokens(int64_t dim) { return dim <= 64 ? 128 : 64; }
-
-// Rows of numbers in digits, with room for `stride` numbers each.
+// Rows of numbers in digits, with room for `stride` numbers each. Rows that are multiplied together lie together: of N
+// rows `[stride / 4, N, 2]` groups of four bytes, high digits and low ones in turn.
 struct Digits {
-    int32_t* groups;  // [rows, 2, stride / 4]: high digits, and low ones
+    int32_t* groups;
     int32_t* starts;  // [rows, 2]: what their sums start from; for digits that have a sign
     float* units;     // [rows]
     int64_t stride;
 
-    int32_t* high(int64_t row) const { return groups + uint64_t(row * stride) / 2; }
-    int32_t* low(int64_t row) const { return high(row) + uint64_t(stride) / 4; }
+    int32_t* of(int64_t row) const { return groups + uint64_t(row * stride) / 2; }
 };
 Digits digits_from(Carver& carver, int64_t rows, int64_t stride) {
     return {carver.take<int32_t>(rows * stride / 2), carver.take<int32_t>(rows * 2), carver.take<float>(rows), stride};
 }
 
-// The tile that will be read next: as many lines as one has are fetched half while this one is made, half while it is
-// multiplied, for nothing is fetched faster than memory gives it.
-struct Ahead {
-    const uint8_t* const* row;
-    int64_t dim, tokens, offset = 0;  // tokens of a tile
+constexpr int64_t BLOCK = 16;
+static_assert(TILE == PLACES * BLOCK);
 
-    // PLACES lines.
+// The four blocks that will be read after four others: as many lines as those have are fetched while they are read, for
+// nothing is fetched faster than memory gives it.
+struct Ahead {
+    const uint8_t* const* blocks;
+    int64_t size, offset = 0;  // bytes of a block
+
+    // A line of each.
     INLINE void fetch() {
-        const int64_t place = uint64_t(tokens) / PLACES;
-        UNROLL for (int i = 0; i < PLACES; i++) __builtin_prefetch(row[i * place] + offset);
-        if (FETCHES_TWICE && offset + 64 <= dim)
-            UNROLL for (int i = 0; i < PLACES; i++) prefetch_to_second_cache(row[i * place + tokens] + offset);
+        if (offset >= size) return;
+        UNROLL for (int i = 0; i < PLACES; i++) __builtin_prefetch(blocks[i] + offset);
+        if (FETCHES_TWICE)
+            UNROLL for (int i = 0; i < PLACES; i++) prefetch_to_second_cache(blocks[PLACES + i] + offset);
         offset += 64;
-        row += offset >= dim;
-        offset = offset >= dim ? 0 : offset;
     }
 };
 
 // Rows of the query, `dim` a multiple of 16.
 void split_query(const float* q, int64_t q_stride, int64_t num_rows, int64_t dim, const Digits& digits);
 
-// As dots_of_rows, for a query that has been split. Tiles are as large as `next`, which is fetched on the way.
-void dots_of_digits(const Digits& q, int64_t num_rows, const uint8_t* const* rows, int64_t count, int64_t dim,
-                    int32_t* tile, Ahead next, float* out, int64_t out_stride);
+// As dots_of_rows, for a query that has been split. `next` is fetched on the way.
+void dots_of_digits(const Digits& q, int64_t num_rows, const uint8_t* const* blocks, int64_t count, int64_t dim,
+                    Ahead next, float* out, int64_t out_stride);
 
 // As accumulate_rows; `dim` is a multiple of 16, no weight is negative, and they are zero up to a multiple of 16.
 // `digits` has room for them.
-void accumulate_digits(const float* weights, int64_t weight_stride, int64_t num_rows, const uint8_t* const* rows,
-                       int64_t count, int64_t dim, const Digits& digits, int32_t* tile, Ahead next, float* out,
-                       int64_t out_stride);
+void accumulate_digits(const float* weights, int64_t weight_stride, int64_t num_rows, const uint8_t* const* blocks,
+                       int64_t count, int64_t dim, const Digits& digits, Ahead next, float* out, int64_t out_stride);
 
 #if HAS_DIGITS
 
 INLINE i32 rounded(f32 x) { return (i32)_mm512_cvtps_epi32((__m512)x); }
-INLINE void store_bytes(int32_t* to, i32 x) { _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)x)); }
+INLINE __m128i bytes_of(i32 x) { return _mm512_cvtepi32_epi8((__m512i)x); }
 
 // The largest magnitude in a row, NaN if there is a NaN or an infinity, and not so small that its reciprocal overflows.
 INLINE float size_of_row(const float* x, int64_t count) {
@@ -78,172 +77,263 @@ INLINE float size_of_row(const float* x, int64_t count) {
 // Here digits have a sign and codes have none, so sums start from the codes' offset.
 void split_query(const float* q, int64_t q_stride, int64_t num_rows, int64_t dim, const Digits& digits) {
     constexpr float range = 127 * 256;
-    for (int64_t r = 0; r < num_rows; r++) {
-        const float* x = q + r * q_stride;
-        const float size = size_of_row(x, dim), reciprocal = range / size;
-        i32 sum = {};
-        for (int64_t i = 0; i < dim; i += W) {
-            const i32 number = rounded(load<f32>(x + i) * reciprocal), up = number + 128;
-            sum += number;
-            store_bytes(digits.high(r) + i / 4, up >> 8);
-            store_bytes(digits.low(r) + i / 4, up ^ 128);
-        }
-        const int32_t total = _mm512_reduce_add_epi32((__m512i)sum);
-        digits.starts[2 * r] = -128 * (total >> 8);
-        digits.starts[2 * r + 1] = -128 * (total & 255);
-        digits.units[r] = size / range;
-    }
-}
-// Here digits have no sign and codes have one.
-INLINE void split_weights(const float* x, int64_t count, const Digits& digits, int64_t row) {
-    constexpr float range = 65535;
-    const float size = size_of_row(x, count), reciprocal = range / size;
-    int32_t *high = digits.high(row), *low = digits.low(row);
-    for (int64_t i = 0; i < count; i += W, high += W / 4, low += W / 4) {
-        const i32 number = rounded(load<f32>(x + i) * reciprocal);
-        store_bytes(high, number >> 8);
-        store_bytes(low, number);
-    }
-    digits.units[row] = size / range;
-}
-
-INLINE __m512i load_bytes(const uint8_t* p, int64_t count) {
-    return count >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((uint64_t(1) << count) - 1, p);
-}
-// 16 x 16 groups, turned.
-INLINE void turn(__m512i (&x)[16]) {
-    __m512i y[16];
-    UNROLL for (int i = 0; i < 16; i += 4) {
-        const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-        const __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]), d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
-        y[i] = _mm512_unpacklo_epi64(a, c);
-        y[i + 1] = _mm512_unpackhi_epi64(a, c);
-        y[i + 2] = _mm512_unpacklo_epi64(b, d);
-        y[i + 3] = _mm512_unpackhi_epi64(b, d);
-    }
-    UNROLL for (int i = 0; i < 4; i++) {
-        const __m512i a = _mm512_shuffle_i32x4(y[i], y[i + 4], 0x88), b = _mm512_shuffle_i32x4(y[i], y[i + 4], 0xDD);
-        const __m512i c = _mm512_shuffle_i32x4(y[i + 8], y[i + 12], 0x88);
-        const __m512i d = _mm512_shuffle_i32x4(y[i + 8], y[i + 12], 0xDD);
-        x[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-        x[i + 8] = _mm512_shuffle_i32x4(a, c, 0xDD);
-        x[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
-        x[i + 12] = _mm512_shuffle_i32x4(b, d, 0xDD);
-    }
-}
-// `[dim / 4, ahead.tokens]` groups of channels; tokens and dim are multiples of 16.
-INLINE void turned_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim, int32_t* tile, Ahead& ahead) {
-    const int64_t stride = ahead.tokens;
-    for (int64_t t = 0; t < tokens; t += 16)
-        for (int64_t d = 0; d < dim; d += 64) {
-            ahead.fetch();
-            ahead.fetch();
-            __m512i x[16];
-            UNROLL for (int i = 0; i < 16; i++) x[i] = load_bytes(rows[t + i] + d, dim - d);
-            turn(x);
-            int32_t* to = tile + d / 4 * stride + t;
-            UNROLL for (int i = 0; i < 16; i++)
-                if (4 * i < dim - d) _mm512_store_si512(to + i * stride, x[i]);
-        }
-}
-// `[tokens / 4, dim]` groups of tokens, as bytes with a sign; tokens is a multiple of 8 and dim of 16.
-INLINE void plain_tile(const uint8_t* const* rows, int64_t tokens, int64_t dim, int32_t* tile, Ahead& ahead) {
-    // Unpacking works inside quarters of a register, so channels are dealt to the quarters first.
-    const __m512i dealt = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    const __m512i offset = _mm512_set1_epi8(char(0x80));
-    for (int64_t first = 0; first < tokens; first += 8)
-        for (int64_t d = 0; d < dim; d += 64) {
-            ahead.fetch();
-            UNROLL for (int64_t t = first; t < first + 8; t += 4) {
-                __m512i x[4];
-                UNROLL for (int i = 0; i < 4; i++)
-                    x[i] = _mm512_permutexvar_epi32(dealt, load_bytes(rows[t + i] + d, dim - d));
-                const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
-                const __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), e = _mm512_unpackhi_epi8(x[2], x[3]);
-                x[0] = _mm512_unpacklo_epi16(a, c);
-                x[1] = _mm512_unpackhi_epi16(a, c);
-                x[2] = _mm512_unpacklo_epi16(b, e);
-                x[3] = _mm512_unpackhi_epi16(b, e);
-                int32_t* to = tile + t / 4 * dim + d;
-                UNROLL for (int i = 0; i < 4; i++)
-                    if (16 * i < dim - d) _mm512_store_si512(to + 16 * i, _mm512_xor_si512(x[i], offset));
+    in_groups(num_rows, [&](int64_t first, auto n) {
+        for (int64_t r = 0; r < n(); r++) {
+            const float* x = q + (first + r) * q_stride;
+            const float size = size_of_row(x, dim), reciprocal = range / size;
+            int32_t* groups = digits.of(first) + 2 * r;
+            i32 sum = {};
+            for (int64_t i = 0; i < dim; i += W) {
+                const i32 number = rounded(load<f32>(x + i) * reciprocal), up = number + 128;
+                sum += number;
+                int32_t high[4], low[4];
+                _mm_storeu_si128((__m128i*)high, bytes_of(up >> 8));
+                _mm_storeu_si128((__m128i*)low, bytes_of(up ^ 128));
+                for (int j = 0; j < 4; j++) {
+                    groups[(i / 4 + j) * (2 * n())] = high[j];
+                    groups[(i / 4 + j) * (2 * n()) + 1] = low[j];
+                }
             }
+            const int32_t total = _mm512_reduce_add_epi32((__m512i)sum);
+            digits.starts[2 * (first + r)] = -128 * (total >> 8);
+            digits.starts[2 * (first + r) + 1] = -128 * (total & 255);
+            digits.units[first + r] = size / range;
         }
+    });
+}
+// Here digits have no sign and codes have one. One or two rows.
+template <int N>
+INLINE void split_weights(const float* x, int64_t x_stride, int64_t count, const Digits& digits, int64_t row) {
+    constexpr float range = 65535;
+    float reciprocal[N];
+    UNROLL for (int r = 0; r < N; r++) {
+        const float size = size_of_row(x + r * x_stride, count);
+        reciprocal[r] = range / size;
+        digits.units[row + r] = size / range;
+    }
+    __m128i* to = (__m128i*)digits.of(row);
+    for (int64_t i = 0; i < count; i += W, to += 2 * N) {
+        __m128i high[N], low[N];
+        UNROLL for (int r = 0; r < N; r++) {
+            const i32 number = rounded(load<f32>(x + r * x_stride + i) * reciprocal[r]);
+            const __m128i above = bytes_of(number >> 8), below = bytes_of(number);
+            high[r] = _mm_unpacklo_epi32(above, below);
+            low[r] = _mm_unpackhi_epi32(above, below);
+        }
+        if (N == 1) {
+            _mm_store_si128(to, high[0]);
+            _mm_store_si128(to + 1, low[0]);
+        } else {
+            _mm_store_si128(to, _mm_unpacklo_epi64(high[0], high[N - 1]));
+            _mm_store_si128(to + 1, _mm_unpackhi_epi64(high[0], high[N - 1]));
+            _mm_store_si128(to + 2, _mm_unpacklo_epi64(low[0], low[N - 1]));
+            _mm_store_si128(to + 3, _mm_unpackhi_epi64(low[0], low[N - 1]));
+        }
+    }
 }
 
-// GCC takes the loop below apart, with twice as many moves as products.
+// GCC takes the loops below apart, with twice as many moves as products.
 #if defined(__clang__)
 #define KEEP_LOOPS
 #else
 #define KEEP_LOOPS __attribute__((optimize("no-tree-pre")))
 #endif
-#define INLINE_LAMBDA __attribute__((always_inline))
 
-// out[r][c] = row r of the query . column c of the tile, or, with weights, that much more; N rows. Depth is a multiple of
-// PLACES.
-template <int N, bool QUERY>
-KEEP_LOOPS void multiply(const Digits& digits, int64_t row, const int32_t* tile, int64_t tile_stride, int64_t columns,
-                         int64_t depth, Ahead* ahead, float* out, int64_t out_stride) {
-    const int64_t stride = uint64_t(digits.stride) / 4;
-    const int32_t* groups = digits.high(row);
-    Ahead next = ahead ? *ahead : Ahead{};  // here it stays in registers
-    const auto some = [&](auto vectors, bool fetches) INLINE_LAMBDA {
-        constexpr int M = vectors();
-        __m512i sums[2][N][M];
-        UNROLL for (int p = 0; p < 2; p++) UNROLL for (int r = 0; r < N; r++) UNROLL for (int m = 0; m < M; m++)
-            sums[p][r][m] = _mm512_set1_epi32(QUERY ? digits.starts[2 * (row + r) + p] : 0);
-        for (int64_t first = 0; first < depth; first += PLACES) {
-            if (fetches) next.fetch();
-            for (int64_t k = first; k < first + PLACES; k++) {
-                __m512i codes[M];
-                UNROLL for (int m = 0; m < M; m++) codes[m] = _mm512_load_si512(tile + k * tile_stride + 16 * m);
-                UNROLL for (int p = 0; p < 2; p++) UNROLL for (int r = 0; r < N; r++) {
-                    const __m512i digit = _mm512_set1_epi32(groups[(2 * r + p) * stride + k]);
-                    UNROLL for (int m = 0; m < M; m++)  // bytes without a sign times bytes with one
-                        sums[p][r][m] = QUERY ? _mm512_dpbusd_epi32(sums[p][r][m], codes[m], digit)
-                                              : _mm512_dpbusd_epi32(sums[p][r][m], digit, codes[m]);
-                }
+// As _mm512_dpbusd_epi32, with four digits that meet all codes; compilers take two instructions for it.
+INLINE void add_products(__m512i& sum, __m512i codes, const int32_t& digits) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(digits));
+}
+
+// A block's codes of 32 channels on the way to groups of channels: eight registers of 16 tokens. A mask says which of
+// the channels there are.
+struct Turned {
+    __m512i x[8];
+
+    // Of eight steps the `i`th.
+    INLINE void make(int i, const uint8_t* from, int64_t dim, __mmask16 low, __mmask16 high) {
+        if (i < 4) {
+            const uint8_t* row = from + (i < 2 ? 2 * i : 2 * i + 4) * dim;
+            const __m512i a = two_rows(row, dim, low, high), b = two_rows(row + dim, dim, low, high);
+            x[2 * i] = _mm512_unpacklo_epi32(a, b);
+            x[2 * i + 1] = _mm512_unpackhi_epi32(a, b);
+        } else if (i < 6) {
+            __m512i* four = x + 4 * (i - 4);
+            const __m512i a = four[0], b = four[1], c = four[2], d = four[3];
+            four[0] = _mm512_unpacklo_epi64(a, c);
+            four[1] = _mm512_unpackhi_epi64(a, c);
+            four[2] = _mm512_unpacklo_epi64(b, d);
+            four[3] = _mm512_unpackhi_epi64(b, d);
+        } else {
+            UNROLL for (int k = 2 * (i - 6); k < 2 * (i - 6) + 2; k++) {
+                const __m512i a = x[k], b = x[k + 4];
+                x[k] = _mm512_shuffle_i32x4(a, b, 0x88);
+                x[k + 4] = _mm512_shuffle_i32x4(a, b, 0xDD);
             }
         }
-        UNROLL for (int r = 0; r < N; r++) UNROLL for (int m = 0; m < M; m++) {
-            f32 x = (f32)_mm512_cvtepi32_ps(sums[0][r][m]) * 256.0f + (f32)_mm512_cvtepi32_ps(sums[1][r][m]);
-            float* to = out + r * out_stride + 16 * m;
-            x = x * digits.units[row + r];
-            store(to, QUERY ? x : load<f32>(to) + x);
+    }
+    // A row and the fourth behind it, so that tokens come out in order.
+    INLINE static __m512i two_rows(const uint8_t* row, int64_t dim, __mmask16 low, __mmask16 high) {
+        return _mm512_mask_loadu_epi32(_mm512_maskz_loadu_epi32(low, row), high, row + 4 * dim - 32);
+    }
+};
+
+// out[r][t] = row r of the query . token t of the blocks, for N rows.
+template <int N>
+KEEP_LOOPS void dots_of_blocks(const Digits& digits, int64_t row, const uint8_t* const* blocks, int64_t num_blocks,
+                               int64_t dim, Ahead* ahead, float* out, int64_t out_stride) {
+    Ahead next = ahead ? *ahead : Ahead{};  // here it stays in registers
+    const __mmask16 last_low = dim % 32 ? 0x000F : 0x00FF, last_high = dim % 32 ? 0x0F00 : 0xFF00;
+    __m512i sums[2][N];
+    UNROLL for (int r = 0; r < N; r++) UNROLL for (int p = 0; p < 2; p++)
+        sums[p][r] = _mm512_set1_epi32(digits.starts[2 * (row + r) + p]);
+    Turned now;
+    UNROLL for (int i = 0; i < 8; i++)
+        now.make(i, blocks[0], dim, dim < 32 ? last_low : 0x00FF, dim < 32 ? last_high : 0xFF00);
+    const int32_t *first = digits.of(row), *digit = first;
+    int64_t d = 0;
+    for (int64_t left = num_blocks * ((dim + 31) / 32); left > 0; left--) {
+        const bool is_last = d + 32 >= dim;
+        d = is_last ? 0 : d + 32;
+        blocks += is_last && left > 1;
+        if (ahead) UNROLL for (int i = 0; i < 2; i++) next.fetch();
+        const uint8_t* from = blocks[0] + d;
+        const __mmask16 low = d + 32 > dim ? last_low : 0x00FF, high = d + 32 > dim ? last_high : 0xFF00;
+        Turned then;
+        UNROLL for (int k = 0; k < 8; k++) {
+            UNROLL for (int p = 0; p < 2; p++) UNROLL for (int r = 0; r < N; r++)
+                add_products(sums[p][r], now.x[k], digit[2 * (N * k + r) + p]);
+            then.make(k, from, dim, low, high);
         }
-    };
-    for (; columns >= 2 * W; columns -= 2 * W, tile += 2 * W, out += 2 * W) some(std::integral_constant<int, 2>(), ahead);
-    if (columns) some(std::integral_constant<int, 1>(), false);
-}
-template <bool QUERY>
-void multiply_rows(const Digits& digits, int64_t num_rows, const int32_t* tile, int64_t tile_stride, int64_t columns,
-                   int64_t depth, Ahead ahead, float* out, int64_t out_stride) {
-    in_groups(num_rows, [&](int64_t r, auto n) {
-        multiply<n(), QUERY>(digits, r, tile, tile_stride, columns, depth, r ? nullptr : &ahead, out + r * out_stride,
-                             out_stride);
-    });
+        now = then;
+        digit += 16 * N;
+        if (!is_last) continue;
+        UNROLL for (int r = 0; r < N; r++) {
+            const f32 x = (f32)_mm512_cvtepi32_ps(sums[0][r]) * 256.0f + (f32)_mm512_cvtepi32_ps(sums[1][r]);
+            store(out + r * out_stride, x * digits.units[row + r]);
+            UNROLL for (int p = 0; p < 2; p++) sums[p][r] = _mm512_set1_epi32(digits.starts[2 * (row + r) + p]);
+        }
+        out += BLOCK;
+        digit = first;
+    }
+    if (ahead) *ahead = next;
 }
 
-void dots_of_digits(const Digits& q, int64_t num_rows, const uint8_t* const* rows, int64_t count, int64_t dim,
-                    int32_t* tile, Ahead next, float* out, int64_t out_stride) {
-    for (int64_t t = 0; t < count; t += next.tokens) {
-        const int64_t here = round_up(std::min(next.tokens, count - t), W);
-        Ahead ahead = t + here < count ? Ahead{rows + t + here, dim, next.tokens} : next;
-        turned_tile(rows + t, here, dim, tile, ahead);
-        multiply_rows<true>(q, num_rows, tile, next.tokens, here, dim / 4, ahead, out + t, out_stride);
+// Four tokens' codes of M * 16 channels on the way to groups of tokens, as bytes with a sign.
+template <int M>
+struct Grouped {
+    __m512i x[4];
+
+    // Of four steps the `i`th; `left` channels.
+    INLINE void make(int i, const uint8_t* from, int64_t dim, int64_t left) {
+        const __m512i offset = _mm512_set1_epi8(char(0x80));
+        if (i < 2) {
+            const __m512i a = row(from + 2 * i * dim, left), b = row(from + (2 * i + 1) * dim, left);
+            x[i] = _mm512_unpacklo_epi8(a, b);
+            x[2 + i] = _mm512_unpackhi_epi8(a, b);
+        } else {
+            __m512i* two = x + 2 * (i - 2);
+            const __m512i a = two[0], b = two[1];
+            two[0] = _mm512_xor_si512(_mm512_unpacklo_epi16(a, b), offset);
+            two[1] = _mm512_xor_si512(_mm512_unpackhi_epi16(a, b), offset);
+        }
+    }
+    // Unpacking works inside quarters of a register. Of 64 channels the sums are put in order, of fewer the channels.
+    INLINE static __m512i row(const uint8_t* from, int64_t left) {
+        if (M == 4) return _mm512_loadu_si512(from);
+        const __m512i dealt = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+        return _mm512_permutexvar_epi32(dealt, _mm512_maskz_loadu_epi8((uint64_t(1) << left) - 1, from));
+    }
+    INLINE static void put_in_order(f32 (&x)[M]) {
+        if (M < 4) return;
+        const auto half = [](f32 a, f32 b) { return (f32)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88); };
+        const auto other = [](f32 a, f32 b) { return (f32)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xDD); };
+        const f32 a = half(x[0], x[1]), b = other(x[0], x[1]), c = half(x[2], x[M - 1]), d = other(x[2], x[M - 1]);
+        x[0] = half(a, c);
+        x[1] = half(b, d);
+        x[2] = other(a, c);
+        x[M - 1] = other(b, d);
+    }
+};
+
+// out[r][c] += the sum over t of weights[r][t] * channel c of token t of the blocks, for N rows, whose digits begin at
+// `digit`, and M vectors of channels from `d` on.
+template <int N, int M>
+KEEP_LOOPS void add_blocks(const int32_t* digit, const float* units, const uint8_t* const* blocks, int64_t num_blocks,
+                           int64_t dim, int64_t d, Ahead* ahead, float* out, int64_t out_stride) {
+    Ahead next = ahead ? *ahead : Ahead{};
+    __m512i sums[2][N][M] = {};
+    Grouped<M> now;
+    UNROLL for (int i = 0; i < 4; i++) now.make(i, blocks[0] + d, dim, dim - d);
+    const uint8_t* from = blocks[0] + d;
+    for (int64_t left = num_blocks * (BLOCK / 4); left > 0; left--, digit += 2 * N) {
+        const bool is_last = left % (BLOCK / 4) == 1;
+        blocks += is_last && left > 1;
+        from = is_last ? blocks[0] + d : from + 4 * dim;
+        if (ahead) next.fetch();
+        Grouped<M> then;
+        UNROLL for (int i = 0; i < 2 * N; i++) {
+            const __m512i four = _mm512_set1_epi32(digit[i]);
+            UNROLL for (int m = 0; m < M; m++)  // bytes without a sign times bytes with one
+                sums[i % 2][i / 2][m] = _mm512_dpbusd_epi32(sums[i % 2][i / 2][m], four, now.x[m]);
+            UNROLL for (int k = 2 * i / N; k < 2 * (i + 1) / N; k++) then.make(k, from, dim, dim - d);
+        }
+        now = then;
+    }
+    UNROLL for (int r = 0; r < N; r++) {
+        f32 x[M];
+        UNROLL for (int m = 0; m < M; m++)
+            x[m] = (f32)_mm512_cvtepi32_ps(sums[0][r][m]) * 256.0f + (f32)_mm512_cvtepi32_ps(sums[1][r][m]);
+        Grouped<M>::put_in_order(x);
+        float* to = out + r * out_stride + d;
+        UNROLL for (int m = 0; m < M; m++) store(to + m * W, load<f32>(to + m * W) + x[m] * units[r]);
+    }
+    if (ahead) *ahead = next;
+}
+
+// A tile at a time, as it is read for every few rows.
+template <class Work>
+void in_tiles(const uint8_t* const* blocks, int64_t count, int64_t size, Ahead next, Work work) {
+    for (int64_t t = 0; t < count; t += TILE, blocks += PLACES) {
+        Ahead ahead = t + TILE < count ? Ahead{blocks + PLACES, size} : next;
+        work(t, blocks, round_up(std::min<int64_t>(TILE, count - t), BLOCK) / BLOCK, &ahead);
     }
 }
-void accumulate_digits(const float* weights, int64_t weight_stride, int64_t num_rows, const uint8_t* const* rows,
-                       int64_t count, int64_t dim, const Digits& digits, int32_t* tile, Ahead next, float* out,
-                       int64_t out_stride) {
-    for (int64_t r = 0; r < num_rows; r++) split_weights(weights + r * weight_stride, round_up(count, W), digits, r);
-    for (int64_t t = 0; t < count; t += next.tokens) {
-        const int64_t here = round_up(std::min(next.tokens, count - t), W);
-        Ahead ahead = t + here < count ? Ahead{rows + t + here, dim, next.tokens} : next;
-        const Digits part = {digits.groups + t / 4, digits.starts, digits.units, digits.stride};
-        plain_tile(rows + t, here, dim, tile, ahead);
-        multiply_rows<false>(part, num_rows, tile, dim, dim, here / 4, ahead, out, out_stride);
-    }
+void dots_of_digits(const Digits& q, int64_t num_rows, const uint8_t* const* blocks, int64_t count, int64_t dim,
+                    Ahead next, float* out, int64_t out_stride) {
+    in_tiles(blocks, count, BLOCK * dim, next, [&](int64_t t, auto tile, int64_t num_blocks, Ahead* ahead) {
+        in_groups(num_rows, [&](int64_t r, auto n) {
+            dots_of_blocks<n()>(q, r, tile, num_blocks, dim, r ? nullptr : ahead, out + r * out_stride + t, out_stride);
+        });
+    });
+}
+// One or two rows at a time, whose sums fit into registers.
+template <class Work>
+INLINE void in_pairs(int64_t num_rows, Work work) {
+    for (int64_t r = 0; r + 1 < num_rows; r += 2) work(r, std::integral_constant<int, 2>());
+    if (num_rows % 2) work(num_rows - 1, std::integral_constant<int, 1>());
+}
+void accumulate_digits(const float* weights, int64_t weight_stride, int64_t num_rows, const uint8_t* const* blocks,
+                       int64_t count, int64_t dim, const Digits& digits, Ahead next, float* out, int64_t out_stride) {
+    in_pairs(num_rows, [&](int64_t r, auto n) {
+        split_weights<n()>(weights + r * weight_stride, weight_stride, round_up(count, W), digits, r);
+    });
+    in_tiles(blocks, count, BLOCK * dim, next, [&](int64_t t, auto tile, int64_t num_blocks, Ahead* ahead) {
+        in_pairs(num_rows, [&](int64_t r, auto n) {
+            const int32_t* digit = digits.of(r) + t / 4 * (2 * n());
+            for (int64_t d = 0; d < dim; d += 64) {
+                const auto add = [&](auto m) {
+                    add_blocks<n(), m()>(digit, digits.units + r, tile, num_blocks, dim, d, r ? nullptr : ahead,
+                                         out + r * out_stride, out_stride);
+                };
+                switch (std::min<int64_t>(dim - d, 64) / 16) {
+                    case 4: add(std::integral_constant<int, 4>()); break;
+                    case 3: add(std::integral_constant<int, 3>()); break;
+                    case 2: add(std::integral_constant<int, 2>()); break;
+                    default: add(std::integral_constant<int, 1>());
+                }
+            }
+        });
+    });
 }
 #endif
 

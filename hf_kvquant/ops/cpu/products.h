@@ -33,7 +33,7 @@ bool is_zen_3_or_4() {
 #endif
 }
 const bool FETCHES_TWICE = is_zen_3_or_4();
-const int PADDING = FETCHES_TWICE ? 288 : 160;  // readable entries behind arrays of rows
+const int PADDING = FETCHES_TWICE ? 208 : 144;  // readable entries behind arrays of rows
 
 // The next tile is fetched while rows go over one. Its tokens come from several places in turn: where a processor sees
 // neighbours fetched it goes on by itself, but takes a while to begin.
