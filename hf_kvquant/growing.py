@@ -197,6 +197,7 @@ class GrowingLayer(PagedLayer):
     def _rewrite(self, key: torch.Tensor, value: torch.Tensor) -> None:
         batch_size, _, length, _ = key.shape
         view_length = self._view_length(0)
+        self._copies = 1  # what is written now may differ from sequence to sequence
         if (batch_size, length) == (self.batch_size, view_length):
             if not self.table.is_exclusive:
                 self._own_table()
@@ -223,7 +224,7 @@ class GrowingLayer(PagedLayer):
         nothing = torch.zeros(0, dtype=torch.int64, device=self.k.index_device)
         self.k, self.v = self.k.with_pages(nothing), self.v.with_pages(nothing)
         self.table.remove_follower(self)
-        self.table, self.length, self.is_empty, self._copies = table, length, not length, 1
+        self.table, self.length, self.is_empty = table, length, not length
         self._reserve(batch_size)
 
     # -- going another way than other layers and caches ------------------------------------------------------------

@@ -296,6 +296,19 @@ def test_replacing_by_as_many(make_model: Any, dtype: str) -> None:
         assert torch.equal(layer.values.clone(), values)
 
 
+@pytest.mark.parametrize("way", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
+def test_replacing_right_after_a_prompt_that_sequences_share(way: dict[str, Any]) -> None:
+    model = tiny_llama("kvquant")
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True, "cache_config": UNQUANTIZED, **way}
+    cache = model.generate(prompt(1), **options).past_key_values
+    factor = torch.tensor([1.0, 2.0, 4.0])[:, None, None, None]
+    for layer in cache.layers:
+        values = layer.values * factor
+        layer.values = values
+        layer.settle()
+        assert torch.equal(layer.values * 1.0, values)
+
+
 def test_a_layer_may_be_emptied_and_pruned_by_itself() -> None:
     cache = make_cache(kv_cache_dtype="int8", page_size=4)
     add(cache, 20)
