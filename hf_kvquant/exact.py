@@ -145,6 +145,12 @@ class ExactTokens:
 
     # -- operations ------------------------------------------------------------------------------------------------
 
+    def drop(self, num_tokens: int) -> None:
+        """Hold the last `num_tokens` no longer; others will take their places."""
+        assert self.held is not None  # noqa: S101 - reserved at the first update
+        key, value = (x[:, :, : max(x.shape[2] - num_tokens, self.num_first)] for x in self.held)
+        self.held = (key, value)
+
     def crop(self, num_tokens: int, read: Callable[[int, int, int], torch.Tensor]) -> None:
         """Forget the last `num_tokens`; what is to be held instead comes from the pages.
 

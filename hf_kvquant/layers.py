@@ -238,9 +238,14 @@ class PagedLayer(LayerState):
         """Store these keys and values `[B, H, L, D]` and nothing else. Raises ValueError if they do not fit."""
         self._check_shapes(key, value)
         self._rewrite(key, value)
-        if self.exact is not None:
+        if self.exact is None:
+            return
+        num_before = self.get_seq_length() - key.shape[2]
+        if num_before:  # tokens that a window has passed stay, as a crop may bring them back
+            self.exact.drop(key.shape[2])
+        else:
             self.exact.reserve(key, value, self._num_first)
-            self.exact.append(key, value, 0)
+        self.exact.append(key, value, num_before)
 
     @abstractmethod
     def _rewrite(self, key: torch.Tensor, value: torch.Tensor) -> None:
