@@ -132,8 +132,10 @@ class GrowingLayer(PagedLayer):
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def _read(self, store: PageStore, num_new: int) -> torch.Tensor:
-        pages, _ = reference.by_age(self._page_table, self._seq_lens, self.shared.page_size)
-        oldest = self.table.first_position
+        page_size = self.shared.page_size
+        pages, _ = reference.by_age(self._page_table, self._seq_lens, page_size)
+        # Of the layer's own length: a step that broke off may have left the table ahead of it.
+        oldest = max((self.length - 1) // page_size - pages.shape[1] + 1, 0) * page_size
         return store.read(pages)[:, :, self._view_start(num_new) - oldest : self.length - oldest]
 
     def _view_start(self, num_new: int) -> int:

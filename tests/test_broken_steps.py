@@ -24,9 +24,9 @@ def full(attention: str = "kvquant") -> PreTrainedModel:
     return tiny_llama(attention, num_hidden_layers=NUM_LAYERS)
 
 
-def sliding(attention: str = "kvquant") -> PreTrainedModel:
+def sliding(attention: str = "kvquant", **overrides: Any) -> PreTrainedModel:
     """One layer with a window, one without: two page tables."""
-    model = sliding_model()
+    model = sliding_model(**overrides)
     model.set_attn_implementation(attention)
     return model
 
@@ -160,6 +160,19 @@ def test_what_is_kept_of_it_is_whole() -> None:
     got = generate(model, request, prefixes.cache_for(request))
     assert prefixes.hits == 1
     assert torch.equal(got, generate(model, request, QuantizedPagedCache.from_model(model, kv_cache_dtype="model")))
+
+
+@pytest.mark.parametrize("num_tokens", [3, 20])
+def test_what_a_layer_that_lacks_it_holds_can_be_read(num_tokens: int) -> None:
+    """Its table has moved on."""
+    model = sliding(layer_types=["sliding_attention"] * 2)
+    cache, whole = (QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4) for _ in range(2))
+    for each in (cache, whole):
+        logits(model, prompt(1, 30), each)
+    with interrupted(model.model.layers[1].self_attn, 1):
+        logits(model, prompt(1, num_tokens, seed=2), cache)
+    for got, expected in zip(list(cache)[1][:2], list(whole)[1][:2], strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_a_state_that_has_moved_on_is_refused() -> None:
