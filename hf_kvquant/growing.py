@@ -79,8 +79,9 @@ class GrowingLayer(PagedLayer):
 
     def _count(self, num_new: int, batch_size: int) -> None:
         self._copies = copies = self.shared.copies_of(self.length, num_new, batch_size)
-        if self.length != self.table.length and (
-            self.length + num_new != self.table.length or self.table.batch_size != batch_size
+        if self.length != self.table.length and not (
+            (self.length + num_new, batch_size) == (self.table.length, self.table.batch_size)
+            and (copies > 1 or self.table.owns_pages_since(self.length))
         ):
             self.leave_table()
         if self.length == self.table.length:

@@ -258,7 +258,7 @@ class PagedLayer(LayerState):
     def reset(self) -> None:
         """Forget all tokens and give the pages back; frozen scales stay."""
         self._own_table()
-        if self.table is not None:
+        if self.is_initialized and self.table is not None:  # else the table is that of other layers
             self.table.clear()
         self.follow_reset()
 
@@ -277,7 +277,7 @@ class PagedLayer(LayerState):
         self.settle()
         self.check_crop(num_tokens)
         self._own_table()
-        if self.table is not None:
+        if self.is_initialized and self.table is not None:
             self.table.crop(num_tokens)
         self.follow_crop(num_tokens)
 
@@ -320,6 +320,8 @@ class PagedLayer(LayerState):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these sequences."""
+        if self.is_empty:
+            return
         self.select(torch.arange(max(self.batch_size, 0), device="cpu")[indices.cpu()].tolist())
 
     def offload(self) -> None:

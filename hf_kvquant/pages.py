@@ -159,6 +159,10 @@ class PageTable:
         """The pages, ascending, that hold tokens from `position` on."""
         return np.unique(self.rows[:, max(position // self.page_size - self.first_page, 0) :])
 
+    def owns_pages_since(self, position: int) -> bool:
+        """Whether every page that holds tokens from `position` on belongs to one row only."""
+        return self._owns_tails or int(self.pool.references()[self.pages_since(position)].max(initial=0)) <= 1
+
     # -- sizes -----------------------------------------------------------------------------------------------------
 
     @property

@@ -152,6 +152,56 @@ def test_a_fork_before_the_first_real_tokens_takes_its_own_scales() -> None:
     assert scales[1] == pytest.approx(1000 * scales[0])
 
 
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 64}], ids=["growing", "fixed"])
+def test_operations_on_a_layer_that_holds_nothing_leave_the_others_alone(options: dict[str, Any]) -> None:
+    cache = make_cache(**UNQUANTIZED, **options)
+    key, value = keys_and_values(9)
+    cache.update(key, value, 0)
+    for operate in (
+        lambda layer: layer.reset(),
+        lambda layer: layer.crop(-3),
+        lambda layer: layer.reorder_cache(torch.tensor([0])),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.batch_select_indices(torch.tensor([0])),
+    ):
+        operate(cache.layers[1])
+        assert torch.equal(cache.layers[0].read("key", 0)[:, :, :9], key)
+        assert torch.equal(cache.layers[0].read("value", 0)[:, :, :9], value)
+    cache.update(key * 2, value, 1)
+    assert torch.equal(cache.layers[1].read("key", 0)[:, :, :9], key * 2)
+
+
+@pytest.mark.parametrize("change", ["repeat", "fork"])
+def test_a_layer_writes_into_no_pages_that_came_to_be_shared_before_its_step(change: str) -> None:
+    """The table has the step already, of the layer before."""
+    cache = make_cache(**UNQUANTIZED)
+    add(cache, 9)
+    cache.update(*keys_and_values(5, seed=2), 0)
+    if change == "repeat":
+        cache.layers[0].batch_repeat_interleave(2)
+        cache.layers[1].batch_repeat_interleave(2)
+        caches, batch_size = [cache], 2
+    else:
+        caches, batch_size = [cache, cache.fork()], 1
+    before = cache.layers[1].read("key", 0)
+    new = [keys_and_values(5, batch_size, seed=3 + index) for index in range(len(caches))]
+    for each, pair in zip(caches, new, strict=True):
+        each.update(*pair, 1)
+    for each, (key, _) in zip(caches, new, strict=True):
+        assert torch.equal(each.layers[1].read("key", 0), torch.cat([before, key], dim=2))
+
+
+def test_a_layer_takes_its_first_tokens_into_pages_of_its_own() -> None:
+    """The layer before it has had its sequences selected already."""
+    cache = make_cache(**UNQUANTIZED)
+    cache.update(*keys_and_values(9), 0)
+    cache.layers[0].batch_repeat_interleave(2)
+    key, value = keys_and_values(9, batch_size=2)
+    cache.update(key, value, 1)
+    assert torch.equal(cache.layers[1].read("key", 0), key)
+    assert torch.equal(cache.layers[0].read("key", 0), keys_and_values(9)[0].repeat(2, 1, 1, 1))
+
+
 def test_pickling_is_refused() -> None:
     with pytest.raises(TypeError, match=r"not pickled.*fork\(\).*save_pretrained\(\)"):
         pickle.dumps(make_cache())
