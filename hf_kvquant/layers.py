@@ -285,7 +285,12 @@ class PagedLayer(LayerState):
         """Raise what a crop would raise beside its table, before anything changes."""
 
     def check_select(self, indices: Sequence[int]) -> None:
-        """Raise what a selection of sequences would raise."""
+        """Raise what a selection of sequences would raise, before anything changes."""
+        if wrong := [index for index in indices if not 0 <= index < self.batch_size]:
+            raise ValueError(
+                f"layer {self.index}: there is no sequence {wrong[0]} among the {self.batch_size} that it holds; they "
+                "are counted from 0"
+            )
 
     def follow_crop(self, num_tokens: int) -> None:
         """Follow the table, which has been cropped."""
@@ -297,6 +302,7 @@ class PagedLayer(LayerState):
         if self.is_empty:
             return
         self.settle()
+        self.check_select(indices)
         self._own_table()
         if isinstance(self.table, PageTable):
             self.table.select(indices)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import families
 import pytest
@@ -14,7 +16,7 @@ from helpers import prompt, tiny_llama
 from test_cache import sliding_model
 from transformers import PreTrainedModel
 
-from hf_kvquant import PrefixCache, QuantizedPagedCache, huge_pages, ops
+from hf_kvquant import PrefixCache, QuantizedPagedCache, fixed, huge_pages, ops
 from hf_kvquant.exact import ExactTokens
 
 NUM_LAYERS, NUM_NEW = 3, 14
@@ -237,6 +239,22 @@ def test_tokens_that_were_counted_and_not_kept_exactly_are_kept(monkeypatch: pyt
         with pytest.raises(KeyboardInterrupt):
             logits(model, ids[:, 20:21], cache)
     assert torch.equal(logits(model, ids[:, 21:], cache), logits(model, ids[:, 21:], whole))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, QuantizedPagedCache.fork], ids=["deepcopy", "fork"])
+def test_a_layer_that_could_not_be_set_up_is_copied_as_an_empty_one(
+    copied: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = full()
+    options = {"kv_cache_dtype": "int8", "max_cache_len": 64}
+    cache, whole = (QuantizedPagedCache.from_model(model, **options) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(fixed, "StaticPageTable", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            logits(model, prompt(1), cache)
+    expected = logits(model, prompt(1), whole)
+    for each in (copied(cache), cache):
+        assert torch.equal(logits(model, prompt(1), each), expected)
 
 
 def test_a_model_that_was_cut_short_is_not_broken(tmp_path: Path) -> None:

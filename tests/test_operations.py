@@ -237,6 +237,20 @@ def test_answers_are_those_of_the_hosts_own_cache(make_model: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"max_cache_len": 64}, {"offload": True}], ids=["growing", "fixed", "offload"])
+def test_sequences_that_are_not_there_are_refused_and_nothing_changes(options: dict[str, Any]) -> None:
+    """As by transformers' caches; a negative number is none either."""
+    cache = make_cache(kv_cache_dtype="int8", page_size=4, sink_tokens=3, recent_tokens=5, **options)
+    add(cache, 9, batch_size=3)
+    before = contents(cache)
+    for operate in (cache.reorder_cache, cache.layers[1].reorder_cache):
+        for wrong in (-1, 3):
+            with pytest.raises(ValueError, match=rf"layer \d: there is no sequence {wrong} among the 3 "):
+                operate(torch.tensor([0, wrong, 1]))
+    for old, new in zip(before, contents(cache), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(old, new, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 64}, {"offload": True}], ids=["growing", "fixed", "offload"])
 def test_early_initialization(options: dict[str, Any]) -> None:
     """Scales, heads and dtype are known before the first token; what follows is the same."""
     contents_of = []
