@@ -13,7 +13,7 @@ from .layers import PagedLayer
 from .offload import OffloadedStore
 from .ops import reference
 from .pages import PageTable
-from .pools import PagePool
+from .pools import OutOfPagesError, PagePool
 from .stores import PageStore
 
 if TYPE_CHECKING:
@@ -180,10 +180,14 @@ class GrowingLayer(PagedLayer):
     def _first_held(self) -> int:
         return self.table.first_position
 
-    def _own_table(self) -> None:
+    def _own_table(self, keeps_length: bool = True) -> None:
         self.shared.copies = 1  # sequences may differ from here on
-        if self.is_initialized and len(self.table.followers) > 1:
+        if not self.is_initialized:
+            return
+        if len(self.table.followers) > 1:
             self.leave_table()
+        if not keeps_length:
+            self.table.part()
 
     def activate_past_recording(self) -> None:
         """Keep tokens that leave the window until `crop` has been called."""
@@ -235,6 +239,8 @@ class GrowingLayer(PagedLayer):
     def leave_table(self) -> None:
         """Go on with a table of its own, with the tokens that this layer has written."""
         table = self.table.fork()
+        if self.length == self.table.length:  # else it sees other tokens than the others
+            table.join(self.table)
         if self.length:
             table.crop(self.table.length - self.length)
         else:
@@ -248,18 +254,24 @@ class GrowingLayer(PagedLayer):
 def move_to_own_pool(table: PageTable, shares: bool = True) -> None:
     """Copy the pages of `table` into a pool that no other table has, for all layers that go by it.
 
-    Unless its sequences may share pages, each gets its own.
+    Unless its sequences may share pages, each gets its own. Raises OutOfPagesError if these are too many.
     """
     if shares:
         pages, rows = np.unique(table.rows, return_inverse=True)
     else:
         pages, rows = table.rows.ravel(), np.arange(table.rows.size)
+    num_pages = table.pool.num_pages
+    if num_pages is not None and len(pages) > num_pages:
+        raise OutOfPagesError(
+            f"{len(table.rows)} sequences that share no page need {len(pages)} pages of {table.page_size} tokens, but "
+            f"num_pages={num_pages}; pass num_pages={len(pages)} or more, or store less (crop, reset, a smaller batch)"
+        )
     layers = [layer for layer in table.followers if isinstance(layer, GrowingLayer)]
     copies = []
     for layer in layers:
         index = torch.from_numpy(pages).to(layer.k.index_device)
         copies.append((layer.k.with_pages(index), layer.v.with_pages(index)))
-    pool = PagePool(table.pool.num_pages, size=len(pages))
+    pool = PagePool(num_pages, size=len(pages))
     for layer, (layer.k, layer.v) in zip(layers, copies, strict=True):
         pool.add_user(layer.k)
         pool.add_user(layer.v)

@@ -257,7 +257,7 @@ class PagedLayer(LayerState):
 
     def reset(self) -> None:
         """Forget all tokens and give the pages back; frozen scales stay."""
-        self._own_table()
+        self._own_table(keeps_length=False)
         if self.is_initialized and self.table is not None:  # else the table is that of other layers
             self.table.clear()
         self.follow_reset()
@@ -276,7 +276,7 @@ class PagedLayer(LayerState):
         num_tokens = tokens_to_take_back(tokens_to_remove, self.get_seq_length)
         self.settle()
         self.check_crop(num_tokens)
-        self._own_table()
+        self._own_table(keeps_length=not num_tokens)
         if self.is_initialized and self.table is not None:
             self.table.crop(num_tokens)
         self.follow_crop(num_tokens)
@@ -313,8 +313,8 @@ class PagedLayer(LayerState):
         if self.exact is not None:
             self.exact.select(indices)
 
-    def _own_table(self) -> None:
-        """Stop sharing the table with other layers."""
+    def _own_table(self, keeps_length: bool = True) -> None:
+        """Stop sharing the table with other layers, which will be as long as this one still, or not."""
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder sequences for beam search."""

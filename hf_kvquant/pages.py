@@ -91,6 +91,18 @@ class PageTable:
     def siblings(self, tables: Iterable[PageTable]) -> None:
         self._siblings = [weakref.ref(table) for table in tables]
 
+    def join(self, other: PageTable) -> None:
+        """Be one more table of the cache of `other`."""
+        self.siblings = [other, *other.siblings]
+        for sibling in self.siblings:
+            sibling.siblings = [*sibling.siblings, self]
+
+    def part(self) -> None:
+        """Be no sibling any more: from here on these sequences are not as long as others of the cache."""
+        for sibling in self.siblings:
+            sibling.siblings = [table for table in sibling.siblings if table is not self]
+        self.siblings = ()
+
     def fork(self) -> PageTable:
         """A table of the same sequences that shares all pages and goes its own way from here."""
         # A pool in which nothing lies has nothing to share.
@@ -350,8 +362,8 @@ class PageTables:
             page_size, num_pages, length = self._options
             if window is not None and length is not None:
                 length = min(length, window + page_size)
-            self._tables[window] = PageTable(page_size, window, PagePool(num_pages), length)
-            tables = tuple(self._tables.values())
-            for table in tables:
-                table.siblings = [other for other in tables if other is not table]
+            others = list(self._tables.values())
+            self._tables[window] = table = PageTable(page_size, window, PagePool(num_pages), length)
+            if others:
+                table.join(others[0])
         return self._tables[window]

@@ -313,6 +313,9 @@ class SavedCache:
                 if "table" in entry:
                     self._fill_layer(layer, f"layers.{index}", entry, devices[index], tables)
                 self._fill_state(layer, f"layers.{index}.state", entry["state"], devices[index])
+        # Tables of another length are those of layers that went their own way.
+        for table in cache._tables:
+            table.siblings = [other for other in cache._tables if other is not table and other.length == table.length]
         cache.kvquant = KVQuantConfig.parse(self.header["options"])
         cache.notes = list(dict.fromkeys([*self.header["notes"], *cache.notes, f"restored from {self.path}"]))
 

@@ -373,6 +373,73 @@ def test_replacing_right_after_a_prompt_that_sequences_share(way: dict[str, Any]
         assert torch.equal(layer.values * 1.0, values)
 
 
+@pytest.mark.parametrize("change", ["assign", "select"])
+def test_layers_with_tables_of_their_own_are_refused_room_together(change: str) -> None:
+    model = sliding_model(layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    cache = QuantizedPagedCache.from_model(model, **UNQUANTIZED, num_pages=10)
+    with torch.no_grad():
+        model(prompt(1, 20), past_key_values=cache)
+        if change == "assign":
+            fork = cache.fork()  # from whose pages the layers part
+            for layer in cache.layers:
+                layer.values = layer.values * 1.0
+                layer.settle()
+            del fork
+        else:
+            cache.layers[0].reorder_cache(torch.tensor([0]))
+        assert len(cache._tables) == 3
+        with pytest.raises(OutOfPagesError, match="44 tokens a sequence need 11 pages"):
+            model(prompt(1, 24), past_key_values=cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [20] * 3
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["", "saved"])
+def test_layers_that_share_more_pages_than_others_are_refused_room_with_them(saved: bool, tmp_path: Any) -> None:
+    model = tiny_llama("kvquant")
+    cache = QuantizedPagedCache.from_model(model, **UNQUANTIZED, num_pages=11)
+    add(cache, 20)
+    cache.batch_repeat_interleave(2)
+    layer = cache.layers[1]
+    layer.values = layer.values * 1.0
+    layer.settle()
+    if saved:
+        cache.save_pretrained(tmp_path)
+        cache = QuantizedPagedCache.from_pretrained(tmp_path, model)
+    with pytest.raises(OutOfPagesError, match="24 tokens a sequence need 12 pages"):
+        add(cache, 4, batch_size=2)
+    assert [layer.get_seq_length() for layer in cache.layers] == [20] * 2
+
+
+@pytest.mark.parametrize("how", ["crop", "prune"])
+def test_a_layer_that_was_shortened_by_itself_lacks_no_step(how: str, tmp_path: Any) -> None:
+    """Nor does it in a cache that was saved."""
+    model = sliding_model()
+    cache = QuantizedPagedCache.from_model(model, **UNQUANTIZED)
+    add(cache, 21)
+    layer = cache.layers[1]
+    if how == "crop":
+        layer.crop(-4)
+    else:
+        layer.keys, layer.values = layer.keys[:, :, :17], layer.values[:, :, :17]
+    cache.save_pretrained(tmp_path)
+    for each in (cache, QuantizedPagedCache.from_pretrained(tmp_path, model)):
+        each.crop(0)
+        assert [layer.get_seq_length() for layer in each.layers] == [21, 17]
+
+
+def test_sequences_that_share_pages_are_not_replaced_beyond_num_pages() -> None:
+    cache = make_cache(**UNQUANTIZED, num_pages=10)
+    add(cache, 20)
+    cache.batch_repeat_interleave(4)
+    before = contents(cache)
+    layer = cache.layers[1]
+    layer.keys = layer.keys * 2.0
+    with pytest.raises(OutOfPagesError, match="4 sequences that share no page need 20 pages of 4 tokens"):
+        layer.settle()
+    for old, new in zip(before, contents(cache), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(old, new, strict=True))
+
+
 def test_a_layer_may_be_emptied_and_pruned_by_itself() -> None:
     cache = make_cache(kv_cache_dtype="int8", page_size=4)
     add(cache, 20)
