@@ -88,7 +88,7 @@ class FixedLayer(PagedLayer):
                 keep_in_place(tensor)
 
     def _advance(self, num_new: int, batch_size: int) -> None:
-        if self.is_empty and num_new > self.capacity:  # what can be known without asking the device
+        if num_new > self.capacity:  # what can be known without asking the device
             raise OutOfPagesError(f"layer {self.index}: {num_new} tokens, but max_cache_len={self.capacity}")
         self.table.append(num_new)
 

@@ -38,6 +38,7 @@ class _Step(NamedTuple):
     first_page: int
     num_evicted: int
     num_missing: int
+    new_length: int
     to_copy: np.ndarray  # rows whose last page belongs to others as well
     free: np.ndarray
     need: int  # pages in all
@@ -52,6 +53,10 @@ class PageTable:
         pool: where pages come from; None for a pool of its own.
         expected_length: tokens that a sequence is known to reach at most; bounds how far ahead the pool grows.
     """
+
+    rows: np.ndarray  # [B, N], oldest page first; never changed in place, a fork may have it as well
+    length: int
+    first_page: int  # number of the oldest page of each row
 
     def __init__(
         self,
@@ -141,12 +146,11 @@ class PageTable:
         return rows
 
     def _set_rows(self, rows: np.ndarray, length: int, first_page: int) -> None:
-        self.rows = rows  # [B, N], oldest page first; never changed in place, a fork may have it as well
-        self.length = length
-        self.first_page = first_page  # number of the oldest page of each row
         self._owns_tails = False  # whether every last page is known to belong to one row only
         self._tables: dict[torch.device, torch.Tensor] = {}
         self._seq_lens: dict[tuple[torch.device, int], torch.Tensor] = {}
+        # All at once: an interrupt leaves the table of before or that of after.
+        self.rows, self.length, self.first_page = rows, length, first_page
 
     # -- what operators read ---------------------------------------------------------------------------------------
 
@@ -226,7 +230,7 @@ class PageTable:
             if sibling.pool.num_pages is not None and sibling.length == self.length:
                 sibling._plan(num_tokens, batch_size, copies)
         if step is not None:
-            self._take(step, batch_size // copies, copies)
+            return self._take(step, batch_size // copies, copies)
         self.length += num_tokens
         self._seq_lens.clear()
 
@@ -285,7 +289,7 @@ class PageTable:
                 f"num_pages={self.pool.num_pages}; pass num_pages={need} or more, or store less (crop, reset, a "
                 "smaller batch)"
             )
-        return _Step(first_page, num_evicted, num_missing, to_copy, free, need)
+        return _Step(first_page, num_evicted, num_missing, new_length, to_copy, free, need)
 
     def _take(self, step: _Step, num_groups: int, copies: int) -> None:
         """Let go of old pages, copy shared ones that will be written, and take new ones."""
@@ -303,7 +307,7 @@ class PageTable:
         self.pool.clear(new.ravel())
         tables, num_kept = self._tables, rows.shape[1] - (num_copied > 0)
         rows = np.repeat(np.concatenate([rows, new], axis=1), copies, axis=0)
-        self._set_rows(rows, self.length, step.first_page)
+        self._set_rows(rows, step.new_length, step.first_page)
         self._owns_tails = copies == 1
         if not step.first_page:  # what is on a device already stays there
             last = rows[:, num_kept:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,11 @@ import families
 import pytest
 import torch
 from helpers import prompt, tiny_llama
-from test_cache import sliding_model
+from test_cache import add, contents, keys_and_values, sliding_model
 from transformers import PreTrainedModel
 
 from hf_kvquant import PrefixCache, QuantizedPagedCache, fixed, huge_pages, ops
+from hf_kvquant.broken import take_back_broken_step
 from hf_kvquant.exact import ExactTokens
 
 NUM_LAYERS, NUM_NEW = 3, 14
@@ -239,6 +241,82 @@ def test_tokens_that_were_counted_and_not_kept_exactly_are_kept(monkeypatch: pyt
         with pytest.raises(KeyboardInterrupt):
             logits(model, ids[:, 20:21], cache)
     assert torch.equal(logits(model, ids[:, 21:], cache), logits(model, ids[:, 21:], whole))
+
+
+class Interrupt:
+    """Ctrl-C before the `number`-th line of the package that this thread comes to, counted from 0."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def trace(self, frame: Any, event: str, _: Any) -> Any:
+        if event == "call" and Path(frame.f_code.co_filename).parent != Path(ops.__file__).parents[1]:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == -1:
+                raise KeyboardInterrupt
+        return self.trace
+
+    def __enter__(self) -> None:
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+
+    def __exit__(self, *_: Any) -> None:
+        sys.settrace(self.before)
+
+
+@pytest.mark.parametrize("num_before", [0, 30])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("full", {}),
+        ("full", {"sink_tokens": 3, "recent_tokens": 5}),
+        ("full", {"sink_tokens": 3, "recent_tokens": 5, "max_cache_len": 64}),
+        ("sliding", {"recent_tokens": 5}),
+        ("sliding", {"max_cache_len": 64}),
+    ],
+    ids=["full", "exact", "exact_fixed", "sliding", "fixed"],
+)
+def test_an_interrupt_anywhere_in_a_step(name: str, options: dict[str, Any], num_before: int) -> None:
+    """Afterwards all layers have the step, or none has. (Before every fifth line, which takes a fifth of the time.)"""
+    model = MODELS[name]("sdpa")
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8", page_size=4, **options)
+    if num_before:
+        add(cache, num_before)
+    num_layers, num_new = len(cache.layers), 20
+    steps = [keys_and_values(num_new, seed=10 + index) for index in range(num_layers)]
+
+    def after(num_updates: int) -> QuantizedPagedCache:
+        other = copy.deepcopy(cache)
+        for index in range(num_updates):
+            other.update(*steps[index], index)
+        take_back_broken_step(other)
+        return other
+
+    # What is taken back comes from the pages where it was kept exactly.
+    with_step, without = [contents(after(num_layers))], [contents(after(num)) for num in range(num_layers)]
+    number, is_done = 0, False
+    while not is_done:
+        other = copy.deepcopy(cache)
+        try:
+            with Interrupt(number):
+                for index, step in enumerate(steps):
+                    other.update(*step, index)
+            is_done = True
+        except KeyboardInterrupt:
+            number += 5
+        take_back_broken_step(other)
+        lengths = {int(layer.get_seq_length()) for layer in other.layers}
+        assert lengths in ({num_before}, {num_before + num_new}), number
+        expected = without if lengths == {num_before} else with_step
+        for got, *ways in zip(contents(other), *expected, strict=True):
+            assert any(_are_equal(got, way) for way in ways), number
+    assert number > 100
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    return one[0] is other[0] is None or all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, QuantizedPagedCache.fork], ids=["deepcopy", "fork"])
