@@ -295,11 +295,13 @@ class PageTable:
         """Let go of old pages, copy shared ones that will be written, and take new ones."""
         old_size, self._num_coming = self.pool.size, num_groups
         self.pool.grow(step.need)  # the part that can run out of memory comes before anything is changed
+        if step.num_evicted:  # before others are written in their place, lest an interrupt leaves them here
+            self._set_rows(self.rows[:, step.num_evicted :], self.length, step.first_page)
         free = np.concatenate([step.free, np.arange(old_size, self.pool.size)])  # low ones first: pools stay dense
         num_copied = len(step.to_copy)
         targets, new = free[:num_copied], free[num_copied : num_copied + num_groups * step.num_missing]
         new = new.reshape(num_groups, step.num_missing)
-        rows = self.rows[::copies, step.num_evicted :] if len(self.rows) else np.zeros((num_groups, 0), dtype=np.int64)
+        rows = self.rows[::copies] if len(self.rows) else np.zeros((num_groups, 0), dtype=np.int64)
         if num_copied:
             rows = rows.copy()
             self.pool.copy(rows[step.to_copy, -1], targets)

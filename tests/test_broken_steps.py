@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from hf_kvquant import PrefixCache, QuantizedPagedCache, fixed, huge_pages, ops
 from hf_kvquant.broken import take_back_broken_step
 from hf_kvquant.exact import ExactTokens
+from hf_kvquant.pools import PagePool
 
 NUM_LAYERS, NUM_NEW = 3, 14
 
@@ -313,6 +314,27 @@ def test_an_interrupt_anywhere_in_a_step(name: str, options: dict[str, Any], num
         for got, *ways in zip(contents(other), *expected, strict=True):
             assert any(_are_equal(got, way) for way in ways), number
     assert number > 100
+
+
+def test_pages_that_a_window_has_left_are_gone_before_others_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crop cannot bring back what an interrupted step has cleared."""
+    cache = QuantizedPagedCache.from_model(sliding_model(2), kv_cache_dtype="model", page_size=4)
+    for num_tokens in (5, 30):
+        add(cache, num_tokens)
+    cache.fork().crop(-20)  # until then it could
+    clear = PagePool.clear
+
+    def interrupted_after(pool: PagePool, pages: Any) -> None:
+        clear(pool, pages)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PagePool, "clear", interrupted_after)
+        with pytest.raises(KeyboardInterrupt):
+            add(cache, 9)
+    with pytest.raises(RuntimeError, match="keeps only the tokens from 32 on"):
+        cache.crop(-20)
+    assert all(layer.get_seq_length() == 35 for layer in cache.layers)
 
 
 def _are_equal(one: Any, other: Any) -> bool:
