@@ -84,7 +84,10 @@ class StaticPageTable:
     @property
     def first_position(self) -> int:
         """The oldest token that was not overwritten, not even by tokens that have been taken back."""
-        return max(self._first_kept, self.length - self._table.shape[1] * self.page_size)
+        return self._first_position(self.length)
+
+    def _first_position(self, length: int) -> int:
+        return max(self._first_kept, length - self._table.shape[1] * self.page_size)
 
     def lose(self, first_position: int) -> None:
         """Take the tokens before `first_position` for overwritten. Raises ValueError if there are none from it on."""
@@ -163,8 +166,9 @@ class StaticPageTable:
     def check_crop(self, num_tokens: int) -> None:
         """Raise what `crop` would raise; reads the lengths from the device where there is a window."""
         if self.window is not None:
-            oldest = self.first_position
-            if max(self.length - num_tokens - (self.window - 1), 0) < oldest:
+            length = self.length
+            oldest = self._first_position(length)
+            if max(length - num_tokens - (self.window - 1), 0) < oldest:
                 raise RuntimeError(
                     f"cannot take back {num_tokens} tokens: a layer with a sliding window of {self.window} at fixed "
                     f"addresses keeps only the tokens from {oldest} on"
