@@ -33,6 +33,10 @@ def take_back_broken_step(cache: QuantizedPagedCache, is_between_calls: bool = T
     """
     layers = cache._paged_layers
     filled = [layer for layer in layers if not layer.is_empty]
+    if not filled:
+        for table in cache._tables:  # a first step may have come no further
+            if table.length:
+                table.clear()
     if not filled or cache.shared.part != (0, 1):  # the other layers are other processes'
         return 0
     growing = [layer for layer in filled if isinstance(layer, GrowingLayer)]

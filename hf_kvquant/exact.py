@@ -67,6 +67,9 @@ class ExactTokens:
         self.num_recent = num_recent
         self.in_place = in_place
         self.held: _Pair | None = None  # [B, H, num_first + n, D]: the first ones, and the newest at the end
+        # Whether tokens that the layer has counted are still to be appended: True if they are the first.
+        self.lacks: bool | None = None
+        self._coming: _Pair | None = None  # what `held` is about to become where it is
 
     @property
     def nbytes(self) -> int:
@@ -107,6 +110,7 @@ class ExactTokens:
 
     def clear(self) -> None:
         """Forget the tokens."""
+        self.lacks = self._coming = None
         if not self.in_place:
             self.held = None
 
@@ -118,15 +122,23 @@ class ExactTokens:
         assert self.held is not None  # noqa: S101 - reserved at the first update
         new, before = (key.detach(), value.detach()), self.held
         num_held = self.num_recent + (SLACK if keeps_past or self.in_place else 0)
-        after = tuple(self._appended(old, x, length, num_held) for old, x in zip(before, new, strict=True))
+        key_after, value_after = (self._appended(old, x, length, num_held) for old, x in zip(before, new, strict=True))
+        after = (key_after, value_after)
         if self.in_place:
             if key.shape[2] - 1 + self.num_recent > num_held:  # the step sees more than is held
                 before = (before[0].clone(), before[1].clone())
-            for old, x in zip(self.held, after, strict=True):
-                old.copy_(x)
+            self._coming, self.lacks = after, None
+            self.finish()
         else:
-            self.held = (after[0], after[1])
+            self.held, self.lacks = after, None
         return ExactStep(self.num_first, self.num_recent, self.held, before, new)
+
+    def finish(self) -> None:
+        """Bring what was appended to its place, if it is not there."""
+        if self._coming is not None and self.held is not None:
+            for old, x in zip(self.held, self._coming, strict=True):
+                old.copy_(x)
+            self._coming = None
 
     def _appended(self, old: torch.Tensor, new: torch.Tensor, length: Length, num_held: int) -> torch.Tensor:
         first, newest = old[:, :, : self.num_first], old[:, :, self.num_first :]
@@ -144,6 +156,12 @@ class ExactTokens:
         return ExactStep(self.num_first, self.num_recent, self.held)
 
     # -- operations ------------------------------------------------------------------------------------------------
+
+    def drop(self, num_tokens: int) -> None:
+        """Hold the last `num_tokens` no longer; others will take their places."""
+        assert self.held is not None  # noqa: S101 - reserved at the first update
+        key, value = (x[:, :, : max(x.shape[2] - num_tokens, self.num_first)] for x in self.held)
+        self.held = (key, value)
 
     def crop(self, num_tokens: int, read: Callable[[int, int, int], torch.Tensor]) -> None:
         """Forget the last `num_tokens`; what is to be held instead comes from the pages.

@@ -72,14 +72,13 @@ class FixedLayer(PagedLayer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = super().__deepcopy__(memo)
-        other.mark_addresses()
+        if other.is_initialized:
+            other.mark_addresses()
         return other
 
     @torch.compiler.disable
     def mark_addresses(self) -> None:
         """Tell the compiler that these tensors stay where they are."""
-        if not hasattr(self, "k"):
-            return
         if self.exact is not None:
             self.exact.mark_addresses()
         stores = (self.k.paged, self.v.paged)
@@ -89,7 +88,7 @@ class FixedLayer(PagedLayer):
                 keep_in_place(tensor)
 
     def _advance(self, num_new: int, batch_size: int) -> None:
-        if self.is_empty and num_new > self.capacity:  # what can be known without asking the device
+        if num_new > self.capacity:  # what can be known without asking the device
             raise OutOfPagesError(f"layer {self.index}: {num_new} tokens, but max_cache_len={self.capacity}")
         self.table.append(num_new)
 
@@ -192,6 +191,7 @@ class FixedLayer(PagedLayer):
             self.table.check_crop(num_tokens)
 
     def check_select(self, indices: Sequence[int]) -> None:
+        super().check_select(indices)
         if len(indices) != self.table.batch_size:
             raise ValueError(
                 f"layer {self.index}: a cache at fixed addresses keeps its {self.table.batch_size} sequence(s); it "
@@ -199,7 +199,6 @@ class FixedLayer(PagedLayer):
             )
 
     def follow_select(self, indices: Sequence[int]) -> None:
-        self.check_select(indices)
         super().follow_select(indices)
         order = torch.tensor(list(indices), dtype=torch.int64, device="cpu").to(self.device, non_blocking=True)
         if self.table.wraps:  # a window, which is short

@@ -13,7 +13,7 @@ from .layers import PagedLayer
 from .offload import OffloadedStore
 from .ops import reference
 from .pages import PageTable
-from .pools import PagePool
+from .pools import OutOfPagesError, PagePool
 from .stores import PageStore
 
 if TYPE_CHECKING:
@@ -79,8 +79,9 @@ class GrowingLayer(PagedLayer):
 
     def _count(self, num_new: int, batch_size: int) -> None:
         self._copies = copies = self.shared.copies_of(self.length, num_new, batch_size)
-        if self.length != self.table.length and (
-            self.length + num_new != self.table.length or self.table.batch_size != batch_size
+        if self.length != self.table.length and not (
+            (self.length + num_new, batch_size) == (self.table.length, self.table.batch_size)
+            and (copies > 1 or self.table.owns_pages_since(self.length))
         ):
             self.leave_table()
         if self.length == self.table.length:
@@ -132,8 +133,10 @@ class GrowingLayer(PagedLayer):
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def _read(self, store: PageStore, num_new: int) -> torch.Tensor:
-        pages, _ = reference.by_age(self._page_table, self._seq_lens, self.shared.page_size)
-        oldest = self.table.first_position
+        page_size = self.shared.page_size
+        pages, _ = reference.by_age(self._page_table, self._seq_lens, page_size)
+        # Of the layer's own length: a step that broke off may have left the table ahead of it.
+        oldest = max((self.length - 1) // page_size - pages.shape[1] + 1, 0) * page_size
         return store.read(pages)[:, :, self._view_start(num_new) - oldest : self.length - oldest]
 
     def _view_start(self, num_new: int) -> int:
@@ -177,10 +180,14 @@ class GrowingLayer(PagedLayer):
     def _first_held(self) -> int:
         return self.table.first_position
 
-    def _own_table(self) -> None:
+    def _own_table(self, keeps_length: bool = True) -> None:
         self.shared.copies = 1  # sequences may differ from here on
-        if self.is_initialized and len(self.table.followers) > 1:
+        if not self.is_initialized:
+            return
+        if len(self.table.followers) > 1:
             self.leave_table()
+        if not keeps_length:
+            self.table.part()
 
     def activate_past_recording(self) -> None:
         """Keep tokens that leave the window until `crop` has been called."""
@@ -197,6 +204,7 @@ class GrowingLayer(PagedLayer):
     def _rewrite(self, key: torch.Tensor, value: torch.Tensor) -> None:
         batch_size, _, length, _ = key.shape
         view_length = self._view_length(0)
+        self._copies = 1  # what is written now may differ from sequence to sequence
         if (batch_size, length) == (self.batch_size, view_length):
             if not self.table.is_exclusive:
                 self._own_table()
@@ -223,7 +231,7 @@ class GrowingLayer(PagedLayer):
         nothing = torch.zeros(0, dtype=torch.int64, device=self.k.index_device)
         self.k, self.v = self.k.with_pages(nothing), self.v.with_pages(nothing)
         self.table.remove_follower(self)
-        self.table, self.length, self.is_empty, self._copies = table, length, not length, 1
+        self.table, self.length, self.is_empty = table, length, not length
         self._reserve(batch_size)
 
     # -- going another way than other layers and caches ------------------------------------------------------------
@@ -231,6 +239,8 @@ class GrowingLayer(PagedLayer):
     def leave_table(self) -> None:
         """Go on with a table of its own, with the tokens that this layer has written."""
         table = self.table.fork()
+        if self.length == self.table.length:  # else it sees other tokens than the others
+            table.join(self.table)
         if self.length:
             table.crop(self.table.length - self.length)
         else:
@@ -244,18 +254,24 @@ class GrowingLayer(PagedLayer):
 def move_to_own_pool(table: PageTable, shares: bool = True) -> None:
     """Copy the pages of `table` into a pool that no other table has, for all layers that go by it.
 
-    Unless its sequences may share pages, each gets its own.
+    Unless its sequences may share pages, each gets its own. Raises OutOfPagesError if these are too many.
     """
     if shares:
         pages, rows = np.unique(table.rows, return_inverse=True)
     else:
         pages, rows = table.rows.ravel(), np.arange(table.rows.size)
+    num_pages = table.pool.num_pages
+    if num_pages is not None and len(pages) > num_pages:
+        raise OutOfPagesError(
+            f"{len(table.rows)} sequences that share no page need {len(pages)} pages of {table.page_size} tokens, but "
+            f"num_pages={num_pages}; pass num_pages={len(pages)} or more, or store less (crop, reset, a smaller batch)"
+        )
     layers = [layer for layer in table.followers if isinstance(layer, GrowingLayer)]
     copies = []
     for layer in layers:
         index = torch.from_numpy(pages).to(layer.k.index_device)
         copies.append((layer.k.with_pages(index), layer.v.with_pages(index)))
-    pool = PagePool(table.pool.num_pages, size=len(pages))
+    pool = PagePool(num_pages, size=len(pages))
     for layer, (layer.k, layer.v) in zip(layers, copies, strict=True):
         pool.add_user(layer.k)
         pool.add_user(layer.v)

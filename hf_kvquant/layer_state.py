@@ -64,7 +64,6 @@ class LayerState(CacheLayerMixin):
             self.exact = ExactTokens(num_recent, in_place=self.is_compileable)
         # Tokens that are counted and not yet written; some wait until attention has seen them.
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._exact_lacks: bool | None = None  # whether `exact` lacks them: True if they are the first
         self._held_valid: torch.Tensor | None = None  # [B, T] of them as attention has told, False for padding
         self._assigned = Assignment()
 

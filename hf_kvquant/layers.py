@@ -39,19 +39,19 @@ class PagedLayer(LayerState):
             self.lazy_initialization(key_states, value_states)
         self._check_shapes(key_states, value_states)
         self.settle()  # tokens that no attention has asked for
-        num_new = key_states.shape[2]
-        was_empty = self.is_empty
-        self._advance(num_new, key_states.shape[0])
-        self.is_empty = False
-        prompt_length = self.shared.prompt_length
-        drafts_follow = was_empty and 0 < prompt_length < num_new and self.record_past
-        self.num_prompt = prompt_length if drafts_follow else num_new
-
-        # Until they are written, and kept exactly: they are counted already.
-        self._held = raw = (key_states, value_states)
-        self._exact_lacks = was_empty
-        exact = self._keep_exact(*raw, was_empty)
-        self._exact_lacks = None
+        num_new, was_empty, raw = key_states.shape[2], self.is_empty, (key_states, value_states)
+        if torch.compiler.is_compiling():
+            self._count_and_hold(*raw)
+        else:
+            num_prompt = self.num_prompt
+            try:
+                self._count_and_hold(*raw)
+            except BaseException:  # they are not counted
+                self._held, self.num_prompt, self.is_empty = None, num_prompt, was_empty
+                if self.exact is not None:
+                    self.exact.lacks = None
+                raise
+        exact = self._keep_exact(*raw)
         if not (self.k.needs_tokens or self.v.needs_tokens or self._must_hold(num_new, was_empty)):
             self._write(*raw, self._page_table, self._seq_lens)
             self._held = None
@@ -63,10 +63,28 @@ class PagedLayer(LayerState):
         reason = f"attention {self.shared.model_config._attn_implementation!r} takes dense tensors"
         return key.dense(reason), value.dense(reason)
 
-    def _keep_exact(self, key: torch.Tensor, value: torch.Tensor, was_empty: bool) -> ExactStep | None:
+    def _count_and_hold(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Count new tokens, which are held until they are written, and kept exactly.
+
+        Counting is the last that is done: tokens that are counted are never lost, whatever breaks in.
+        """
+        num_new, prompt_length = key.shape[2], self.shared.prompt_length
+        drafts_follow = self.is_empty and 0 < prompt_length < num_new and self.record_past
+        self.num_prompt = prompt_length if drafts_follow else num_new
+        self._held = (key, value)
+        if self.exact is not None:
+            self.exact.lacks = self.is_empty
+        self.is_empty = False
+        self._advance(num_new, key.shape[0])
+
+    def _keep_exact(self, key: torch.Tensor, value: torch.Tensor) -> ExactStep | None:
+        """Keep the newest tokens as the model made them, if that is to be done; returns what their attention sees."""
         if self.exact is None:
             return None
-        if was_empty:
+        if self.exact.lacks is None:
+            self.exact.finish()
+            return None
+        if self.exact.lacks:
             self.exact.reserve(key, value, self._num_first)
         return self.exact.append(key, value, self.get_seq_length() - key.shape[2], self.record_past)
 
@@ -154,9 +172,7 @@ class PagedLayer(LayerState):
         if self._held is None:
             return
         key, value = self._held
-        if self._exact_lacks is not None:
-            self._keep_exact(key, value, self._exact_lacks)
-            self._exact_lacks = None
+        self._keep_exact(key, value)
         self._observe(key, value)
         self._write(key, value, self._page_table, self._seq_lens)
         self._held = None
@@ -238,9 +254,14 @@ class PagedLayer(LayerState):
         """Store these keys and values `[B, H, L, D]` and nothing else. Raises ValueError if they do not fit."""
         self._check_shapes(key, value)
         self._rewrite(key, value)
-        if self.exact is not None:
+        if self.exact is None:
+            return
+        num_before = self.get_seq_length() - key.shape[2]
+        if num_before:  # tokens that a window has passed stay, as a crop may bring them back
+            self.exact.drop(key.shape[2])
+        else:
             self.exact.reserve(key, value, self._num_first)
-            self.exact.append(key, value, 0)
+        self.exact.append(key, value, num_before)
 
     @abstractmethod
     def _rewrite(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -252,13 +273,13 @@ class PagedLayer(LayerState):
 
     def reset(self) -> None:
         """Forget all tokens and give the pages back; frozen scales stay."""
-        self._own_table()
-        if self.table is not None:
+        self._own_table(keeps_length=False)
+        if self.is_initialized and self.table is not None:  # else the table is that of other layers
             self.table.clear()
         self.follow_reset()
 
     def follow_reset(self) -> None:
-        self._held = self._held_valid = self._exact_lacks = None
+        self._held = self._held_valid = None
         self._assigned.forget()
         self.is_empty = True
         if self.exact is not None:
@@ -271,8 +292,8 @@ class PagedLayer(LayerState):
         num_tokens = tokens_to_take_back(tokens_to_remove, self.get_seq_length)
         self.settle()
         self.check_crop(num_tokens)
-        self._own_table()
-        if self.table is not None:
+        self._own_table(keeps_length=not num_tokens)
+        if self.is_initialized and self.table is not None:
             self.table.crop(num_tokens)
         self.follow_crop(num_tokens)
 
@@ -280,7 +301,12 @@ class PagedLayer(LayerState):
         """Raise what a crop would raise beside its table, before anything changes."""
 
     def check_select(self, indices: Sequence[int]) -> None:
-        """Raise what a selection of sequences would raise."""
+        """Raise what a selection of sequences would raise, before anything changes."""
+        if wrong := [index for index in indices if not 0 <= index < self.batch_size]:
+            raise ValueError(
+                f"layer {self.index}: there is no sequence {wrong[0]} among the {self.batch_size} that it holds; they "
+                "are counted from 0"
+            )
 
     def follow_crop(self, num_tokens: int) -> None:
         """Follow the table, which has been cropped."""
@@ -292,6 +318,7 @@ class PagedLayer(LayerState):
         if self.is_empty:
             return
         self.settle()
+        self.check_select(indices)
         self._own_table()
         if isinstance(self.table, PageTable):
             self.table.select(indices)
@@ -302,8 +329,8 @@ class PagedLayer(LayerState):
         if self.exact is not None:
             self.exact.select(indices)
 
-    def _own_table(self) -> None:
-        """Stop sharing the table with other layers."""
+    def _own_table(self, keeps_length: bool = True) -> None:
+        """Stop sharing the table with other layers, which will be as long as this one still, or not."""
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder sequences for beam search."""
@@ -315,6 +342,8 @@ class PagedLayer(LayerState):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these sequences."""
+        if self.is_empty:
+            return
         self.select(torch.arange(max(self.batch_size, 0), device="cpu")[indices.cpu()].tolist())
 
     def offload(self) -> None:

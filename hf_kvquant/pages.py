@@ -38,6 +38,7 @@ class _Step(NamedTuple):
     first_page: int
     num_evicted: int
     num_missing: int
+    new_length: int
     to_copy: np.ndarray  # rows whose last page belongs to others as well
     free: np.ndarray
     need: int  # pages in all
@@ -52,6 +53,10 @@ class PageTable:
         pool: where pages come from; None for a pool of its own.
         expected_length: tokens that a sequence is known to reach at most; bounds how far ahead the pool grows.
     """
+
+    rows: np.ndarray  # [B, N], oldest page first; never changed in place, a fork may have it as well
+    length: int
+    first_page: int  # number of the oldest page of each row
 
     def __init__(
         self,
@@ -91,6 +96,18 @@ class PageTable:
     def siblings(self, tables: Iterable[PageTable]) -> None:
         self._siblings = [weakref.ref(table) for table in tables]
 
+    def join(self, other: PageTable) -> None:
+        """Be one more table of the cache of `other`."""
+        self.siblings = [other, *other.siblings]
+        for sibling in self.siblings:
+            sibling.siblings = [*sibling.siblings, self]
+
+    def part(self) -> None:
+        """Be no sibling any more: from here on these sequences are not as long as others of the cache."""
+        for sibling in self.siblings:
+            sibling.siblings = [table for table in sibling.siblings if table is not self]
+        self.siblings = ()
+
     def fork(self) -> PageTable:
         """A table of the same sequences that shares all pages and goes its own way from here."""
         # A pool in which nothing lies has nothing to share.
@@ -129,12 +146,11 @@ class PageTable:
         return rows
 
     def _set_rows(self, rows: np.ndarray, length: int, first_page: int) -> None:
-        self.rows = rows  # [B, N], oldest page first; never changed in place, a fork may have it as well
-        self.length = length
-        self.first_page = first_page  # number of the oldest page of each row
         self._owns_tails = False  # whether every last page is known to belong to one row only
         self._tables: dict[torch.device, torch.Tensor] = {}
         self._seq_lens: dict[tuple[torch.device, int], torch.Tensor] = {}
+        # All at once: an interrupt leaves the table of before or that of after.
+        self.rows, self.length, self.first_page = rows, length, first_page
 
     # -- what operators read ---------------------------------------------------------------------------------------
 
@@ -158,6 +174,10 @@ class PageTable:
     def pages_since(self, position: int) -> np.ndarray:
         """The pages, ascending, that hold tokens from `position` on."""
         return np.unique(self.rows[:, max(position // self.page_size - self.first_page, 0) :])
+
+    def owns_pages_since(self, position: int) -> bool:
+        """Whether every page that holds tokens from `position` on belongs to one row only."""
+        return self._owns_tails or int(self.pool.references()[self.pages_since(position)].max(initial=0)) <= 1
 
     # -- sizes -----------------------------------------------------------------------------------------------------
 
@@ -210,7 +230,7 @@ class PageTable:
             if sibling.pool.num_pages is not None and sibling.length == self.length:
                 sibling._plan(num_tokens, batch_size, copies)
         if step is not None:
-            self._take(step, batch_size // copies, copies)
+            return self._take(step, batch_size // copies, copies)
         self.length += num_tokens
         self._seq_lens.clear()
 
@@ -269,17 +289,19 @@ class PageTable:
                 f"num_pages={self.pool.num_pages}; pass num_pages={need} or more, or store less (crop, reset, a "
                 "smaller batch)"
             )
-        return _Step(first_page, num_evicted, num_missing, to_copy, free, need)
+        return _Step(first_page, num_evicted, num_missing, new_length, to_copy, free, need)
 
     def _take(self, step: _Step, num_groups: int, copies: int) -> None:
         """Let go of old pages, copy shared ones that will be written, and take new ones."""
         old_size, self._num_coming = self.pool.size, num_groups
         self.pool.grow(step.need)  # the part that can run out of memory comes before anything is changed
+        if step.num_evicted:  # before others are written in their place, lest an interrupt leaves them here
+            self._set_rows(self.rows[:, step.num_evicted :], self.length, step.first_page)
         free = np.concatenate([step.free, np.arange(old_size, self.pool.size)])  # low ones first: pools stay dense
         num_copied = len(step.to_copy)
         targets, new = free[:num_copied], free[num_copied : num_copied + num_groups * step.num_missing]
         new = new.reshape(num_groups, step.num_missing)
-        rows = self.rows[::copies, step.num_evicted :] if len(self.rows) else np.zeros((num_groups, 0), dtype=np.int64)
+        rows = self.rows[::copies] if len(self.rows) else np.zeros((num_groups, 0), dtype=np.int64)
         if num_copied:
             rows = rows.copy()
             self.pool.copy(rows[step.to_copy, -1], targets)
@@ -287,7 +309,7 @@ class PageTable:
         self.pool.clear(new.ravel())
         tables, num_kept = self._tables, rows.shape[1] - (num_copied > 0)
         rows = np.repeat(np.concatenate([rows, new], axis=1), copies, axis=0)
-        self._set_rows(rows, self.length, step.first_page)
+        self._set_rows(rows, step.new_length, step.first_page)
         self._owns_tails = copies == 1
         if not step.first_page:  # what is on a device already stays there
             last = rows[:, num_kept:]
@@ -346,8 +368,8 @@ class PageTables:
             page_size, num_pages, length = self._options
             if window is not None and length is not None:
                 length = min(length, window + page_size)
-            self._tables[window] = PageTable(page_size, window, PagePool(num_pages), length)
-            tables = tuple(self._tables.values())
-            for table in tables:
-                table.siblings = [other for other in tables if other is not table]
+            others = list(self._tables.values())
+            self._tables[window] = table = PageTable(page_size, window, PagePool(num_pages), length)
+            if others:
+                table.join(others[0])
         return self._tables[window]

@@ -192,7 +192,7 @@ def overlay(dense: torch.Tensor, side: int, step: ExactStep, start: int, end: Le
 
     Sequences have `end` tokens; each of the `num_new` newest gets all that it attends to exactly.
     """
-    num_newest = step.num_recent + max(num_new - 1, 0)
+    num_newest = step.num_recent + max(num_new - 1, 0) if step.num_recent else 0
     exact = step.tokens(side, num_newest)
     positions = start + torch.arange(dense.shape[2], device=dense.device)
     is_first, is_newest = positions < step.num_first, positions >= end - num_newest

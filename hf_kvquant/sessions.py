@@ -41,6 +41,7 @@ from .policy import QueryPlan, SidePlan
 from .pools import PagePool
 from .saved_header import ENTRIES, PAGED_LAYER, PLAN, QUERY, WEIGHTS, check, check_numbers, check_plan, dtype_of
 from .sharding import part_of_model
+from .static_pages import StaticPageTable
 from .stores import PageStore, keep_in_place, mutable_everywhere
 
 if TYPE_CHECKING:
@@ -101,7 +102,10 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
         if id(table) not in tables:
             tables[id(table)] = len(tables)
             tensors[f"tables.{tables[id(table)]}"] = torch.from_numpy(numbers)
-            header["tables"].append({"length": table.length, "first_page": table.first_page})
+            facts = {"length": table.length, "first_page": table.first_page}
+            if isinstance(table, StaticPageTable):  # what it has lost before a crop, the pages that are left do not say
+                facts["first_position"] = table.first_position
+            header["tables"].append(facts)
         if layer.exact is not None and layer.exact.held is not None:
             entry["num_first"] = layer.exact.num_first
             for side, tensor in zip("kv", layer.exact.held, strict=True):
@@ -313,6 +317,9 @@ class SavedCache:
                 if "table" in entry:
                     self._fill_layer(layer, f"layers.{index}", entry, devices[index], tables)
                 self._fill_state(layer, f"layers.{index}.state", entry["state"], devices[index])
+        # Tables of another length are those of layers that went their own way.
+        for table in cache._tables:
+            table.siblings = [other for other in cache._tables if other is not table and other.length == table.length]
         cache.kvquant = KVQuantConfig.parse(self.header["options"])
         cache.notes = list(dict.fromkeys([*self.header["notes"], *cache.notes, f"restored from {self.path}"]))
 
@@ -339,6 +346,9 @@ class SavedCache:
             ]
         )
         places = layer.table.restore(rows, table["length"], table["first_page"])  # type: ignore[union-attr]
+        if isinstance(layer.table, StaticPageTable) and "first_position" in table:  # older files do not have it
+            check(table, {"first_position": int}, f"tables.{entry['table']}")
+            layer.table.lose(table["first_position"])
         # Sequences that share a page in the file may have one each here.
         places, first = np.unique(places, return_index=True)
         pages = rows.ravel()[first]

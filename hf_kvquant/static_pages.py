@@ -30,7 +30,7 @@ class StaticPageTable:
             ring = -(-(window - 1 + slack) // page_size) + 1
             if ring < num_columns:
                 num_columns, self.most_at_once = ring, slack
-        self._first_lost = 0  # tokens before it were overwritten before the last crop
+        self._first_kept = 0  # tokens before it were overwritten before the last crop
         self._table = torch.arange(batch_size * num_columns, dtype=torch.int32, device=device).view(batch_size, -1)
         self._shares = False
         self._seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
@@ -81,13 +81,27 @@ class StaticPageTable:
         numbers = np.arange(self.first_page, -(-self.length // self.page_size))
         return self._table.cpu().numpy().astype(np.int64)[:, numbers % self._table.shape[1]]
 
+    @property
+    def first_position(self) -> int:
+        """The oldest token that was not overwritten, not even by tokens that have been taken back."""
+        return self._first_position(self.length)
+
+    def _first_position(self, length: int) -> int:
+        return max(self._first_kept, length - self._table.shape[1] * self.page_size)
+
+    def lose(self, first_position: int) -> None:
+        """Take the tokens before `first_position` for overwritten. Raises ValueError if there are none from it on."""
+        if not 0 <= first_position <= self.length:
+            raise ValueError(f"the oldest token that is held is {first_position}, of {self.length}")
+        self._first_kept = max(self._first_kept, first_position)
+
     def restore(self, rows: np.ndarray, length: int, first_page: int) -> np.ndarray:
         """Hold sequences of `length` tokens; returns the pages `[B, N]`, oldest first, that are to hold them.
 
         Raises ValueError if they are not as many as `rows` has.
         """
         self._seq_lens.fill_(length)
-        self._first_lost = first_page * self.page_size
+        self._first_kept = first_page * self.page_size
         if self.rows.shape != rows.shape or self.first_page != first_page or length > self.capacity:
             raise ValueError(f"{length} tokens in pages {rows.shape} do not fit tables of {self._table.shape}")
         return self.rows
@@ -152,17 +166,17 @@ class StaticPageTable:
     def check_crop(self, num_tokens: int) -> None:
         """Raise what `crop` would raise; reads the lengths from the device where there is a window."""
         if self.window is not None:
-            length = int(self._seq_lens.max())
-            lost = max(self._first_lost, length - self._table.shape[1] * self.page_size)
-            if max(length - num_tokens - (self.window - 1), 0) < lost:
+            length = self.length
+            oldest = self._first_position(length)
+            if max(length - num_tokens - (self.window - 1), 0) < oldest:
                 raise RuntimeError(
                     f"cannot take back {num_tokens} tokens: a layer with a sliding window of {self.window} at fixed "
-                    f"addresses keeps only the tokens from {lost} on"
+                    f"addresses keeps only the tokens from {oldest} on"
                 )
-            self._first_lost = lost
+            self._first_kept = oldest
 
     def clear(self) -> None:
         self._seq_lens.zero_()
         self._table.copy_(self._own)
         self._shares = False
-        self._first_lost = 0
+        self._first_kept = 0

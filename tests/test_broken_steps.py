@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import families
 import pytest
 import torch
 from helpers import prompt, tiny_llama
-from test_cache import sliding_model
+from test_cache import add, contents, keys_and_values, sliding_model
 from transformers import PreTrainedModel
 
-from hf_kvquant import PrefixCache, QuantizedPagedCache, huge_pages, ops
+from hf_kvquant import PrefixCache, QuantizedPagedCache, fixed, huge_pages, ops
+from hf_kvquant.broken import take_back_broken_step
 from hf_kvquant.exact import ExactTokens
+from hf_kvquant.pools import PagePool
 
 NUM_LAYERS, NUM_NEW = 3, 14
 
@@ -24,9 +29,9 @@ def full(attention: str = "kvquant") -> PreTrainedModel:
     return tiny_llama(attention, num_hidden_layers=NUM_LAYERS)
 
 
-def sliding(attention: str = "kvquant") -> PreTrainedModel:
+def sliding(attention: str = "kvquant", **overrides: Any) -> PreTrainedModel:
     """One layer with a window, one without: two page tables."""
-    model = sliding_model()
+    model = sliding_model(**overrides)
     model.set_attn_implementation(attention)
     return model
 
@@ -162,6 +167,19 @@ def test_what_is_kept_of_it_is_whole() -> None:
     assert torch.equal(got, generate(model, request, QuantizedPagedCache.from_model(model, kv_cache_dtype="model")))
 
 
+@pytest.mark.parametrize("num_tokens", [3, 20])
+def test_what_a_layer_that_lacks_it_holds_can_be_read(num_tokens: int) -> None:
+    """Its table has moved on."""
+    model = sliding(layer_types=["sliding_attention"] * 2)
+    cache, whole = (QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4) for _ in range(2))
+    for each in (cache, whole):
+        logits(model, prompt(1, 30), each)
+    with interrupted(model.model.layers[1].self_attn, 1):
+        logits(model, prompt(1, num_tokens, seed=2), cache)
+    for got, expected in zip(list(cache)[1][:2], list(whole)[1][:2], strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_a_state_that_has_moved_on_is_refused() -> None:
     """Of linear attention; every layer of this model has one beside its keys and values."""
     model = families.build("falcon_h1")
@@ -224,6 +242,119 @@ def test_tokens_that_were_counted_and_not_kept_exactly_are_kept(monkeypatch: pyt
         with pytest.raises(KeyboardInterrupt):
             logits(model, ids[:, 20:21], cache)
     assert torch.equal(logits(model, ids[:, 21:], cache), logits(model, ids[:, 21:], whole))
+
+
+class Interrupt:
+    """Ctrl-C before the `number`-th line of the package that this thread comes to, counted from 0."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def trace(self, frame: Any, event: str, _: Any) -> Any:
+        if event == "call" and Path(frame.f_code.co_filename).parent != Path(ops.__file__).parents[1]:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == -1:
+                raise KeyboardInterrupt
+        return self.trace
+
+    def __enter__(self) -> None:
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+
+    def __exit__(self, *_: Any) -> None:
+        sys.settrace(self.before)
+
+
+@pytest.mark.parametrize("num_before", [0, 30])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("full", {}),
+        ("full", {"sink_tokens": 3, "recent_tokens": 5}),
+        ("full", {"sink_tokens": 3, "recent_tokens": 5, "max_cache_len": 64}),
+        ("sliding", {"recent_tokens": 5}),
+        ("sliding", {"max_cache_len": 64}),
+    ],
+    ids=["full", "exact", "exact_fixed", "sliding", "fixed"],
+)
+def test_an_interrupt_anywhere_in_a_step(name: str, options: dict[str, Any], num_before: int) -> None:
+    """Afterwards all layers have the step, or none has. (Before every fifth line, which takes a fifth of the time.)"""
+    model = MODELS[name]("sdpa")
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="int8", page_size=4, **options)
+    if num_before:
+        add(cache, num_before)
+    num_layers, num_new = len(cache.layers), 20
+    steps = [keys_and_values(num_new, seed=10 + index) for index in range(num_layers)]
+
+    def after(num_updates: int) -> QuantizedPagedCache:
+        other = copy.deepcopy(cache)
+        for index in range(num_updates):
+            other.update(*steps[index], index)
+        take_back_broken_step(other)
+        return other
+
+    # What is taken back comes from the pages where it was kept exactly.
+    with_step, without = [contents(after(num_layers))], [contents(after(num)) for num in range(num_layers)]
+    number, is_done = 0, False
+    while not is_done:
+        other = copy.deepcopy(cache)
+        try:
+            with Interrupt(number):
+                for index, step in enumerate(steps):
+                    other.update(*step, index)
+            is_done = True
+        except KeyboardInterrupt:
+            number += 5
+        take_back_broken_step(other)
+        lengths = {int(layer.get_seq_length()) for layer in other.layers}
+        assert lengths in ({num_before}, {num_before + num_new}), number
+        expected = without if lengths == {num_before} else with_step
+        for got, *ways in zip(contents(other), *expected, strict=True):
+            assert any(_are_equal(got, way) for way in ways), number
+    assert number > 100
+
+
+def test_pages_that_a_window_has_left_are_gone_before_others_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crop cannot bring back what an interrupted step has cleared."""
+    cache = QuantizedPagedCache.from_model(sliding_model(2), kv_cache_dtype="model", page_size=4)
+    for num_tokens in (5, 30):
+        add(cache, num_tokens)
+    cache.fork().crop(-20)  # until then it could
+    clear = PagePool.clear
+
+    def interrupted_after(pool: PagePool, pages: Any) -> None:
+        clear(pool, pages)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PagePool, "clear", interrupted_after)
+        with pytest.raises(KeyboardInterrupt):
+            add(cache, 9)
+    with pytest.raises(RuntimeError, match="keeps only the tokens from 32 on"):
+        cache.crop(-20)
+    assert all(layer.get_seq_length() == 35 for layer in cache.layers)
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    return one[0] is other[0] is None or all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, QuantizedPagedCache.fork], ids=["deepcopy", "fork"])
+def test_a_layer_that_could_not_be_set_up_is_copied_as_an_empty_one(
+    copied: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = full()
+    options = {"kv_cache_dtype": "int8", "max_cache_len": 64}
+    cache, whole = (QuantizedPagedCache.from_model(model, **options) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(fixed, "StaticPageTable", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            logits(model, prompt(1), cache)
+    expected = logits(model, prompt(1), whole)
+    for each in (copied(cache), cache):
+        assert torch.equal(logits(model, prompt(1), each), expected)
 
 
 def test_a_model_that_was_cut_short_is_not_broken(tmp_path: Path) -> None:

@@ -46,10 +46,11 @@ def sliding_model(window: int = 12, **overrides: Any) -> Gemma3ForCausalLM:
     torch.manual_seed(0)
     options = llama_config().to_dict()
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    layer_types = overrides.pop("layer_types", ["sliding_attention", "full_attention"])
     config = Gemma3TextConfig(
         **{name: options[name] for name in names},
-        num_hidden_layers=2,
-        layer_types=["sliding_attention", "full_attention"],
+        num_hidden_layers=len(layer_types),
+        layer_types=layer_types,
         sliding_window=window,
         initializer_range=0.2,
         eos_token_id=None,

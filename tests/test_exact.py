@@ -324,6 +324,24 @@ def test_replaced_keys_and_values() -> None:
     check(*step(cache, model, 3, 2))
 
 
+@pytest.mark.parametrize("num_recent", [5, 7])
+@pytest.mark.parametrize("num_tokens", [5, 9])
+def test_what_a_window_has_passed_outlives_a_replacement(num_tokens: int, num_recent: int) -> None:
+    """A crop brings it back."""
+    cache, whole = (make_cache(window=5, recent_tokens=num_recent) for _ in range(2))
+    key, value = torch.randn(2, 1, HEADS, num_tokens, HEAD_DIM)
+    for each in (cache, whole):
+        each.activate_past_recording()
+        each.update(key, value, 0)
+    layer = cache.layers[0]
+    layer.values = layer.values * 1.0
+    layer.settle()
+    for each in (cache, whole):
+        each.crop(-1)
+    for side in ("key", "value"):
+        assert torch.equal(layer.read(side, 0), whole.layers[0].read(side, 0))
+
+
 @pytest.mark.parametrize("kind", ["growing", "fixed"])
 def test_dense_tensors_have_them(kind: str) -> None:
     """For attention that takes dense tensors, and for whoever reads the cache."""
@@ -341,6 +359,19 @@ def test_dense_tensors_have_them(kind: str) -> None:
     exact = model.is_exact(model.length - 1)
     for dense, both in zip(next(iter(cache))[:2], (model.key, model.value), strict=True):
         assert torch.equal(dense[:, :, : model.length], torch.where(exact[:, None], *both))
+
+
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+def test_first_tokens_alone_leave_the_newest_rounded(kind: str) -> None:
+    """Also where several come at once."""
+    cache = make_cache(sink_tokens=PAGE, **({"max_cache_len": 64} if kind == "fixed" else {}))
+    tokens = torch.randn(2, 1, HEADS, 12, HEAD_DIM)
+    for start, end in ((0, 8), (8, 12)):
+        handles = cache.update(*tokens[:, :, :, start:end], 0)
+    expected = tokens.to(torch.float8_e4m3fn).to(tokens.dtype)
+    expected[:, :, :, :PAGE] = tokens[:, :, :, :PAGE]
+    for handle, of_side in zip(handles, expected, strict=True):
+        assert torch.equal(handle.dense("a test")[:, :, :12], of_side)
 
 
 # -- generate ----------------------------------------------------------------------------------------------------------

@@ -152,6 +152,56 @@ def test_a_fork_before_the_first_real_tokens_takes_its_own_scales() -> None:
     assert scales[1] == pytest.approx(1000 * scales[0])
 
 
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 64}], ids=["growing", "fixed"])
+def test_operations_on_a_layer_that_holds_nothing_leave_the_others_alone(options: dict[str, Any]) -> None:
+    cache = make_cache(**UNQUANTIZED, **options)
+    key, value = keys_and_values(9)
+    cache.update(key, value, 0)
+    for operate in (
+        lambda layer: layer.reset(),
+        lambda layer: layer.crop(-3),
+        lambda layer: layer.reorder_cache(torch.tensor([0])),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.batch_select_indices(torch.tensor([0])),
+    ):
+        operate(cache.layers[1])
+        assert torch.equal(cache.layers[0].read("key", 0)[:, :, :9], key)
+        assert torch.equal(cache.layers[0].read("value", 0)[:, :, :9], value)
+    cache.update(key * 2, value, 1)
+    assert torch.equal(cache.layers[1].read("key", 0)[:, :, :9], key * 2)
+
+
+@pytest.mark.parametrize("change", ["repeat", "fork"])
+def test_a_layer_writes_into_no_pages_that_came_to_be_shared_before_its_step(change: str) -> None:
+    """The table has the step already, of the layer before."""
+    cache = make_cache(**UNQUANTIZED)
+    add(cache, 9)
+    cache.update(*keys_and_values(5, seed=2), 0)
+    if change == "repeat":
+        cache.layers[0].batch_repeat_interleave(2)
+        cache.layers[1].batch_repeat_interleave(2)
+        caches, batch_size = [cache], 2
+    else:
+        caches, batch_size = [cache, cache.fork()], 1
+    before = cache.layers[1].read("key", 0)
+    new = [keys_and_values(5, batch_size, seed=3 + index) for index in range(len(caches))]
+    for each, pair in zip(caches, new, strict=True):
+        each.update(*pair, 1)
+    for each, (key, _) in zip(caches, new, strict=True):
+        assert torch.equal(each.layers[1].read("key", 0), torch.cat([before, key], dim=2))
+
+
+def test_a_layer_takes_its_first_tokens_into_pages_of_its_own() -> None:
+    """The layer before it has had its sequences selected already."""
+    cache = make_cache(**UNQUANTIZED)
+    cache.update(*keys_and_values(9), 0)
+    cache.layers[0].batch_repeat_interleave(2)
+    key, value = keys_and_values(9, batch_size=2)
+    cache.update(key, value, 1)
+    assert torch.equal(cache.layers[1].read("key", 0), key)
+    assert torch.equal(cache.layers[0].read("key", 0), keys_and_values(9)[0].repeat(2, 1, 1, 1))
+
+
 def test_pickling_is_refused() -> None:
     with pytest.raises(TypeError, match=r"not pickled.*fork\(\).*save_pretrained\(\)"):
         pickle.dumps(make_cache())
@@ -184,6 +234,20 @@ def test_answers_are_those_of_the_hosts_own_cache(make_model: Any) -> None:
             assert ours[2:8] == hosts[2:8]
             assert ours[:2] == hosts[:2]
             assert ours[8:] == hosts[8:]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 64}, {"offload": True}], ids=["growing", "fixed", "offload"])
+def test_sequences_that_are_not_there_are_refused_and_nothing_changes(options: dict[str, Any]) -> None:
+    """As by transformers' caches; a negative number is none either."""
+    cache = make_cache(kv_cache_dtype="int8", page_size=4, sink_tokens=3, recent_tokens=5, **options)
+    add(cache, 9, batch_size=3)
+    before = contents(cache)
+    for operate in (cache.reorder_cache, cache.layers[1].reorder_cache):
+        for wrong in (-1, 3):
+            with pytest.raises(ValueError, match=rf"layer \d: there is no sequence {wrong} among the 3 "):
+                operate(torch.tensor([0, wrong, 1]))
+    for old, new in zip(before, contents(cache), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(old, new, strict=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"max_cache_len": 64}, {"offload": True}], ids=["growing", "fixed", "offload"])
@@ -294,6 +358,86 @@ def test_replacing_by_as_many(make_model: Any, dtype: str) -> None:
     for layer, (keys, values) in zip(fork.layers, before, strict=True):
         assert torch.equal(layer.keys.clone(), keys)
         assert torch.equal(layer.values.clone(), values)
+
+
+@pytest.mark.parametrize("way", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
+def test_replacing_right_after_a_prompt_that_sequences_share(way: dict[str, Any]) -> None:
+    model = tiny_llama("kvquant")
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True, "cache_config": UNQUANTIZED, **way}
+    cache = model.generate(prompt(1), **options).past_key_values
+    factor = torch.tensor([1.0, 2.0, 4.0])[:, None, None, None]
+    for layer in cache.layers:
+        values = layer.values * factor
+        layer.values = values
+        layer.settle()
+        assert torch.equal(layer.values * 1.0, values)
+
+
+@pytest.mark.parametrize("change", ["assign", "select"])
+def test_layers_with_tables_of_their_own_are_refused_room_together(change: str) -> None:
+    model = sliding_model(layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    cache = QuantizedPagedCache.from_model(model, **UNQUANTIZED, num_pages=10)
+    with torch.no_grad():
+        model(prompt(1, 20), past_key_values=cache)
+        if change == "assign":
+            fork = cache.fork()  # from whose pages the layers part
+            for layer in cache.layers:
+                layer.values = layer.values * 1.0
+                layer.settle()
+            del fork
+        else:
+            cache.layers[0].reorder_cache(torch.tensor([0]))
+        assert len(cache._tables) == 3
+        with pytest.raises(OutOfPagesError, match="44 tokens a sequence need 11 pages"):
+            model(prompt(1, 24), past_key_values=cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [20] * 3
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["", "saved"])
+def test_layers_that_share_more_pages_than_others_are_refused_room_with_them(saved: bool, tmp_path: Any) -> None:
+    model = tiny_llama("kvquant")
+    cache = QuantizedPagedCache.from_model(model, **UNQUANTIZED, num_pages=11)
+    add(cache, 20)
+    cache.batch_repeat_interleave(2)
+    layer = cache.layers[1]
+    layer.values = layer.values * 1.0
+    layer.settle()
+    if saved:
+        cache.save_pretrained(tmp_path)
+        cache = QuantizedPagedCache.from_pretrained(tmp_path, model)
+    with pytest.raises(OutOfPagesError, match="24 tokens a sequence need 12 pages"):
+        add(cache, 4, batch_size=2)
+    assert [layer.get_seq_length() for layer in cache.layers] == [20] * 2
+
+
+@pytest.mark.parametrize("how", ["crop", "prune"])
+def test_a_layer_that_was_shortened_by_itself_lacks_no_step(how: str, tmp_path: Any) -> None:
+    """Nor does it in a cache that was saved."""
+    model = sliding_model()
+    cache = QuantizedPagedCache.from_model(model, **UNQUANTIZED)
+    add(cache, 21)
+    layer = cache.layers[1]
+    if how == "crop":
+        layer.crop(-4)
+    else:
+        layer.keys, layer.values = layer.keys[:, :, :17], layer.values[:, :, :17]
+    cache.save_pretrained(tmp_path)
+    for each in (cache, QuantizedPagedCache.from_pretrained(tmp_path, model)):
+        each.crop(0)
+        assert [layer.get_seq_length() for layer in each.layers] == [21, 17]
+
+
+def test_sequences_that_share_pages_are_not_replaced_beyond_num_pages() -> None:
+    cache = make_cache(**UNQUANTIZED, num_pages=10)
+    add(cache, 20)
+    cache.batch_repeat_interleave(4)
+    before = contents(cache)
+    layer = cache.layers[1]
+    layer.keys = layer.keys * 2.0
+    with pytest.raises(OutOfPagesError, match="4 sequences that share no page need 20 pages of 4 tokens"):
+        layer.settle()
+    for old, new in zip(before, contents(cache), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(old, new, strict=True))
 
 
 def test_a_layer_may_be_emptied_and_pruned_by_itself() -> None:

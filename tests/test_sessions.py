@@ -448,6 +448,17 @@ LIES: dict[str, tuple[str, Any, str]] = {
     "length yes": ("int8", say("tables.0.length", True), r"tables\.0\.length is True, not int"),
     "pages gone without a window": ("int8", say("tables.0.first_page", 1), r"tables\.0\.first_page is 1"),
     "negative first page": ("int8", say("tables.0.first_page", -1), r"tables\.0\.first_page is -1"),
+    "more lost than there is": (
+        "fixed",
+        say("tables.0.first_position", 37),
+        "the oldest token that is held is 37, of 36",
+    ),
+    "lost before the first": (
+        "fixed",
+        say("tables.0.first_position", -1),
+        "the oldest token that is held is -1, of 36",
+    ),
+    "half a token lost": ("fixed", say("tables.0.first_position", 0.5), r"tables\.0\.first_position is 0\.5, not int"),
     "negative table": ("int8", say("layers.0.table", -1), r"layers\.0\.table is -1"),
     "no such table": ("int8", say("layers.0.table", 7), r"layers\.0\.table is 7"),
     "numbers of 32 bits": ("int8", put("tables.0", lambda rows: rows.int()), r"tables\.0 is torch\.int32"),
@@ -541,6 +552,30 @@ def test_a_window_lets_go_of_no_page_that_it_needs(tmp_path: Path) -> None:
         ValueError, match=r"damaged.*tables\.\d\.first_page is \d+; with 36 tokens it must be from 0 to"
     ):
         QuantizedPagedCache.from_pretrained(tmp_path, model)
+
+
+@pytest.mark.parametrize("says", [True, False], ids=["", "older"])
+def test_a_window_at_fixed_addresses_has_lost_what_it_had_lost(says: bool, tmp_path: Path) -> None:
+    """The pages of a cache that was cropped do not tell how many tokens it held before."""
+    model = sliding_model(8)
+    cache = QuantizedPagedCache.from_model(model, kv_cache_dtype="model", page_size=4, max_cache_len=400)
+    add(cache, 60)
+    for _ in range(60):
+        add(cache, 1)
+    cache.crop(-60)
+    cache.save_pretrained(tmp_path)
+    if not says:
+        rewrite(tmp_path / sessions.FILE, lambda _, header: [table.pop("first_position") for table in header["tables"]])
+    loaded = QuantizedPagedCache.from_pretrained(tmp_path, model)
+    if not says:
+        assert equal(loaded, cache)
+        return
+    for _ in range(2):  # and a loaded one may be saved again
+        with pytest.raises(RuntimeError, match="cannot take back 10 tokens: .* keeps only the tokens from 44 on"):
+            loaded.crop(-10)
+        loaded.save_pretrained(tmp_path)
+        loaded = QuantizedPagedCache.from_pretrained(tmp_path, model)
+    loaded.crop(-9)
 
 
 def test_layers_with_other_windows_have_other_tables(tmp_path: Path) -> None:
