@@ -183,6 +183,7 @@ def test_queries_of_16_bits_may_be_split_into_bytes(
         {"window": 32, "page_size": 8, "ring": True},
         {"page_size": 4},
         {"page_size": 48},
+        {"page_size": 1 << 15, "num_kv_heads": 1},  # of which a span is a small part
         {"v_head_dim": 48},
         {"v_head_dim": 176},
         {"head_dim": 16},

@@ -229,7 +229,7 @@ int attend(const Attention& a, const Block& block, int64_t h, int64_t span_index
     if (num_pages < 0) return 1;
     const int64_t skipped = start % page_size;
     const auto find = [&](const Side& side, bool digits, const char** rows, float* scales) {
-        if (digits) find_blocks(side, page_size, slots, num_pages, skipped, BLOCK, 3 * PLACES, rows);
+        if (digits) find_blocks(side, page_size, slots, num_pages, skipped, total, BLOCK, 3 * PLACES, rows);
         else find_rows(side, page_size, slots, num_pages, skipped, total, rows);
         find_scales(side, page_size, slots, num_pages, skipped, total, scales);
     };

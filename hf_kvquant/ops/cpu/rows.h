@@ -46,11 +46,13 @@ void find_rows(const Side& side, int64_t page_size, const int64_t* slots, int64_
 
 // The same for blocks of `size` tokens, of which pages have a whole number and `skipped` is one; and `padding` more.
 void find_blocks(const Side& side, int64_t page_size, const int64_t* slots, int64_t num_pages, int64_t skipped,
-                 int64_t size, int64_t padding, const char** blocks) {
+                 int64_t count, int64_t size, int64_t padding, const char** blocks) {
     const int64_t row_size = side.row_size();
+    int64_t t = 0;
     for (int64_t i = 0; i < num_pages; i++, skipped = 0)
-        for (int64_t j = skipped; j < page_size; j += size) *blocks++ = side.pages + (slots[i] + j) * row_size;
-    if (num_pages) std::fill(blocks, blocks + padding, blocks[-1]);
+        for (int64_t j = skipped; j < page_size && t < count; j += size, t += size)  // a page may be longer than a span
+            *blocks++ = side.pages + (slots[i] + j) * row_size;
+    if (count) std::fill(blocks, blocks + padding, blocks[-1]);
 }
 
 // Their scales, if the side has some, and zeros for the padding.
