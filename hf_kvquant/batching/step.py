@@ -97,7 +97,7 @@ def _places(requests: Sequence[Request], group: Group, device: torch.device) -> 
     def numbers(x: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.from_numpy(np.asarray(x)).to(device, dtype)
 
-    rows = [row_of(request.blocks[group.name], group) for request in requests]
+    rows = [_row(request.blocks[group.name], group) for request in requests]
     starts = np.cumsum([0, *(request.new for request in requests)])
 
     def part_of(index: int) -> Part:
@@ -139,7 +139,7 @@ def _places(requests: Sequence[Request], group: Group, device: torch.device) -> 
     )
 
 
-def row_of(blocks: Sequence[int], group: Group) -> np.ndarray:
+def _row(blocks: Sequence[int], group: Group) -> np.ndarray:
     """A request's row of the page table: a ring has all its columns, though a young request has few pages."""
     pages = np.array(blocks, dtype=np.int64) * group.stride
     return pages if group.num_columns is None else np.pad(pages, (0, group.num_columns - len(pages)))
