@@ -43,7 +43,7 @@ extern "C" int64_t hf_kvquant_channel_absmax(const Absmax* arguments) {
     const int64_t each = a.batch_size * pieces, items = a.num_heads * each;
     uint32_t* parts = reinterpret_cast<uint32_t*>(workspace.of(items * padded * sizeof(uint32_t)));
     const int64_t work = a.batch_size * a.num_heads * a.num_tokens * a.dim;
-    in_parallel(items, 1, std::min(a.num_threads, 1 + work / SMALL_ABSMAX), [&](int64_t item) {
+    in_parallel(items, std::min(a.num_threads, 1 + work / SMALL_ABSMAX), [&](int64_t item) {
         const int64_t h = item / each, b = item % each / pieces, first = item % pieces * PIECE;
         uint32_t* most = parts + item * padded;
         std::fill(most, most + padded, 0u);

@@ -27,36 +27,32 @@ Digits digits_from(Carver& carver, int64_t rows, int64_t stride) {
     return {carver.take<int32_t>(rows * stride / 2), carver.take<int32_t>(rows * 2), carver.take<float>(rows), stride};
 }
 
-constexpr int64_t BLOCK = 16;
-static_assert(TILE == PLACES * BLOCK);
+constexpr int64_t BLOCK = PLACE;
+static_assert(BLOCK == 16);
 
-// The four blocks that will be read after four others: as many lines as those have are fetched while they are read, for
-// nothing is fetched faster than memory gives it.
-struct Ahead {
-    const uint8_t* const* blocks;
-    int64_t size, offset = 0;  // bytes of a block
-
-    // A line of each.
-    INLINE void fetch() {
-        if (offset >= size) return;
-        UNROLL for (int i = 0; i < PLACES; i++) __builtin_prefetch(blocks[i] + offset);
-        if (FETCHES_TWICE)
-            UNROLL for (int i = 0; i < PLACES; i++) prefetch_to_second_cache(blocks[PLACES + i] + offset);
-        offset += 64;
-    }
-};
+// The size of a row of weights, none of them negative, whose largest bits these are: NaN if there is a NaN or an infinity,
+// and not so small that its reciprocal overflows.
+INLINE float size_of_weights(u32 largest) {
+#if HAS_DIGITS
+    const uint32_t bits = _mm512_reduce_max_epu32((__m512i)largest);
+    return bits < bits_of(INF) ? std::max(float_of(bits), 0x1p-100f) : NAN;
+#else
+    return 0.0f;
+#endif
+}
 
 // Rows of the query, `dim` a multiple of 16.
 void split_query(const float* q, int64_t q_stride, int64_t num_rows, int64_t dim, const Digits& digits);
 
-// As dots_of_rows, for a query that has been split. `next` is fetched on the way.
-void dots_of_digits(const Digits& q, int64_t num_rows, const uint8_t* const* blocks, int64_t count, int64_t dim,
-                    Ahead next, float* out, int64_t out_stride);
+// As dots_of_rows, for a query that has been split; places are blocks.
+void dots_of_digits(const Digits& q, int64_t num_rows, int64_t count, int64_t dim, const Reading& reading,
+                    const Reading& next, float* out, int64_t out_stride);
 
-// As accumulate_rows; `dim` is a multiple of 16, no weight is negative, and they are zero up to a multiple of 16.
-// `digits` has room for them.
-void accumulate_digits(const float* weights, int64_t weight_stride, int64_t num_rows, const uint8_t* const* blocks,
-                       int64_t count, int64_t dim, const Digits& digits, Ahead next, float* out, int64_t out_stride);
+// As accumulate_rows; `dim` is a multiple of 16, no weight is negative or larger than the row's size, and they are zero
+// up to a multiple of 16. `digits` has room for them.
+void accumulate_digits(const float* weights, int64_t weight_stride, const float* sizes, int64_t num_rows, int64_t count,
+                       int64_t dim, const Digits& digits, const Reading& reading, const Reading& next, float* out,
+                       int64_t out_stride);
 
 #if HAS_DIGITS
 
@@ -103,13 +99,13 @@ void split_query(const float* q, int64_t q_stride, int64_t num_rows, int64_t dim
 }
 // Here digits have no sign and codes have one. One or two rows.
 template <int N>
-INLINE void split_weights(const float* x, int64_t x_stride, int64_t count, const Digits& digits, int64_t row) {
+INLINE void split_weights(const float* x, int64_t x_stride, const float* sizes, int64_t count, const Digits& digits,
+                          int64_t row) {
     constexpr float range = 65535;
     float reciprocal[N];
     UNROLL for (int r = 0; r < N; r++) {
-        const float size = size_of_row(x + r * x_stride, count);
-        reciprocal[r] = range / size;
-        digits.units[row + r] = size / range;
+        reciprocal[r] = range / sizes[r];
+        digits.units[row + r] = sizes[r] / range;
     }
     __m128i* to = (__m128i*)digits.of(row);
     for (int64_t i = 0; i < count; i += W, to += 2 * N) {
@@ -180,8 +176,8 @@ struct Turned {
 // out[r][t] = row r of the query . token t of the blocks, for N rows.
 template <int N>
 KEEP_LOOPS void dots_of_blocks(const Digits& digits, int64_t row, const uint8_t* const* blocks, int64_t num_blocks,
-                               int64_t dim, Ahead* ahead, float* out, int64_t out_stride) {
-    Ahead next = ahead ? *ahead : Ahead{};  // here it stays in registers
+                               int64_t dim, Fetch* fetch, float* out, int64_t out_stride) {
+    Fetch next = fetch ? *fetch : Fetch{};  // here it stays in registers
     const __mmask16 last_low = dim % 32 ? 0x000F : 0x00FF, last_high = dim % 32 ? 0x0F00 : 0xFF00;
     __m512i sums[2][N];
     UNROLL for (int r = 0; r < N; r++) UNROLL for (int p = 0; p < 2; p++)
@@ -195,7 +191,7 @@ KEEP_LOOPS void dots_of_blocks(const Digits& digits, int64_t row, const uint8_t*
         const bool is_last = d + 32 >= dim;
         d = is_last ? 0 : d + 32;
         blocks += is_last && left > 1;
-        if (ahead) UNROLL for (int i = 0; i < 2; i++) next.fetch();
+        if (fetch) UNROLL for (int i = 0; i < 2; i++) next();
         const uint8_t* from = blocks[0] + d;
         const __mmask16 low = d + 32 > dim ? last_low : 0x00FF, high = d + 32 > dim ? last_high : 0xFF00;
         Turned then;
@@ -215,7 +211,7 @@ KEEP_LOOPS void dots_of_blocks(const Digits& digits, int64_t row, const uint8_t*
         out += BLOCK;
         digit = first;
     }
-    if (ahead) *ahead = next;
+    if (fetch) *fetch = next;
 }
 
 // Four tokens' codes of M * 16 channels on the way to groups of tokens, as bytes with a sign.
@@ -259,8 +255,8 @@ struct Grouped {
 // `digit`, and M vectors of channels from `d` on.
 template <int N, int M>
 KEEP_LOOPS void add_blocks(const int32_t* digit, const float* units, const uint8_t* const* blocks, int64_t num_blocks,
-                           int64_t dim, int64_t d, Ahead* ahead, float* out, int64_t out_stride) {
-    Ahead next = ahead ? *ahead : Ahead{};
+                           int64_t dim, int64_t d, Fetch* fetch, float* out, int64_t out_stride) {
+    Fetch next = fetch ? *fetch : Fetch{};
     __m512i sums[2][N][M] = {};
     Grouped<M> now;
     UNROLL for (int i = 0; i < 4; i++) now.make(i, blocks[0] + d, dim, dim - d);
@@ -269,7 +265,7 @@ KEEP_LOOPS void add_blocks(const int32_t* digit, const float* units, const uint8
         const bool is_last = left % (BLOCK / 4) == 1;
         blocks += is_last && left > 1;
         from = is_last ? blocks[0] + d : from + 4 * dim;
-        if (ahead) next.fetch();
+        if (fetch) next();
         Grouped<M> then;
         UNROLL for (int i = 0; i < 2 * N; i++) {
             const __m512i four = _mm512_set1_epi32(digit[i]);
@@ -287,22 +283,16 @@ KEEP_LOOPS void add_blocks(const int32_t* digit, const float* units, const uint8
         float* to = out + r * out_stride + d;
         UNROLL for (int m = 0; m < M; m++) store(to + m * W, load<f32>(to + m * W) + x[m] * units[r]);
     }
-    if (ahead) *ahead = next;
+    if (fetch) *fetch = next;
 }
 
-// A tile at a time, as it is read for every few rows.
-template <class Work>
-void in_tiles(const uint8_t* const* blocks, int64_t count, int64_t size, Ahead next, Work work) {
-    for (int64_t t = 0; t < count; t += TILE, blocks += PLACES) {
-        Ahead ahead = t + TILE < count ? Ahead{blocks + PLACES, size} : next;
-        work(t, blocks, round_up(std::min<int64_t>(TILE, count - t), BLOCK) / BLOCK, &ahead);
-    }
-}
-void dots_of_digits(const Digits& q, int64_t num_rows, const uint8_t* const* blocks, int64_t count, int64_t dim,
-                    Ahead next, float* out, int64_t out_stride) {
-    in_tiles(blocks, count, BLOCK * dim, next, [&](int64_t t, auto tile, int64_t num_blocks, Ahead* ahead) {
+void dots_of_digits(const Digits& q, int64_t num_rows, int64_t count, int64_t dim, const Reading& reading,
+                    const Reading& next, float* out, int64_t out_stride) {
+    in_tiles(count, reading, next, [&](int64_t t, int64_t size, int64_t tile, Fetch* fetch) {
+        const Places blocks = reading.here[tile];
         in_groups(num_rows, [&](int64_t r, auto n) {
-            dots_of_blocks<n()>(q, r, tile, num_blocks, dim, r ? nullptr : ahead, out + r * out_stride + t, out_stride);
+            dots_of_blocks<n()>(q, r, blocks.start, round_up(size, BLOCK) / BLOCK, dim, r ? nullptr : fetch,
+                                out + r * out_stride + t, out_stride);
         });
     });
 }
@@ -312,18 +302,20 @@ INLINE void in_pairs(int64_t num_rows, Work work) {
     for (int64_t r = 0; r + 1 < num_rows; r += 2) work(r, std::integral_constant<int, 2>());
     if (num_rows % 2) work(num_rows - 1, std::integral_constant<int, 1>());
 }
-void accumulate_digits(const float* weights, int64_t weight_stride, int64_t num_rows, const uint8_t* const* blocks,
-                       int64_t count, int64_t dim, const Digits& digits, Ahead next, float* out, int64_t out_stride) {
+void accumulate_digits(const float* weights, int64_t weight_stride, const float* sizes, int64_t num_rows, int64_t count,
+                       int64_t dim, const Digits& digits, const Reading& reading, const Reading& next, float* out,
+                       int64_t out_stride) {
     in_pairs(num_rows, [&](int64_t r, auto n) {
-        split_weights<n()>(weights + r * weight_stride, weight_stride, round_up(count, W), digits, r);
+        split_weights<n()>(weights + r * weight_stride, weight_stride, sizes + r, round_up(count, W), digits, r);
     });
-    in_tiles(blocks, count, BLOCK * dim, next, [&](int64_t t, auto tile, int64_t num_blocks, Ahead* ahead) {
+    in_tiles(count, reading, next, [&](int64_t t, int64_t size, int64_t tile, Fetch* fetch) {
+        const Places blocks = reading.here[tile];
         in_pairs(num_rows, [&](int64_t r, auto n) {
             const int32_t* digit = digits.of(r) + t / 4 * (2 * n());
             for (int64_t d = 0; d < dim; d += 64) {
                 const auto add = [&](auto m) {
-                    add_blocks<n(), m()>(digit, digits.units + r, tile, num_blocks, dim, d, r ? nullptr : ahead,
-                                         out + r * out_stride, out_stride);
+                    add_blocks<n(), m()>(digit, digits.units + r, blocks.start, round_up(size, BLOCK) / BLOCK, dim, d,
+                                         r ? nullptr : fetch, out + r * out_stride, out_stride);
                 };
                 switch (std::min<int64_t>(dim - d, 64) / 16) {
                     case 4: add(std::integral_constant<int, 4>()); break;

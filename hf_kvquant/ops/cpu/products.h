@@ -6,62 +6,22 @@
 #include <type_traits>
 
 #include "formats.h"
+#include "reading.h"
 
 namespace {
 
-constexpr int TILE = 64;        // tokens that stay in the first cache while rows go over them
-constexpr int CHUNK = 128;      // tokens of a tile of numbers
 constexpr int ROWS = 4;         // rows of a kernel in registers
 constexpr int VECTORS = W == 8 ? 2 : 4;
-
-template <class T>
-INLINE void prefetch(const T* row, int64_t count) {
-    for (int64_t offset = 0; offset < count * int64_t(sizeof(T)); offset += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(row) + offset);
-}
-INLINE void prefetch_to_second_cache(const void* line) { __builtin_prefetch(line, 0, 2); }
-
-// Zen 4 has few lines under way to the first cache and more to the second. So a line is asked for twice there, a tile
-// earlier for the second cache: 4 to 14 % faster. Zen 3 is of the same family and not measured; on an Intel Xeon of
-// 2023 the second cache brought little.
-bool is_zen_3_or_4() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    return __builtin_cpu_is("amdfam19h");
-#else
-    return false;
-#endif
-}
-const bool FETCHES_TWICE = is_zen_3_or_4();
-const int PADDING = FETCHES_TWICE ? 208 : 144;  // readable entries behind arrays of rows
-
-// The next tile is fetched while rows go over one. Its tokens come from several places in turn: where a processor sees
-// neighbours fetched it goes on by itself, but takes a while to begin.
-constexpr int PLACES = 4;
-INLINE int64_t next_token(int64_t token) { return TILE + token % PLACES * (TILE / PLACES) + token / PLACES; }
-
-// N tokens of the next tile.
-template <int N, class T>
-INLINE void prefetch_next(const T* const* rows, int64_t token, int64_t count) {
-    UNROLL for (int j = 0; j < N; j++) prefetch(rows[next_token(token + j)], count);
-    if (!FETCHES_TWICE) return;
-    const int64_t size = count * int64_t(sizeof(T));
-    UNROLL for (int j = 0; j < N; j++) {
-        const char* row = reinterpret_cast<const char*>(rows[TILE + next_token(token + j)]);
-        // A last line that is not whole is the next token's first.
-        for (int64_t offset = 0; offset + 64 <= size; offset += 64) prefetch_to_second_cache(row + offset);
-    }
-}
 
 // out[r][t] = q[r] . rows[t], for N rows; `rows` is readable, and `out` writable, up to a multiple of four.
 template <class C, int N>
 void dots(const float* q, int64_t q_stride, const typename C::T* const* rows, int64_t count, int64_t dim, float* out,
-          int64_t out_stride, bool fetches) {
+          int64_t out_stride, Fetch* fetch) {
     constexpr int S = C::STEP;
     for (int64_t t = 0; t < count; t += 4) {
         f32 sums[N][4];
         UNROLL for (int r = 0; r < N; r++) UNROLL for (int j = 0; j < 4; j++) sums[r][j] = f32{};
-        if (fetches) prefetch_next<4>(rows, t, dim);
+        if (fetch) fetch->for_four_tokens();
         int64_t d = 0;
         if constexpr (S > 1)
             for (; d + S * W <= dim; d += S * W)
@@ -86,13 +46,12 @@ void dots(const float* q, int64_t q_stride, const typename C::T* const* rows, in
 // out[r][j] += sum over i of weights[r][i] * rows[i][j], for N rows and M vectors of columns.
 template <class C, int N, int M>
 void accumulate(const float* weights, int64_t weight_stride, const typename C::T* const* rows, int64_t count,
-                int64_t column, float* out, int64_t out_stride, bool fetches, int64_t columns) {
+                int64_t column, float* out, int64_t out_stride, Fetch* fetch) {
     f32 sums[N][M];
     UNROLL for (int r = 0; r < N; r++)
         UNROLL for (int m = 0; m < M; m++) sums[r][m] = load<f32>(out + r * out_stride + column + m * W);
-    for (int64_t i = 0; i < count; i++) {
+    const auto add = [&](int64_t i) {
         f32 x[M];
-        if (fetches) prefetch_next<1>(rows, i, columns);
         if constexpr (C::STEP == M && M > 1)
             C::read_step(rows[i] + column, x);
         else
@@ -101,7 +60,14 @@ void accumulate(const float* weights, int64_t weight_stride, const typename C::T
             f32 weight = splat(weights[r * weight_stride + i]);
             UNROLL for (int m = 0; m < M; m++) sums[r][m] += weight * x[m];
         }
-    }
+    };
+    int64_t i = 0;
+    if (fetch)
+        for (; i + 4 <= count; i += 4) {
+            fetch->for_four_tokens();
+            for (int j = 0; j < 4; j++) add(i + j);
+        }
+    for (; i < count; i++) add(i);
     UNROLL for (int r = 0; r < N; r++)
         UNROLL for (int m = 0; m < M; m++) store(out + r * out_stride + column + m * W, sums[r][m]);
 }
@@ -120,35 +86,33 @@ INLINE void in_groups(int64_t num_rows, Kernel kernel) {
 
 template <class C>
 void dots_of_rows(const float* q, int64_t q_stride, int64_t num_rows, const typename C::T* const* rows, int64_t count,
-                  int64_t dim, float* out, int64_t out_stride) {
-    for (int64_t t = 0; t < count; t += TILE)
+                  int64_t dim, const Reading& reading, const Reading& next, float* out, int64_t out_stride) {
+    in_tiles(count, reading, next, [&](int64_t t, int64_t size, int64_t, Fetch* fetch) {
         in_groups(num_rows, [&](int64_t r, auto n) {
-            dots<C, n()>(q + r * q_stride, q_stride, rows + t, std::min<int64_t>(TILE, count - t), dim,
-                         out + r * out_stride + t, out_stride, r == 0);
+            dots<C, n()>(q + r * q_stride, q_stride, rows + t, size, dim, out + r * out_stride + t, out_stride,
+                         r ? nullptr : fetch);
         });
+    });
 }
 
 // `columns` is a multiple of W.
 template <class C>
 void accumulate_rows(const float* weights, int64_t weight_stride, int64_t num_rows, const typename C::T* const* rows,
-                     int64_t count, int64_t columns, float* out, int64_t out_stride, bool fetches) {
-    for (int64_t i = 0; i < count; i += TILE) {
-        int64_t here = std::min<int64_t>(TILE, count - i);
+                     int64_t count, int64_t columns, const Reading& reading, const Reading& next, float* out,
+                     int64_t out_stride) {
+    in_tiles(count, reading, next, [&](int64_t t, int64_t size, int64_t, Fetch* fetch) {
         for (int64_t column = 0; column < columns;) {
             bool wide = column + VECTORS * W <= columns;
             in_groups(num_rows, [&](int64_t r, auto n) {
-                const float* from = weights + r * weight_stride + i;
+                const float* from = weights + r * weight_stride + t;
                 float* to = out + r * out_stride;
-                const bool first = fetches && r == 0 && column == 0;
-                if (wide)
-                    accumulate<C, n(), VECTORS>(from, weight_stride, rows + i, here, column, to, out_stride, first,
-                                                columns);
-                else
-                    accumulate<C, n(), 1>(from, weight_stride, rows + i, here, column, to, out_stride, first, columns);
+                Fetch* first = r || column ? nullptr : fetch;
+                if (wide) accumulate<C, n(), VECTORS>(from, weight_stride, rows + t, size, column, to, out_stride, first);
+                else accumulate<C, n(), 1>(from, weight_stride, rows + t, size, column, to, out_stride, first);
             });
             column += wide ? VECTORS * W : W;
         }
-    }
+    });
 }
 
 // Tiles of numbers: `[count, dim]`, and turned `[dim, CHUNK]`; `rows` is readable up to a multiple of W.

@@ -8,15 +8,13 @@
 
 namespace {
 
-// A thread takes `num_each` items in a row.
 template <class Work>
-void in_parallel(int64_t num_items, int64_t num_each, int64_t num_threads, Work work) {
+void in_parallel(int64_t num_items, int64_t num_threads, Work work) {
     std::atomic<int64_t> next{0};
     auto take = [&] {
-        for (int64_t i; (i = next.fetch_add(num_each)) < num_items;)
-            for (const int64_t stop = std::min(i + num_each, num_items); i < stop; i++) work(i);
+        for (int64_t i; (i = next++) < num_items;) work(i);
     };
-    num_threads = std::min(num_threads, (num_items + num_each - 1) / num_each);
+    num_threads = std::min(num_threads, num_items);
     if (num_threads <= 1) return take();
 #pragma omp parallel num_threads(num_threads)
     take();

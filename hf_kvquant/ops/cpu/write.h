@@ -126,7 +126,7 @@ extern "C" int64_t hf_kvquant_write_kv(const Write* w) {
     std::atomic<int64_t> num_clipped[2] = {{0}, {0}};
     std::atomic<int> failed{0};
     const int64_t work = w->tables.batch_size * heads * w->num_tokens * (w->k.dim + w->v.dim);
-    in_parallel(2 * per_side, 1, std::min(w->tables.num_threads, 1 + work / SMALL_WRITE), [&](int64_t item) {
+    in_parallel(2 * per_side, std::min(w->tables.num_threads, 1 + work / SMALL_WRITE), [&](int64_t item) {
         const int64_t side = item / per_side, rest = item % per_side, first = rest % pieces * PIECE;
         int64_t count = 0;
         if (write_tokens(*w, side ? w->v : w->k, side ? w->value : w->key, rest / pieces / heads, rest / pieces % heads,
