@@ -172,14 +172,18 @@ class Plan:
 
 
 def measure_attention(results: Results, plan: Plan) -> None:
-    """`update` and attention of one layer and one new token: 32 query heads, 8 of K and V, head_dim 128."""
+    """`update` and attention of one new token, a layer: 32 query heads, 8 of K and V, head_dim 128.
+
+    A few layers follow each other, as in a model: programs are read from memory once a step there, not once a layer.
+    """
     results.part("attention", "a layer's step, 32/8 heads, head_dim 128, ms; x: times as long as kvquant int8")
-    config = llama(1, 32, 8, 128)
     module = SimpleNamespace(num_key_value_groups=4, is_causal=True, training=False, scaling=128**-0.5)
     sizes = [(1, 512), (1, 4096), (1, 32768), (8, 512), (8, 4096), (8, 32768)]
     for batch, context in plan.of(sizes, [(2, 65)]):
 
         def measured(batch: int = batch, context: int = context) -> dict[str, Any]:
+            num_layers = 4 if batch * context <= 1 << 15 else 1  # what memory holds beside copies
+            config = llama(num_layers, 32, 8, 128)
             ways = ways_for(config, without_compiler=True)
             new = [torch.randn(batch, 1, 8, 128, dtype=DTYPE).transpose(1, 2) for _ in range(2)]
             query = torch.randn(batch, 32, 1, 128, dtype=DTYPE)
@@ -187,16 +191,20 @@ def measure_attention(results: Results, plan: Plan) -> None:
                 fill(way.cache, SimpleNamespace(config=config, dtype=DTYPE, device=torch.device("cpu")), batch, context)
 
             def step(way: Way) -> None:
-                start = time.perf_counter()
-                key, value = way.cache.update(*new, 0)
-                middle = time.perf_counter()
-                way.attend(module, query, key, value, None)
-                way.update_seconds.append(middle - start)
-                way.seconds.append(time.perf_counter() - start)
+                whole = updates = 0.0
+                for layer in range(num_layers):
+                    start = time.perf_counter()
+                    key, value = way.cache.update(*new, layer)
+                    middle = time.perf_counter()
+                    way.attend(module, query, key, value, None)
+                    updates += middle - start
+                    whole += time.perf_counter() - start
+                way.update_seconds.append(updates / num_layers)
+                way.seconds.append(whole / num_layers)
 
             speeds = in_turn(ways, step, min(60, plan.seconds), 3 if plan.tiny else 100)
             times = ratios(ways)
-            row: dict[str, Any] = {"rounds": len(speeds), "load average": os.getloadavg()[0]}
+            row: dict[str, Any] = {"layers": num_layers, "rounds": len(speeds), "load average": os.getloadavg()[0]}
             for way in ways:
                 row |= {f"{way.name}, ms": statistics.median(way.seconds) * 1e3, f"{way.name}, x": times[way.name]}
             for way in ways[:2]:

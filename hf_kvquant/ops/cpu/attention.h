@@ -29,10 +29,14 @@ bool takes_digits(const Attention& a, const Side& side, int64_t rows) {
            rows <= DIRECT_ROWS && a.tables.page_size % BLOCK == 0;
 }
 
-// Spans are long enough to be worth their start, and short and many enough for many cores.
-int64_t span_of(int64_t length, bool few_rows, int64_t num_blocks) {
-    if (few_rows) return std::clamp<int64_t>(round_up(length * num_blocks / 128, 1024), 1024, 4096);
-    return num_blocks >= 64 ? std::max<int64_t>(length, 1) : std::max<int64_t>(4096, round_up(length, 8) / 8);
+// How many spans: long enough to be worth their start, and short and many enough for many cores. Of few rows a power of
+// two, so that most numbers of threads take as many each.
+int64_t num_spans_of(int64_t length, bool few_rows, int64_t num_blocks) {
+    if (!few_rows) return num_blocks >= 64 ? 1 : std::clamp<int64_t>((length + 4095) / 4096, 1, 8);
+    const int64_t shortest = std::clamp<int64_t>(length * num_blocks / 128, length < 4096 ? 512 : 1024, 4096);
+    int64_t num_spans = 1;
+    while (2 * num_spans * shortest <= length) num_spans *= 2;
+    return num_spans;
 }
 
 // Whether threads that take one item after the other all end at about the same time.
@@ -83,7 +87,8 @@ int attend(const Attention& a, const Block& block, int64_t span_index, int64_t f
     static thread_local Workspace workspace;
     const int64_t rows = block.count, k_dim = a.k.dim, v_dim = a.v.dim;
     const int64_t k_padded = round_up(k_dim, W), v_padded = round_up(v_dim, W);
-    const int64_t start = block.start + span_index * block.span, total = std::min(block.span, block.stop - start);
+    const Interval span = block.span(span_index);
+    const int64_t start = span.start, total = span.stop - span.start;
     const bool few = rows <= DIRECT_ROWS;
     const bool k_direct = few && k_dim % W == 0, v_direct = few && v_dim % W == 0;
     const bool in_blocks = start % BLOCK == 0;
@@ -254,9 +259,8 @@ extern "C" int64_t hf_kvquant_paged_attention(const Attention* arguments) {
             const int64_t hidden = in_blocks ? seen.start % BLOCK : 0;
             seen.start -= hidden;
             const int64_t length = seen.stop - seen.start;
-            const int64_t span = span_of(length, few, num_blocks * num_heads);
-            const int64_t spans = std::max<int64_t>((length + span - 1) / span, 1);
-            blocks[index] = {b, first, count, seen.start, hidden, seen.stop, span, spans, num_spans, num_parts};
+            const int64_t spans = num_spans_of(length, few, num_blocks * num_heads);
+            blocks[index] = {b, first, count, seen.start, hidden, seen.stop, spans, num_spans, num_parts};
             num_spans += spans;
             num_parts += spans > 1 ? spans * num_heads : 0;
             work += num_heads * length * count * (a.k.dim + a.v.dim);

@@ -49,10 +49,16 @@ Interval seen_by(const Attention& a, int64_t b, int64_t t) {
     return {start, std::max(start, stop)};
 }
 
-// Rows [first, first + count) of every head of sequence b, and the spans of tokens that they are cut into. The first
-// `hidden` tokens are seen by no row.
+// Rows [first, first + count) of every head of sequence b, and the tokens that they see, in spans. The first `hidden`
+// tokens are seen by no row.
 struct Block {
-    int64_t b, first, count, start, hidden, stop, span, num_spans, first_span, first_part;
+    int64_t b, first, count, start, hidden, stop, num_spans, first_span, first_part;
+
+    // Whole chunks, as many in one span as in another.
+    Interval span(int64_t i) const {
+        const int64_t num_chunks = (stop - start + CHUNK - 1) / CHUNK;
+        return {start + i * num_chunks / num_spans * CHUNK, std::min(start + (i + 1) * num_chunks / num_spans * CHUNK, stop)};
+    }
 };
 
 // Whether a mask of bool shows any of tokens [start, start + count) to any row of the block.
