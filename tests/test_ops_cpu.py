@@ -238,8 +238,56 @@ def check_split_query(path: str, shape: tuple[int, int, int, int, int], **change
         assert ((got[b] - expected[b]).abs() <= error + torch.finfo(case.dtype).eps * expected[b].abs()).all()
 
 
+@pytest.mark.parametrize("shape", ["split", "odd", "wide", "few"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": torch.float16},
+        {"window": 37},
+        {"window": 37, "ring": True},
+        {"window": 37, "kinds": ("dynamic", "dynamic")},
+        {"window": 9, "page_size": 4, "ring": True},
+        {"page_size": 48},
+        {"v_head_dim": 48},
+        {"v_head_dim": 20, "window": 37},
+        {"head_dim": 16},
+        {"kinds": ("channel", "channel")},
+        {"groups": 13, "num_tokens": 1},
+        {"formats": ("fp8_e4m3", "fp8_e5m2"), "window": 37},
+        {"formats": ("model", "fp8_e4m3"), "kinds": ("unit", "tensor"), "window": 37},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("path", KERNELS[:1])
+def test_e4m3_may_be_multiplied_as_bfloat16(path: str, changes: dict[str, Any], shape: str) -> None:
+    """Logits are those of fp32, weights may be rounded to 17 bits; what no query sees is no number."""
+    head_dim, heads, groups, length, tokens = SHAPES[shape]
+    fields: dict[str, Any] = {
+        "lengths": (length, tokens + 5), "num_tokens": tokens, "num_kv_heads": heads, "groups": groups,
+        "head_dim": head_dim, "kinds": ("head", "tensor"), "dtype": torch.bfloat16,
+    }  # fmt: skip
+    case = Case(**{**fields, **changes})
+    problem = build(case, poisoned=True)
+    tables, scale, window = (problem.page_table, problem.seq_lens), problem.options["softmax_scale"], case.window
+    lse, expected_lse = (torch.full(problem.query.shape[:3], torch.nan) for _ in range(2))
+    query = problem.query.to(torch.float32)
+    expected = reference.paged_attention(
+        query, *tables, *flat(problem.k), *flat(problem.v), None, 0, None, scale, None, window, True, expected_lse
+    )
+    if window is not None:
+        poison_before_windows(problem, case.num_tokens)
+    cpu.use(path)
+    got = problem.run(lse=lse).to(torch.float32)
+    logit_error = 1e-5 * (1 + expected_lse.abs())
+    assert ((lse - expected_lse).abs() <= logit_error).all()
+    largest = max(float(np.abs(v).max()) for v in problem.numbers[1])
+    error = (2 * logit_error + 2**-16)[..., None] * largest
+    assert ((got - expected).abs() <= error + torch.finfo(case.dtype).eps * expected.abs()).all()
+
+
 def poison_before_windows(problem: Problem, num_tokens: int) -> None:
-    """What no query sees any more has NaN for a scale."""
+    """What no query sees any more has NaN for a scale, or is NaN itself."""
     page_size, num_columns = problem.k.pages.shape[2], problem.page_table.shape[1]
     for b, length in enumerate(problem.seq_lens.tolist()):
         for position in range(problem.first[b], length - num_tokens - problem.options["window"] + 1):
@@ -247,6 +295,8 @@ def poison_before_windows(problem: Problem, num_tokens: int) -> None:
             for side in (problem.k, problem.v):
                 if side.token_scale is not None:
                     side.token_scale[page, :, position % page_size] = torch.nan
+                if side.pages.is_floating_point():
+                    side.pages[page, :, position % page_size] = torch.tensor(torch.nan).to(side.pages.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
@@ -988,7 +1038,7 @@ def test_kernels_that_came_with_the_package(
         cpu.use(path)
         expected[path] = problem.run()
     files = builds.prebuild(tmp_path / "prebuilt")
-    assert len(files) == len(set(files)) == (4 if "avx2" in KERNELS else 1)
+    assert len(files) == len(set(files)) == (5 if "avx2" in KERNELS else 1)
     assert not any(b"libgomp" in file.read_bytes() for file in files)
     log = compiler("echo called > $log; exit 1")
     monkeypatch.setattr(builds, "_PREBUILT", tmp_path / "prebuilt")

@@ -1,7 +1,7 @@
 // Attention works on the G query heads of a key/value head together: row t * G + g is token t of head g. An item of
-// work is some rows of some heads over a span of tokens, for each head in turn:
-//   1. logits of a chunk of tokens, straight from the codes (few rows), from a tile of numbers (many rows), in digits
-//      (few rows of 16 bits, int8);
+// work is some rows of some heads over a span of tokens, in chunks, each for all heads in turn:
+//   1. logits, straight from the codes (few rows), from a tile of numbers (many rows), or by shorter products (few rows of
+//      16 bits: int8 in digits, e4m3 in pairs);
 //   2. softmax over the chunk, a running one over chunks;
 //   3. rows += weights * values, in the same ways.
 // Scales and zeros of K go into the query and V's into the output, token scales into logits and weights. Spans do not
@@ -9,6 +9,7 @@
 #pragma once
 
 #include "digits.h"
+#include "pairs.h"
 #include "products.h"
 #include "rows.h"
 #include "runtime.h"
@@ -23,10 +24,24 @@ constexpr int DIRECT_ROWS = 20;                  // up to so many rows read code
 constexpr int ROW_BLOCK = 128, LARGE_BLOCK = 512, FEWEST_LARGE_BLOCKS = 16;
 constexpr int64_t SMALL_ATTENTION = 1 << 18;     // multiply-adds that are worth one more thread
 
-// Whether one of the sides is multiplied in digits; a span begins with a block then.
-bool takes_digits(const Attention& a, const Side& side, int64_t rows) {
-    return HAS_DIGITS && a.query_format != FLOAT && side.format == INT8 && side.dim % W == 0 &&
-           rows <= DIRECT_ROWS && a.tables.page_size % BLOCK == 0;
+// How a side's codes are multiplied: in a tile of numbers, or as they are read; in digits or in pairs where there are
+// instructions for it.
+enum Way { TILES, CODES, DIGITS, PAIRS };
+
+Way way_of(const Attention& a, const Side& side, int64_t rows) {
+    const bool is_key = &side == &a.k, has_blocks = a.tables.page_size % BLOCK == 0;
+    if (rows > DIRECT_ROWS || side.dim % W) return TILES;
+    if (a.query_format == FLOAT) return CODES;  // which wants more than 16 bits
+    if (HAS_DIGITS && side.format == INT8 && has_blocks) return DIGITS;
+    // K's scales of channels would go into the query.
+    if (HAS_PAIRS && side.format == E4M3 && (!is_key || (a.query_format == BFLOAT && !side.scale_channel && has_blocks)))
+        return PAIRS;
+    return CODES;
+}
+// Whether it is read in blocks, with one of which a span has to begin then.
+bool is_in_blocks(const Attention& a, const Side& side, int64_t rows) {
+    const Way way = way_of(a, side, rows);
+    return way == DIGITS || (way == PAIRS && &side == &a.k);
 }
 
 // How many spans: long enough to be worth their start, and short and many enough for many cores. Of few rows a power of
@@ -45,7 +60,7 @@ bool is_even(int64_t num_items, int64_t num_threads) {
 }
 
 // A head's rows of the query, and nothing seen yet.
-void begin(const Attention& a, const Block& block, bool in_digits, const Head& head) {
+void begin(const Attention& a, const Block& block, Way way, Head& head) {
     static thread_local Workspace workspace;
     const int64_t rows = block.count, dim = a.k.dim, padded = round_up(dim, W), group = a.group();
     float *units = reinterpret_cast<float*>(workspace.of(2 * padded * sizeof(float))), *zeros = units + padded;
@@ -69,11 +84,15 @@ void begin(const Attention& a, const Block& block, bool in_digits, const Head& h
         if (a.k.zero)
             for (int64_t d = 0; d < dim; d++) offset += to[d] * zeros[d];
         head.offsets[r] = offset * float(a.softmax_scale);
-        for (int64_t d = 0; d < dim; d++) to[d] *= units[d];
+        if (way != PAIRS)
+            for (int64_t d = 0; d < dim; d++) to[d] *= units[d];
     }
+    head.unit = way == PAIRS ? units[0] : 1.0f;
+    if constexpr (HAS_PAIRS)
+        if (way == PAIRS) group_query(head.query, padded, rows, dim, head.groups);
     with_format(a.k.format, [&](auto codec) {
         if constexpr (codec.DIGITS)
-            if (in_digits) split_query(head.query, padded, rows, dim, head.digits);
+            if (way == DIGITS) split_query(head.query, padded, rows, dim, head.digits);
     });
     std::fill(head.part.sums, head.part.sums + rows, 0.0f);
     std::fill(head.part.highest, head.part.highest + rows, -INF);
@@ -89,10 +108,7 @@ int attend(const Attention& a, const Block& block, int64_t span_index, int64_t f
     const int64_t k_padded = round_up(k_dim, W), v_padded = round_up(v_dim, W);
     const Interval span = block.span(span_index);
     const int64_t start = span.start, total = span.stop - span.start;
-    const bool few = rows <= DIRECT_ROWS;
-    const bool k_direct = few && k_dim % W == 0, v_direct = few && v_dim % W == 0;
-    const bool in_blocks = start % BLOCK == 0;
-    const bool k_digits = in_blocks && takes_digits(a, a.k, rows), v_digits = in_blocks && takes_digits(a, a.v, rows);
+    const Way k_way = way_of(a, a.k, rows), v_way = way_of(a, a.v, rows);
     const int64_t page_size = a.tables.page_size, num_pages = total / page_size + 2;
 
     Head* heads;
@@ -102,6 +118,7 @@ int attend(const Attention& a, const Block& block, int64_t span_index, int64_t f
     const float **k_tile_rows, **v_tile_rows;
     int64_t *slots, *places;
     Digits weight_digits;
+    uint32_t* weight_pairs;
     Carver carver{nullptr};
     for (int pass = 0; pass < 2; pass++) {
         if (pass) carver = {workspace.of(carver.used)};
@@ -109,7 +126,8 @@ int attend(const Attention& a, const Block& block, int64_t span_index, int64_t f
         for (int64_t i = 0; i < num_heads; i++) {
             const Head head = {
                 first_head + i, carver.take<float>(rows * k_padded), carver.take<float>(rows),
-                digits_from(carver, k_digits ? rows : 0, round_up(k_dim, 32)),
+                digits_from(carver, k_way == DIGITS ? rows : 0, round_up(k_dim, 32)),
+                carver.take<uint64_t>(k_way == PAIRS ? rows * round_up(k_dim, 32) / 4 : 0), 1.0f,
                 Part(parts + i * Part::size(rows, v_padded), rows, v_padded)};
             if (pass) heads[i] = head;
         }
@@ -119,27 +137,28 @@ int attend(const Attention& a, const Block& block, int64_t span_index, int64_t f
         k_scales = carver.take<float>(a.k.token_scale ? CHUNK : 0);
         v_scales = carver.take<float>(a.v.token_scale ? CHUNK : 0);
         rows_at = carver.take<const char*>(CHUNK + 8);
-        k_tile = carver.take<float>(k_direct ? 0 : k_padded * CHUNK);
-        v_tile = carver.take<float>(v_direct ? 0 : v_padded * CHUNK);
-        k_tile_rows = carver.take<const float*>(k_direct ? 0 : k_dim);
-        v_tile_rows = carver.take<const float*>(v_direct ? 0 : CHUNK);
+        k_tile = carver.take<float>(k_way == TILES ? k_padded * CHUNK : 0);
+        v_tile = carver.take<float>(v_way == TILES ? v_padded * CHUNK : 0);
+        k_tile_rows = carver.take<const float*>(k_way == TILES ? k_dim : 0);
+        v_tile_rows = carver.take<const float*>(v_way == TILES ? CHUNK : 0);
         slots = carver.take<int64_t>(num_pages);
         places = carver.take<int64_t>(total / PLACE + 1 + MORE_PLACES);
-        weight_digits = digits_from(carver, v_digits ? rows : 0, CHUNK);
+        weight_digits = digits_from(carver, v_way == DIGITS ? rows : 0, CHUNK);
+        weight_pairs = carver.take<uint32_t>(v_way == PAIRS ? rows * CHUNK : 0);
     }
-    if (!k_direct)
+    if (k_way == TILES)
         for (int64_t d = 0; d < k_dim; d++) k_tile_rows[d] = k_tile + d * CHUNK;
-    if (!v_direct)
+    if (v_way == TILES)
         for (int64_t t = 0; t < CHUNK; t++) v_tile_rows[t] = v_tile + t * v_padded;
     for (int64_t r = 0; r < rows; r++) seen[r] = seen_by(a, block.b, (block.first + r) / a.group());
     if (!find_pages(a.tables, block.b, start, total, slots)) return 1;
     const int64_t before = start % page_size;
     find_places(slots, page_size, before, total, places);
     const Order order{places, page_size, first_head, num_heads};
-    const auto k_at = [&](int64_t chunk, int64_t i) { return k_direct ? order.at(a.k, chunk, i) : Reading{}; };
-    const auto v_at = [&](int64_t chunk, int64_t i) { return v_direct ? order.at(a.v, chunk, i) : Reading{}; };
+    const auto k_at = [&](int64_t chunk, int64_t i) { return k_way == TILES ? Reading{} : order.at(a.k, chunk, i); };
+    const auto v_at = [&](int64_t chunk, int64_t i) { return v_way == TILES ? Reading{} : order.at(a.v, chunk, i); };
     for (Fetch first = k_at(0, 0).fetch(0); first.offset < first.near.size;) first();
-    for (int64_t i = 0; i < num_heads; i++) begin(a, block, k_digits, heads[i]);
+    for (int64_t i = 0; i < num_heads; i++) begin(a, block, k_way, heads[i]);
 
     for (int64_t t = 0, c = 0; t < total; t += CHUNK, c++) {
         const int64_t count = std::min<int64_t>(CHUNK, total - t), columns = round_up(count, W);
@@ -149,22 +168,24 @@ int attend(const Attention& a, const Block& block, int64_t span_index, int64_t f
         for (int64_t i = 0; i < num_heads; i++) {
             const Head& head = heads[i];
             const int64_t h = head.index;
-            if (!few && a.mask && a.mask_format < 0 && !shows_any(a, block, h, seen, start + t, count)) continue;
+            if (rows > DIRECT_ROWS && a.mask && a.mask_format < 0 && !shows_any(a, block, h, seen, start + t, count)) continue;
             const Reading k_here = k_at(c, i), v_here = v_at(c, i), k_next = k_at(c, i + 1);
             const Tokens tokens(slots, h, page_size, before + t, count);
             find_scales(a.k, tokens, k_scales);
             find_scales(a.v, tokens, v_scales);
-            // Nothing times NaN is NaN.
-            if (a.v.token_scale && !span_index && !t) std::fill(v_scales, v_scales + block.hidden, 0.0f);
+            const int64_t hidden = span_index || t ? 0 : block.hidden;
+            if (a.v.token_scale) std::fill(v_scales, v_scales + hidden, 0.0f);  // nothing times NaN is NaN
 
-            if (!k_digits) find_rows(a.k, tokens, rows_at);
+            if (!is_in_blocks(a, a.k, rows)) find_rows(a.k, tokens, hidden, rows_at);
             with_format(a.k.format, [&](auto codec) {
                 typedef decltype(codec) C;
                 if constexpr (C::DIGITS)
-                    if (k_digits)
+                    if (k_way == DIGITS)
                         return dots_of_digits(head.digits, rows, count, k_dim, k_here, v_here, logits, CHUNK);
                 auto codes = reinterpret_cast<const typename C::T* const*>(rows_at);
-                if (k_direct)
+                if constexpr (HAS_PAIRS && std::is_same_v<typename C::T, uint8_t>)
+                    if (k_way == PAIRS) return dots_of_pairs(head.groups, rows, count, k_dim, k_here, v_here, logits, CHUNK);
+                if (k_way == CODES)
                     return dots_of_rows<C>(head.query, k_padded, rows, codes, count, k_dim, k_here, v_here, logits, CHUNK);
                 decode_turned<C>(codes, count, k_dim, k_tile);
                 for (int64_t r = 0; r < rows; r++) std::fill(logits + r * CHUNK, logits + r * CHUNK + columns, 0.0f);
@@ -177,15 +198,19 @@ int attend(const Attention& a, const Block& block, int64_t span_index, int64_t f
                              a.v.token_scale ? v_scales : nullptr, logits + r * CHUNK, sizes + r);
             });
 
-            if (!v_digits) find_rows(a.v, tokens, rows_at);
+            if (!is_in_blocks(a, a.v, rows)) find_rows(a.v, tokens, hidden, rows_at);
             with_format(a.v.format, [&](auto codec) {
                 typedef decltype(codec) C;
                 if constexpr (C::DIGITS)
-                    if (v_digits)
+                    if (v_way == DIGITS)
                         return accumulate_digits(logits, CHUNK, sizes, rows, count, v_dim, weight_digits, v_here, k_next,
                                                  head.part.values, v_padded);
                 auto codes = reinterpret_cast<const typename C::T* const*>(rows_at);
-                if (v_direct)
+                if constexpr (HAS_PAIRS && std::is_same_v<typename C::T, uint8_t>)
+                    if (v_way == PAIRS)
+                        return accumulate_pairs(logits, CHUNK, rows, codes, count, v_dim, weight_pairs, v_here, k_next,
+                                                head.part.values, v_padded);
+                if (v_way == CODES)
                     return accumulate_rows<C>(logits, CHUNK, rows, codes, count, v_dim, v_here, k_next, head.part.values,
                                               v_padded);
                 decode_tile<C>(codes, count, v_dim, v_tile, v_padded);
@@ -255,7 +280,7 @@ extern "C" int64_t hf_kvquant_paged_attention(const Attention* arguments) {
                 if (one.start < one.stop) seen = {std::min(seen.start, one.start), std::max(seen.stop, one.stop)};
             }
             if (seen.stop == 0) seen.start = 0;
-            const bool in_blocks = takes_digits(a, a.k, count) && takes_digits(a, a.v, count);
+            const bool in_blocks = is_in_blocks(a, a.k, count) || is_in_blocks(a, a.v, count);
             const int64_t hidden = in_blocks ? seen.start % BLOCK : 0;
             seen.start -= hidden;
             const int64_t length = seen.stop - seen.start;

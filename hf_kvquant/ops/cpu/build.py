@@ -31,8 +31,10 @@ _AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
     "-mprefer-vector-width=512",
 )
+_BYTES = (*_AVX512, "-mavx512vbmi", "-mavx512vnni")  # permuted and multiplied
 _INSTRUCTIONS: dict[str, tuple[str, ...]] = {
-    "avx512_vnni": (*_AVX512, "-mavx512vbmi", "-mavx512vnni"),
+    "avx512_bf16": (*_BYTES, "-mavx512bf16"),
+    "avx512_vnni": _BYTES,
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "default": (),
@@ -51,16 +53,19 @@ def instruction_sets() -> list[str]:
     """Those that this machine runs and torch uses, the widest first. `default` is what every such machine has."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability.startswith(("AVX512", "AVX10")):
-        return [*(["avx512_vnni"] if _has_vnni() else []), "avx512", "avx2", "default"]
+        flags = _flags()
+        has_bytes = {"avx512_vnni", "avx512vbmi"} <= flags  # Intel's Ice Lake, AMD's Zen 4, and later ones
+        has_bf16 = has_bytes and "avx512_bf16" in flags  # Zen 4 as well, Intel's Sapphire Rapids
+        return [*["avx512_bf16"] * has_bf16, *["avx512_vnni"] * has_bytes, "avx512", "avx2", "default"]
     return ["avx2", "default"] if capability == "AVX2" else ["default"]
 
 
-def _has_vnni() -> bool:
-    """Whether there are permutations and products of bytes as well: Intel's Ice Lake, AMD's Zen 4, and later ones."""
+def _flags() -> set[str]:
+    """What the processor says of itself, as Linux spells it."""
     try:
-        return {"avx512_vnni", "avx512vbmi"} <= set(Path("/proc/cpuinfo").read_text().split())
+        return set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return False
+        return set()
 
 
 def load(instructions: str) -> ctypes.CDLL:

@@ -1,12 +1,9 @@
 // Products of a few rows with int8 codes by the instruction that multiplies and adds bytes, four at a time: half the
 // arithmetic of float32. Rows become integers of 16 bits, relative to their largest number, in two digits of 8 bits;
 // the sums of products are exact. That is for queries of 16 bits: outputs are rounded to 8 or 11 bits, which hides it.
-//
-// Codes come in blocks of 16 tokens, one row behind the other. In registers they become groups: of four codes that are
-// neighbours in the direction of the sum. What is next is made of its rows between the products with what is there, for
-// a processor has units for both; and nothing goes through memory, as storing it would take longer than multiplying.
 #pragma once
 
+#include "blocks.h"
 #include "formats.h"
 #include "products.h"
 #include "runtime.h"
@@ -26,9 +23,6 @@ struct Digits {
 Digits digits_from(Carver& carver, int64_t rows, int64_t stride) {
     return {carver.take<int32_t>(rows * stride / 2), carver.take<int32_t>(rows * 2), carver.take<float>(rows), stride};
 }
-
-constexpr int64_t BLOCK = PLACE;
-static_assert(BLOCK == 16);
 
 // The size of a row of weights, none of them negative, whose largest bits these are: NaN if there is a NaN or an infinity,
 // and not so small that its reciprocal overflows.
@@ -128,91 +122,36 @@ INLINE void split_weights(const float* x, int64_t x_stride, const float* sizes, 
     }
 }
 
-// GCC takes the loops below apart, with twice as many moves as products.
-#if defined(__clang__)
-#define KEEP_LOOPS
-#else
-#define KEEP_LOOPS __attribute__((optimize("no-tree-pre")))
-#endif
-
 // As _mm512_dpbusd_epi32, with four digits that meet all codes; compilers take two instructions for it.
 INLINE void add_products(__m512i& sum, __m512i codes, const int32_t& digits) {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(digits));
 }
 
-// A block's codes of 32 channels on the way to groups of channels: eight registers of 16 tokens. A mask says which of
-// the channels there are.
-struct Turned {
-    __m512i x[8];
+// N rows of the query, from `row` on, on their way through the groups of a block.
+template <int N>
+struct DigitRows {
+    const int32_t *first, *at, *starts;
+    const float* units;
+    __m512i sums[2][N];
 
-    // Of eight steps the `i`th.
-    INLINE void make(int i, const uint8_t* from, int64_t dim, __mmask16 low, __mmask16 high) {
-        if (i < 4) {
-            const uint8_t* row = from + (i < 2 ? 2 * i : 2 * i + 4) * dim;
-            const __m512i a = two_rows(row, dim, low, high), b = two_rows(row + dim, dim, low, high);
-            x[2 * i] = _mm512_unpacklo_epi32(a, b);
-            x[2 * i + 1] = _mm512_unpackhi_epi32(a, b);
-        } else if (i < 6) {
-            __m512i* four = x + 4 * (i - 4);
-            const __m512i a = four[0], b = four[1], c = four[2], d = four[3];
-            four[0] = _mm512_unpacklo_epi64(a, c);
-            four[1] = _mm512_unpackhi_epi64(a, c);
-            four[2] = _mm512_unpacklo_epi64(b, d);
-            four[3] = _mm512_unpackhi_epi64(b, d);
-        } else {
-            UNROLL for (int k = 2 * (i - 6); k < 2 * (i - 6) + 2; k++) {
-                const __m512i a = x[k], b = x[k + 4];
-                x[k] = _mm512_shuffle_i32x4(a, b, 0x88);
-                x[k + 4] = _mm512_shuffle_i32x4(a, b, 0xDD);
-            }
-        }
+    INLINE DigitRows(const Digits& digits, int64_t row)
+        : first(digits.of(row)), starts(digits.starts + 2 * row), units(digits.units + row) {
+        begin();
     }
-    // A row and the fourth behind it, so that tokens come out in order.
-    INLINE static __m512i two_rows(const uint8_t* row, int64_t dim, __mmask16 low, __mmask16 high) {
-        return _mm512_mask_loadu_epi32(_mm512_maskz_loadu_epi32(low, row), high, row + 4 * dim - 32);
+    INLINE void begin() {
+        at = first;
+        UNROLL for (int r = 0; r < N; r++) UNROLL for (int p = 0; p < 2; p++) sums[p][r] = _mm512_set1_epi32(starts[2 * r + p]);
+    }
+    // The `k`th of eight groups.
+    INLINE void add(int k, __m512i codes) {
+        UNROLL for (int p = 0; p < 2; p++) UNROLL for (int r = 0; r < N; r++)
+            add_products(sums[p][r], codes, at[2 * (N * k + r) + p]);
+    }
+    INLINE void go_on() { at += 16 * N; }
+    INLINE f32 result(int r) const {
+        return ((f32)_mm512_cvtepi32_ps(sums[0][r]) * 256.0f + (f32)_mm512_cvtepi32_ps(sums[1][r])) * units[r];
     }
 };
-
-// out[r][t] = row r of the query . token t of the blocks, for N rows.
-template <int N>
-KEEP_LOOPS void dots_of_blocks(const Digits& digits, int64_t row, const uint8_t* const* blocks, int64_t num_blocks,
-                               int64_t dim, Fetch* fetch, float* out, int64_t out_stride) {
-    Fetch next = fetch ? *fetch : Fetch{};  // here it stays in registers
-    const __mmask16 last_low = dim % 32 ? 0x000F : 0x00FF, last_high = dim % 32 ? 0x0F00 : 0xFF00;
-    __m512i sums[2][N];
-    UNROLL for (int r = 0; r < N; r++) UNROLL for (int p = 0; p < 2; p++)
-        sums[p][r] = _mm512_set1_epi32(digits.starts[2 * (row + r) + p]);
-    Turned now;
-    UNROLL for (int i = 0; i < 8; i++)
-        now.make(i, blocks[0], dim, dim < 32 ? last_low : 0x00FF, dim < 32 ? last_high : 0xFF00);
-    const int32_t *first = digits.of(row), *digit = first;
-    int64_t d = 0;
-    for (int64_t left = num_blocks * ((dim + 31) / 32); left > 0; left--) {
-        const bool is_last = d + 32 >= dim;
-        d = is_last ? 0 : d + 32;
-        blocks += is_last && left > 1;
-        if (fetch) UNROLL for (int i = 0; i < 2; i++) next();
-        const uint8_t* from = blocks[0] + d;
-        const __mmask16 low = d + 32 > dim ? last_low : 0x00FF, high = d + 32 > dim ? last_high : 0xFF00;
-        Turned then;
-        UNROLL for (int k = 0; k < 8; k++) {
-            UNROLL for (int p = 0; p < 2; p++) UNROLL for (int r = 0; r < N; r++)
-                add_products(sums[p][r], now.x[k], digit[2 * (N * k + r) + p]);
-            then.make(k, from, dim, low, high);
-        }
-        now = then;
-        digit += 16 * N;
-        if (!is_last) continue;
-        UNROLL for (int r = 0; r < N; r++) {
-            const f32 x = (f32)_mm512_cvtepi32_ps(sums[0][r]) * 256.0f + (f32)_mm512_cvtepi32_ps(sums[1][r]);
-            store(out + r * out_stride, x * digits.units[row + r]);
-            UNROLL for (int p = 0; p < 2; p++) sums[p][r] = _mm512_set1_epi32(digits.starts[2 * (row + r) + p]);
-        }
-        out += BLOCK;
-        digit = first;
-    }
-    if (fetch) *fetch = next;
-}
 
 // Four tokens' codes of M * 16 channels on the way to groups of tokens, as bytes with a sign.
 template <int M>
@@ -238,16 +177,6 @@ struct Grouped {
         if (M == 4) return _mm512_loadu_si512(from);
         const __m512i dealt = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
         return _mm512_permutexvar_epi32(dealt, _mm512_maskz_loadu_epi8((uint64_t(1) << left) - 1, from));
-    }
-    INLINE static void put_in_order(f32 (&x)[M]) {
-        if (M < 4) return;
-        const auto half = [](f32 a, f32 b) { return (f32)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88); };
-        const auto other = [](f32 a, f32 b) { return (f32)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xDD); };
-        const f32 a = half(x[0], x[1]), b = other(x[0], x[1]), c = half(x[2], x[M - 1]), d = other(x[2], x[M - 1]);
-        x[0] = half(a, c);
-        x[1] = half(b, d);
-        x[2] = other(a, c);
-        x[M - 1] = other(b, d);
     }
 };
 
@@ -279,7 +208,7 @@ KEEP_LOOPS void add_blocks(const int32_t* digit, const float* units, const uint8
         f32 x[M];
         UNROLL for (int m = 0; m < M; m++)
             x[m] = (f32)_mm512_cvtepi32_ps(sums[0][r][m]) * 256.0f + (f32)_mm512_cvtepi32_ps(sums[1][r][m]);
-        Grouped<M>::put_in_order(x);
+        if constexpr (M == 4) put_in_order(x);
         float* to = out + r * out_stride + d;
         UNROLL for (int m = 0; m < M; m++) store(to + m * W, load<f32>(to + m * W) + x[m] * units[r]);
     }
@@ -291,8 +220,8 @@ void dots_of_digits(const Digits& q, int64_t num_rows, int64_t count, int64_t di
     in_tiles(count, reading, next, [&](int64_t t, int64_t size, int64_t tile, Fetch* fetch) {
         const Places blocks = reading.here[tile];
         in_groups(num_rows, [&](int64_t r, auto n) {
-            dots_of_blocks<n()>(q, r, blocks.start, round_up(size, BLOCK) / BLOCK, dim, r ? nullptr : fetch,
-                                out + r * out_stride + t, out_stride);
+            dots_of_blocks<n()>(DigitRows<n()>(q, r), blocks.start, round_up(size, BLOCK) / BLOCK, dim,
+                                r ? nullptr : fetch, out + r * out_stride + t, out_stride);
         });
     });
 }

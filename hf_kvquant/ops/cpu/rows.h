@@ -60,8 +60,9 @@ void find_places(const int64_t* slots, int64_t page_size, int64_t skipped, int64
     if (count) std::fill(places, places + MORE_PLACES, places[-1]);
 }
 
-// Where a side has them; and some more, up to a multiple of W, that repeat the last one.
-void find_rows(const Side& side, const Tokens& tokens, const char** rows) {
+// Where a side has them; and some more, up to a multiple of W, that repeat the last one. The first `hidden` ones are not to
+// be read, so another stands for them.
+void find_rows(const Side& side, const Tokens& tokens, int64_t hidden, const char** rows) {
     const int64_t row_size = side.row_size(), count = tokens.count;
     tokens.by_page([&](int64_t t, int64_t slot, int64_t here) {
         const char* row = side.pages + slot * row_size;
@@ -70,6 +71,7 @@ void find_rows(const Side& side, const Tokens& tokens, const char** rows) {
             UNROLL for (int k = 0; k < 8; k++) rows[t + j + k] = row + k * row_size;
     });
     std::fill(rows + count, rows + round_up(count, W), rows[count - 1]);
+    std::fill(rows, rows + hidden, rows[hidden]);
 }
 
 // Scales that will be read soon: of these tokens, for several heads.

@@ -20,7 +20,9 @@ struct Part {
 struct Head {
     int64_t index;
     float *query, *offsets;  // [rows, k_padded] in units of the codes; [rows]: what K's zero adds
-    Digits digits;           // of the query
+    Digits digits;           // the query in digits,
+    uint64_t* groups;        // or in pairs, which are not in those units
+    float unit;              // but logits in this one
     Part part;
 };
 
@@ -42,7 +44,7 @@ void softmax(const Attention& a, const Block& block, const Head& head, int64_t f
         most[r] = splat(highest[r]);
     }
     for (int64_t i = from; i < to; i += W) {
-        const f32 scale = k_scales ? load<f32>(k_scales + i) : splat(1.0f);
+        const f32 scale = k_scales ? load<f32>(k_scales + i) * head.unit : splat(head.unit);
         UNROLL for (int r = 0; r < N; r++) {
             float* at = logits + r * CHUNK + i;
             f32 x = load<f32>(at) * scale + head.offsets[first + r];

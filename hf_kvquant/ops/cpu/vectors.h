@@ -23,6 +23,11 @@
 #else
 #define HAS_DIGITS 0
 #endif
+#if WIDTH == 16 && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define HAS_PAIRS 1
+#else
+#define HAS_PAIRS 0
+#endif
 
 namespace {
 
@@ -148,6 +153,19 @@ INLINE void transpose(f32 (&v)[W]) {
         for (int i = 0; i < W; i++) v[i] = next[i];
     }
 }
+
+#if WIDTH == 16
+// Unpacking works inside quarters of a register: four vectors of which each has the next four lanes of every quarter.
+INLINE void put_in_order(f32 (&x)[4]) {
+    const auto half = [](f32 a, f32 b) { return (f32)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88); };
+    const auto other = [](f32 a, f32 b) { return (f32)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xDD); };
+    const f32 a = half(x[0], x[1]), b = other(x[0], x[1]), c = half(x[2], x[3]), d = other(x[2], x[3]);
+    x[0] = half(a, c);
+    x[1] = half(b, d);
+    x[2] = other(a, c);
+    x[3] = other(b, d);
+}
+#endif
 
 // -- functions ---------------------------------------------------------------------------------------------------
 
