@@ -18,11 +18,11 @@
 
 namespace {
 
-constexpr int DIRECT_ROWS = 20;                  // up to so many rows read codes, more of them a tile of numbers
+constexpr int DIRECT_ROWS = 20;  // up to so many rows read codes, more of them a tile of numbers
 // Rows of an item when there are many. Large blocks read K and V less often; small ones lose less at the edge of what is
 // seen, and there are enough of them for many cores.
 constexpr int ROW_BLOCK = 128, LARGE_BLOCK = 512, FEWEST_LARGE_BLOCKS = 16;
-constexpr int64_t SMALL_ATTENTION = 1 << 18;     // multiply-adds that are worth one more thread
+constexpr int64_t SMALL_ATTENTION = 1 << 18;  // multiply-adds that are worth one more thread
 
 // How a side's codes are multiplied: in a tile of numbers, or as they are read; in digits or in pairs where there are
 // instructions for it.
@@ -56,7 +56,7 @@ int64_t num_spans_of(int64_t length, bool few_rows, int64_t num_blocks) {
 
 // Whether threads that take one item after the other all end at about the same time.
 bool is_even(int64_t num_items, int64_t num_threads) {
-    return num_items >= 2 * num_threads && round_up(num_items, num_threads) * 15 <= num_items * 16;
+    return num_threads == 1 || (num_items >= 2 * num_threads && round_up(num_items, num_threads) * 15 <= num_items * 16);
 }
 
 // A head's rows of the query, and nothing seen yet.
@@ -157,7 +157,8 @@ int attend(const Attention& a, const Block& block, int64_t span_index, int64_t f
     const Order order{places, page_size, first_head, num_heads};
     const auto k_at = [&](int64_t chunk, int64_t i) { return k_way == TILES ? Reading{} : order.at(a.k, chunk, i); };
     const auto v_at = [&](int64_t chunk, int64_t i) { return v_way == TILES ? Reading{} : order.at(a.v, chunk, i); };
-    for (Fetch first = k_at(0, 0).fetch(0); first.offset < first.near.size;) first();
+    if (total > 0)
+        for (Fetch first = k_at(0, 0).fetch(0); first.offset < first.near.size;) first();
     for (int64_t i = 0; i < num_heads; i++) begin(a, block, k_way, heads[i]);
 
     for (int64_t t = 0, c = 0; t < total; t += CHUNK, c++) {
