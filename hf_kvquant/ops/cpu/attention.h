@@ -99,10 +99,10 @@ void begin(const Attention& a, const Block& block, Way way, Head& head) {
     std::fill(head.part.values, head.part.values + rows * round_up(a.v.dim, W), 0.0f);
 }
 
-// One item: `num_heads` heads of a block from `first_head` on, over one span; their parts lie one behind the other.
+// One item: `num_heads` heads of a block from `first_head` on, over one span; their parts are `part_size` apart.
 // Returns 1 if a page is none of the pool's.
 int attend(const Attention& a, const Block& block, int64_t span_index, int64_t first_head, int64_t num_heads,
-           float* parts) {
+           float* parts, int64_t part_size) {
     static thread_local Workspace workspace;
     const int64_t rows = block.count, k_dim = a.k.dim, v_dim = a.v.dim;
     const int64_t k_padded = round_up(k_dim, W), v_padded = round_up(v_dim, W);
@@ -128,7 +128,7 @@ int attend(const Attention& a, const Block& block, int64_t span_index, int64_t f
                 first_head + i, carver.take<float>(rows * k_padded), carver.take<float>(rows),
                 digits_from(carver, k_way == DIGITS ? rows : 0, round_up(k_dim, 32)),
                 carver.take<uint64_t>(k_way == PAIRS ? rows * round_up(k_dim, 32) / 4 : 0), 1.0f,
-                Part(parts + i * Part::size(rows, v_padded), rows, v_padded)};
+                Part(parts + i * part_size, rows, v_padded)};
             if (pass) heads[i] = head;
         }
         seen = carver.take<Interval>(rows);
@@ -292,7 +292,7 @@ extern "C" int64_t hf_kvquant_paged_attention(const Attention* arguments) {
             work += num_heads * length * count * (a.k.dim + a.v.dim);
         }
     const int64_t num_threads = std::min(a.tables.num_threads, 1 + work / SMALL_ATTENTION);
-    // Few rows: as many heads together as leave every thread the same work.
+    // Few rows: as many heads together as leave threads about even.
     int64_t set_size = few ? num_heads : 1;
     const auto num_sets_of = [&](int64_t size) { return (num_heads + size - 1) / size; };
     while (set_size > 1 && !is_even(num_spans * num_sets_of(set_size), num_threads)) set_size--;
@@ -310,15 +310,16 @@ extern "C" int64_t hf_kvquant_paged_attention(const Attention* arguments) {
     for (int64_t i = 0; i < num_blocks * num_sets; i++) unfinished[i] = blocks[i / num_sets].num_spans;
     std::atomic<int> failed{0};
     in_parallel(num_spans * num_sets, num_threads, [&](int64_t item) {
-        const int64_t set = item % num_sets, first_head = set * set_size, num = std::min(set_size, num_heads - first_head);
-        const Block* after = std::upper_bound(blocks, blocks + num_blocks, item / num_sets,
+        // Sets of fewer heads come last, when threads end.
+        const int64_t set = item / num_spans, first_head = set * set_size, num = std::min(set_size, num_heads - first_head);
+        const Block* after = std::upper_bound(blocks, blocks + num_blocks, item % num_spans,
                                               [](int64_t i, const Block& block) { return i < block.first_span; });
         const Block& block = after[-1];
-        const int64_t span = item / num_sets - block.first_span, stride = num_heads * part_size;
+        const int64_t span = item % num_spans - block.first_span, stride = num_heads * part_size;
         static thread_local Workspace own_space;
         float* start = block.num_spans == 1 ? reinterpret_cast<float*>(own_space.of(num * part_size * sizeof(float)))
                                             : parts + (block.first_part + first_head) * part_size;
-        if (attend(a, block, span, first_head, num, start + span * stride)) failed = 1;
+        if (attend(a, block, span, first_head, num, start + span * stride, part_size)) failed = 1;
         if (--unfinished[(&block - blocks) * num_sets + set] || failed) return;
         for (int64_t i = 0; i < num; i++) finish(a, block, first_head + i, start + i * part_size, stride);
     });

@@ -1,10 +1,9 @@
-// K in blocks of 16 tokens, one row behind the other. In registers its codes become groups of four that are neighbours in
-// the direction of the sum, a token in each lane. What is next is made of its rows between the products with what is
-// there, for a processor has units for both; and nothing goes through memory, as storing it would take longer than
+// Blocks of 16 tokens, one row behind the other, and K in them. In registers its codes become groups of four that are
+// neighbours in the direction of the sum, a token in each lane. What is next is made of its rows between the products with
+// what is there, for a processor has units for both; and nothing goes through memory, as storing it would take longer than
 // multiplying.
 #pragma once
 
-#include "products.h"
 #include "reading.h"
 
 namespace {

@@ -227,19 +227,19 @@ void dots_of_digits(const Digits& q, int64_t num_rows, int64_t count, int64_t di
 }
 // One or two rows at a time, whose sums fit into registers.
 template <class Work>
-INLINE void in_pairs(int64_t num_rows, Work work) {
+INLINE void by_twos(int64_t num_rows, Work work) {
     for (int64_t r = 0; r + 1 < num_rows; r += 2) work(r, std::integral_constant<int, 2>());
     if (num_rows % 2) work(num_rows - 1, std::integral_constant<int, 1>());
 }
 void accumulate_digits(const float* weights, int64_t weight_stride, const float* sizes, int64_t num_rows, int64_t count,
                        int64_t dim, const Digits& digits, const Reading& reading, const Reading& next, float* out,
                        int64_t out_stride) {
-    in_pairs(num_rows, [&](int64_t r, auto n) {
+    by_twos(num_rows, [&](int64_t r, auto n) {
         split_weights<n()>(weights + r * weight_stride, weight_stride, sizes + r, round_up(count, W), digits, r);
     });
     in_tiles(count, reading, next, [&](int64_t t, int64_t size, int64_t tile, Fetch* fetch) {
         const Places blocks = reading.here[tile];
-        in_pairs(num_rows, [&](int64_t r, auto n) {
+        by_twos(num_rows, [&](int64_t r, auto n) {
             const int32_t* digit = digits.of(r) + t / 4 * (2 * n());
             for (int64_t d = 0; d < dim; d += 64) {
                 const auto add = [&](auto m) {

@@ -1,6 +1,7 @@
 // Products of a few rows with e4m3 codes by the instruction that multiplies and adds bfloat16, two at a time: half the
 // arithmetic of float32, and numbers need not be made wider. bfloat16 holds every code. It holds a query of bfloat16, so
-// logits are those of float32; weights become two of them, 17 bits in all.
+// logits are those of float32, as long as query times codes fits and the query has no denormals; weights become two of
+// them, 17 bits in all.
 #pragma once
 
 #include "blocks.h"
@@ -95,12 +96,15 @@ void dots_of_pairs(const uint64_t* q, int64_t num_rows, int64_t count, int64_t d
     });
 }
 
-// The weights of a row in pairs of tokens: their bfloat16, cut off, and CHUNK / 2 further on that of the rest.
+// The weights of a row in pairs of tokens: their bfloat16, and CHUNK / 2 further on that of the rest, which of an infinity
+// is no number.
 INLINE void split_weights(const float* weights, int64_t count, uint32_t* pairs) {
     for (int64_t t = 0; t < count; t += W, pairs += W / 2) {
-        const f32 weight = load<f32>(weights + t), high = (f32)((u32)weight & 0xFFFF0000u);
-        store(pairs, (__m256i)_mm512_cvtepi32_epi16((__m512i)((u32)weight >> 16)));
-        store(pairs + CHUNK / 2, (__m256i)_mm512_cvtneps_pbh((__m512)(weight - high)));
+        const f32 weight = load<f32>(weights + t);
+        const __m256i high = (__m256i)_mm512_cvtneps_pbh((__m512)weight);
+        const f32 rest = weight - (f32)((u32)_mm512_cvtepu16_epi32(high) << 16);
+        store(pairs, high);
+        store(pairs + CHUNK / 2, (__m256i)_mm512_cvtneps_pbh((__m512)rest));
     }
 }
 // For N rows and 64 columns from `column` on, of which `left` are there.

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "vectors.h"
+
 namespace {
 
 template <class Work>

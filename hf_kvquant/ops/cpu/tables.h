@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "formats.h"
+#include "runtime.h"
 
 namespace {
 
