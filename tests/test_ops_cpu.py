@@ -202,23 +202,10 @@ def test_bytes_in_blocks(path: str, changes: dict[str, Any], shape: str) -> None
 
 def check_split_query(path: str, shape: tuple[int, int, int, int, int], **changes: Any) -> None:
     """Over int8, query and weights may be rounded to 16 bits of the row's largest; and no further."""
-    head_dim, heads, groups, length, tokens = shape
-    fields: dict[str, Any] = {
-        "lengths": (length, tokens + 5), "num_tokens": tokens, "num_kv_heads": heads, "groups": groups,
-        "head_dim": head_dim, "formats": ("int8", "int8"), "kinds": ("equalized", "dynamic"),
-    }  # fmt: skip
-    case = Case(**{**fields, **changes})
-    problem = build(case, poisoned=True)
-    tables, scale, window = (problem.page_table, problem.seq_lens), problem.options["softmax_scale"], case.window
-    lse, expected_lse = (torch.full(problem.query.shape[:3], torch.nan) for _ in range(2))
-    query = problem.query.to(torch.float32)
-    expected = reference.paged_attention(
-        query, *tables, *flat(problem.k), *flat(problem.v), None, 0, None, scale, None, window, True, expected_lse
+    case, problem, (got, lse), (expected, expected_lse) = beside_reference(
+        path, shape, **{"formats": ("int8", "int8"), "kinds": ("equalized", "dynamic"), **changes}
     )
-    if window is not None:
-        poison_before_windows(problem, case.num_tokens)
-    cpu.use(path)
-    got = problem.run(lse=lse).to(torch.float32)
+    query, scale, window = problem.query.to(torch.float32), problem.options["softmax_scale"], case.window
     fp32_error = 1e-5  # what every path is held to
     assert problem.k.scale is not None
     unit = problem.k.scale.repeat_interleave(case.groups, 0)[:, None]
@@ -262,12 +249,26 @@ def check_split_query(path: str, shape: tuple[int, int, int, int, int], **change
 @pytest.mark.parametrize("path", KERNELS[:1])
 def test_e4m3_may_be_multiplied_as_bfloat16(path: str, changes: dict[str, Any], shape: str) -> None:
     """Logits are those of fp32, weights may be rounded to 17 bits; what no query sees is no number."""
-    head_dim, heads, groups, length, tokens = SHAPES[shape]
-    fields: dict[str, Any] = {
+    case, problem, (got, lse), (expected, expected_lse) = beside_reference(
+        path, SHAPES[shape], **{"kinds": ("head", "tensor"), "dtype": torch.bfloat16, **changes}
+    )
+    logit_error = 1e-5 * (1 + expected_lse.abs())
+    assert ((lse - expected_lse).abs() <= logit_error).all()
+    largest = max(float(np.abs(v).max()) for v in problem.numbers[1])
+    error = (2 * logit_error + 2**-17)[..., None] * largest
+    assert ((got - expected).abs() <= error + torch.finfo(case.dtype).eps * expected.abs()).all()
+
+
+def beside_reference(
+    path: str, shape: tuple[int, int, int, int, int], **fields: Any
+) -> tuple[Case, Problem, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Attention and its log-sum-exp on this path, where what no query sees is no number, and the reference's."""
+    head_dim, heads, groups, length, tokens = shape
+    sizes: dict[str, Any] = {
         "lengths": (length, tokens + 5), "num_tokens": tokens, "num_kv_heads": heads, "groups": groups,
-        "head_dim": head_dim, "kinds": ("head", "tensor"), "dtype": torch.bfloat16,
+        "head_dim": head_dim,
     }  # fmt: skip
-    case = Case(**{**fields, **changes})
+    case = Case(**{**sizes, **fields})
     problem = build(case, poisoned=True)
     tables, scale, window = (problem.page_table, problem.seq_lens), problem.options["softmax_scale"], case.window
     lse, expected_lse = (torch.full(problem.query.shape[:3], torch.nan) for _ in range(2))
@@ -278,12 +279,7 @@ def test_e4m3_may_be_multiplied_as_bfloat16(path: str, changes: dict[str, Any], 
     if window is not None:
         poison_before_windows(problem, case.num_tokens)
     cpu.use(path)
-    got = problem.run(lse=lse).to(torch.float32)
-    logit_error = 1e-5 * (1 + expected_lse.abs())
-    assert ((lse - expected_lse).abs() <= logit_error).all()
-    largest = max(float(np.abs(v).max()) for v in problem.numbers[1])
-    error = (2 * logit_error + 2**-17)[..., None] * largest
-    assert ((got - expected).abs() <= error + torch.finfo(case.dtype).eps * expected.abs()).all()
+    return case, problem, (problem.run(lse=lse).to(torch.float32), lse), (expected, expected_lse)
 
 
 def poison_before_windows(problem: Problem, num_tokens: int) -> None:
