@@ -39,7 +39,8 @@ def document(bench: dict[str, Any], operators: list[dict[str, Any]], images: lis
         "# On a CPU",
         "",
         "`hf-kvquant bench` on a model of SmolLM2-135M's shape, then `python -m benchmarks.cpu` and "
-        "`benchmarks.batching`; written by `make readme`.",
+        "`benchmarks.batching`; written by `make readme`. Attention of several `layers` is that of one among them, "
+        "in turn as in a model; without that column there was one only, and Python came back from memory each step.",
         "",
         speed_section(Benchmark.from_dict(bench), "cpu").markdown(images),
     ]

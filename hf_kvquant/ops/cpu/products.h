@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int ROWS = 4;         // rows of a kernel in registers
+constexpr int ROWS = 4;  // of a kernel in registers
 constexpr int VECTORS = W == 8 ? 2 : 4;
 
 // out[r][t] = q[r] . rows[t], for N rows; `rows` is readable, and `out` writable, up to a multiple of four.
