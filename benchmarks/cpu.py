@@ -67,24 +67,25 @@ def packed_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value:
     return torch.nn.functional.scaled_dot_product_attention(rows, key, value, scale=module.scaling)
 
 
+def ours(config: LlamaConfig, kv_cache_dtype: str) -> Cache:
+    """Our cache, which grows."""
+    return QuantizedPagedCache(config, KVQuantConfig(kv_cache_dtype=kv_cache_dtype))
+
+
 def ways_for(config: LlamaConfig, without_compiler: bool) -> list[Way]:
     """Ours first, then the host's."""
-
-    def ours(kv_cache_dtype: str) -> Cache:
-        return QuantizedPagedCache(config, KVQuantConfig(kv_cache_dtype=kv_cache_dtype))
-
     config._attn_implementation = "kvquant"
     dynamic = DynamicCache(config=config)
     ways = [
-        Way(OURS, ours("int8"), kvquant_attention),
-        Way("kvquant fp8", ours("fp8"), kvquant_attention),
+        Way(OURS, ours(config, "int8"), kvquant_attention),
+        Way("kvquant fp8", ours(config, "fp8"), kvquant_attention),
         Way("DynamicCache", dynamic, sdpa_attention_forward, "sdpa"),
         Way("DynamicCache, packed", DynamicCache(config=config), packed_attention, "sdpa"),
     ]
     with contextlib.suppress(ValueError):  # transformers has this backend from 5.23 on
         ways.append(Way("transformers fp8", QuantizedCache("fp8", config=config), sdpa_attention_forward, "sdpa"))
     if without_compiler:
-        ways.append(Way(f"{OURS}, without a compiler", ours("int8"), kvquant_attention, path="torch"))
+        ways.append(Way(f"{OURS}, without a compiler", ours(config, "int8"), kvquant_attention, path="torch"))
     return ways
 
 
@@ -270,6 +271,7 @@ def measure_generate(results: Results, plan: Plan) -> None:
         def measured(context: int = context) -> dict[str, Any]:
             rounds = 3 if plan.tiny else 20
             ways = [way for way in ways_for(model.config, True) if way.name != "DynamicCache, packed"]
+            ways.append(Way(f"{OURS}, storage only", ours(model.config, "int8"), sdpa_attention_forward, "sdpa"))
             ways += compiled_ways(model.config, context + NEW_TOKENS * (rounds + 2))
             torch._dynamo.reset()
             for way in ways:

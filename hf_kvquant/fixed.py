@@ -159,8 +159,11 @@ class FixedLayer(PagedLayer):
 
     def _read_at(self, store: PageStore, seq_lens: torch.Tensor) -> torch.Tensor:
         """Every token in its absolute place, zeros where none is held."""
-        pages, positions = reference.by_age(self._page_table, seq_lens, self.shared.page_size)
         absolute = torch.arange(self.capacity, device=self.device)
+        if not self.table.wraps:
+            values = store.read(self._page_table)[:, :, : self.capacity]
+            return values.masked_fill((absolute >= seq_lens[0])[:, None], 0)
+        pages, positions = reference.by_age(self._page_table, seq_lens, self.shared.page_size)
         source = absolute - positions[0, 0]
         held = (source >= 0) & (absolute < seq_lens[0])
         values = store.read(pages).index_select(2, source.clamp(0, positions.shape[1] - 1))

@@ -11,7 +11,6 @@ import torch
 from .handle import PagedKV
 from .layers import PagedLayer
 from .offload import OffloadedStore
-from .ops import reference
 from .pages import PageTable
 from .pools import OutOfPagesError, PagePool
 from .stores import PageStore
@@ -133,11 +132,10 @@ class GrowingLayer(PagedLayer):
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def _read(self, store: PageStore, num_new: int) -> torch.Tensor:
-        page_size = self.shared.page_size
-        pages, _ = reference.by_age(self._page_table, self._seq_lens, page_size)
-        # Of the layer's own length: a step that broke off may have left the table ahead of it.
-        oldest = max((self.length - 1) // page_size - pages.shape[1] + 1, 0) * page_size
-        return store.read(pages)[:, :, self._view_start(num_new) - oldest : self.length - oldest]
+        # Up to the layer's own length: a step that broke off may have left the table ahead of it.
+        oldest = self.table.first_position
+        dense = store.read(self.table.by_age(self.device))
+        return dense[:, :, self._view_start(num_new) - oldest : self.length - oldest]
 
     def _view_start(self, num_new: int) -> int:
         return 0 if self.window is None else max(self.length - num_new - (self.window - 1), 0)

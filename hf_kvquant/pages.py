@@ -148,6 +148,7 @@ class PageTable:
     def _set_rows(self, rows: np.ndarray, length: int, first_page: int) -> None:
         self._owns_tails = False  # whether every last page is known to belong to one row only
         self._tables: dict[torch.device, torch.Tensor] = {}
+        self._by_age: dict[torch.device, torch.Tensor] = {}
         self._seq_lens: dict[tuple[torch.device, int], torch.Tensor] = {}
         # All at once: an interrupt leaves the table of before or that of after.
         self.rows, self.length, self.first_page = rows, length, first_page
@@ -161,6 +162,15 @@ class PageTable:
             # The oldest page is in column first_page % N.
             turned = np.roll(self.rows, self.first_page, axis=1)
             table = self._tables[device] = _on(device, turned)
+        return table
+
+    def by_age(self, device: torch.device) -> torch.Tensor:
+        """int32 `[B, N]` on `device`: `rows`."""
+        if not self.first_page:
+            return self.page_table(device)
+        table = self._by_age.get(device)
+        if table is None:
+            table = self._by_age[device] = _on(device, self.rows)
         return table
 
     def seq_lens(self, device: torch.device, length: int | None = None) -> torch.Tensor:
@@ -200,7 +210,7 @@ class PageTable:
     @property
     def nbytes(self) -> int:
         """Bytes of the device copies."""
-        return sum(t.nbytes for t in (*self._tables.values(), *self._seq_lens.values()))
+        return sum(t.nbytes for t in (*self._tables.values(), *self._by_age.values(), *self._seq_lens.values()))
 
     @property
     def first_position(self) -> int:

@@ -787,7 +787,7 @@ def test_opcheck_write_kv(kind: str) -> None:
 def test_a_device_without_kernels_is_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The CPU stands for one; its own kernels have keys of their own, but for reading."""
+    """The CPU stands for one; its own kernels have keys of their own."""
     p = build(CASES["int8_equalized"], poisoned=False)
     o = p.options
     arguments = (
@@ -797,11 +797,11 @@ def test_a_device_without_kernels_is_told_once(
     read = (p.page_table, *_flat(p.k), torch.float32)
     others._warn.cache_clear()
     with caplog.at_level("WARNING", logger="hf_kvquant"):
-        torch.ops.hf_kvquant.read_pages(*read)
+        others.read_pages(*read)
         assert not caplog.records  # a CPU is told by its own
         monkeypatch.setattr(others, "_TOLD_ELSEWHERE", frozenset({"meta"}))
         for _ in range(2):
-            assert torch.equal(torch.ops.hf_kvquant.read_pages(*read), reference.read_pages(*read))
+            assert torch.equal(others.read_pages(*read), reference.read_pages(*read))
             assert torch.equal(others.paged_attention(*arguments), reference.paged_attention(*arguments))
             x = torch.randn(2, 2, 3, 64)
             others.write_kv(x, x, p.page_table, p.seq_lens, *_flat(p.k), *_flat(p.v), None)

@@ -106,6 +106,7 @@ _LIBRARY.impl("channel_absmax", reference.channel_absmax, "CompositeExplicitAuto
 _LIBRARY.impl("write_kv", cpu.write_kv, "CPU")
 _LIBRARY.impl("paged_attention", cpu.paged_attention, "CPU")
 _LIBRARY.impl("paged_attention_lse", _with_lse(cpu.paged_attention), "CPU")
+_LIBRARY.impl("read_pages", cpu.read_pages, "CPU")
 _LIBRARY.impl("channel_absmax", cpu.channel_absmax, "CPU")
 _LIBRARY.impl("write_kv", gpu.write_kv, "CUDA")
 _LIBRARY.impl("paged_attention", gpu.paged_attention, "CUDA")
@@ -251,9 +252,9 @@ def read_pages(side: PagedTensor, page_ids: torch.Tensor, dtype: torch.dtype) ->
     """
     if page_ids.ndim != 2 or page_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"page_ids is {page_ids.dtype} {list(page_ids.shape)}; expected int32 or int64 [B, N]")
-    return torch.ops.hf_kvquant.read_pages(
-        page_ids, side.pages, side.format, side.scale, side.zero, side.token_scale, dtype
-    )
+    implementation = _eager(side.pages)
+    read = torch.ops.hf_kvquant.read_pages if implementation is None else implementation.read_pages
+    return read(page_ids, side.pages, side.format, side.scale, side.zero, side.token_scale, dtype)
 
 
 def channel_absmax(x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:

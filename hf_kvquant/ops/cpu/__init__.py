@@ -16,7 +16,7 @@ from .. import reference
 from . import build, chunked, kernels
 from .build import outlook
 
-__all__ = ["channel_absmax", "outlook", "outruns_torch", "paged_attention", "paths", "use", "write_kv"]
+__all__ = ["channel_absmax", "outlook", "outruns_torch", "paged_attention", "paths", "read_pages", "use", "write_kv"]
 
 _TORCH = "torch"
 
@@ -117,6 +117,13 @@ def paged_attention(query: torch.Tensor, page_table: torch.Tensor, seq_lens: tor
     if output is None:
         output = reference.paged_attention(query, page_table, seq_lens, *args)
     return output
+
+
+def read_pages(page_ids: torch.Tensor, *args: Any) -> torch.Tensor:
+    """`read_pages` of the dispatch key CPU."""
+    library = _library()
+    output = None if library is None else kernels.read_pages(library, page_ids, args[:5], args[5])
+    return reference.read_pages(page_ids, *args) if output is None else output
 
 
 def channel_absmax(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

@@ -7,7 +7,7 @@ namespace {
 
 enum Format { E4M3, E5M2, INT8, FLOAT, BFLOAT, HALF };
 
-// `read` gives W numbers; a stored number is `factor` times what it gives. `read_step` gives STEP times as many, where
+// `read` gives W numbers, `write` puts them, rounded to the nearest one; a stored number is `factor` times what it gives. `read_step` gives STEP times as many, where
 // that is cheaper. DIGITS: codes are integers, and there is an instruction for products of bytes.
 template <int F>
 struct Codec;
@@ -109,6 +109,7 @@ struct Codec<FLOAT> {
     typedef float T;
     static constexpr float factor = 1.0f;
     static INLINE f32 read(const T* p) { return load<f32>(p); }
+    static INLINE void write(T* p, f32 x) { store(p, x); }
 };
 template <>
 struct Codec<BFLOAT> {
@@ -117,6 +118,10 @@ struct Codec<BFLOAT> {
     typedef uint16_t T;
     static constexpr float factor = 1.0f;
     static INLINE f32 read(const T* p) { return (f32)(widened(load<u16>(p)) << 16); }
+    static INLINE void write(T* p, f32 x) {
+        const u32 u = (u32)x, rounded = (u + 0x7FFFu + (u >> 16 & 1u)) >> 16;
+        store(p, narrowed((u & 0x7FFFFFFFu) > 0x7F800000u ? u32{} + 0x7FC0u : rounded));
+    }
 };
 template <>
 struct Codec<HALF> {
@@ -125,6 +130,7 @@ struct Codec<HALF> {
     typedef uint16_t T;
     static constexpr float factor = 1.0f;
     static INLINE f32 read(const T* p) { return from_half(load<u16>(p)); }
+    static INLINE void write(T* p, f32 x) { store(p, to_half(x)); }
 };
 
 template <class Use>
@@ -147,6 +153,15 @@ INLINE f32 read_some(const typename C::T* p, int64_t count) {
     typename C::T padded[W] = {};
     std::memcpy(padded, p, count * sizeof *p);
     return C::read(padded);
+}
+
+// The first `count` of them.
+template <class C>
+INLINE void write_some(typename C::T* p, f32 x, int64_t count) {
+    if (count >= W) return C::write(p, x);
+    typename C::T padded[W];
+    C::write(padded, x);
+    std::memcpy(p, padded, count * sizeof *p);
 }
 
 // -- to numbers of 16 bits, rounded to the nearest one -------------------------------------------------------------

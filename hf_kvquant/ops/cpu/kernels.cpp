@@ -3,4 +3,5 @@
 
 #include "absmax.h"
 #include "attention.h"
+#include "read.h"
 #include "write.h"

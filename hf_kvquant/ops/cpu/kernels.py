@@ -13,6 +13,7 @@ from ...formats import get_format
 # Records of kernels.cpp, all of whose members are eight bytes: two sides, tables, and the rest.
 _SIDE, _TABLES = "10q", "8q"
 _WRITE = struct.Struct(f"={_SIDE}{_SIDE}{_TABLES}5q5q3q")
+_READ = struct.Struct(f"={_SIDE}7q2q")
 _ABSMAX = struct.Struct("=5q5qq2qqq")
 _ATTENTION = struct.Struct(f"={_SIDE}{_SIDE}{_TABLES}5q4q7q3q2d")
 
@@ -158,6 +159,26 @@ def paged_attention(
         softmax_scale, softcap or 0.0,
     )  # fmt: skip
     _check(library.hf_kvquant_paged_attention(record), page_table, k[0])
+    return output
+
+
+def read_pages(library: ctypes.CDLL, page_ids: torch.Tensor, side: Side, dtype: torch.dtype) -> torch.Tensor | None:
+    """As the operator; None if the kernel does not serve these dtypes and layouts."""
+    code, record = _NUMBERS.get(dtype), _side(side)
+    if code is None or record is None:
+        return None
+    num_pages, num_heads, page_size, head_dim = side[0].shape
+    batch_size, num_columns = page_ids.shape
+    output = side[0].new_empty(batch_size, num_heads, num_columns * page_size, head_dim, dtype=dtype)
+    if output.numel():
+        page_ids = page_ids.long().contiguous()
+        status = library.hf_kvquant_read_pages(
+            _READ.pack(
+                *record, page_ids.data_ptr(), batch_size, num_columns, num_pages, num_heads, page_size,
+                _num_threads(), output.data_ptr(), code,
+            )
+        )  # fmt: skip
+        _check(status, page_ids, side[0])
     return output
 
 

@@ -233,6 +233,15 @@ INLINE i32 widened(u8 b) {
 #endif
 }
 
+// Integers below 65,536 as short ones.
+INLINE u16 narrowed(u32 x) {
+#if WIDTH == 16
+    return (u16)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+    return __builtin_convertvector(x, u16);
+#endif
+}
+
 // Half precision, denormals and NaN included.
 INLINE f32 from_half(u16 h) {
 #if WIDTH == 16
@@ -248,6 +257,32 @@ INLINE f32 from_half(u16 h) {
     u32 denormal = (u32)(__builtin_convertvector((i32)magnitude, f32) * 0x1p-24f);
     return (f32)((magnitude < 0x400u ? denormal : magnitude >= 0x7C00u ? special : normal) | sign);
 #endif
+}
+
+INLINE u16 to_half(f32 x) {
+#if WIDTH == 16
+    return (u16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif WIDTH == 8
+    return (u16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+    return (u16)vcvt_f16_f32((float32x4_t)x);
+#else
+    const u32 u = (u32)x, magnitude = u & 0x7FFFFFFFu, sign = u >> 16 & 0x8000u;
+    const u32 normal = ((magnitude + 0xFFFu + (magnitude >> 13 & 1u)) >> 13) - (112u << 10);
+    const u32 denormal = (u32)((f32)magnitude + 0.5f) - bits_of(0.5f);
+    const u32 finite = magnitude < 0x38800000u ? denormal : magnitude < 0x477FF000u ? normal : u32{} + 0x7C00u;
+    return narrowed((magnitude > 0x7F800000u ? u32{} + 0x7E00u : finite) | sign);
+#endif
+}
+
+// A product that is not joined with the sum it goes into, which would round once instead of twice.
+INLINE f32 rounded_apart(f32 x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#endif
+    return x;
 }
 
 }  // namespace
