@@ -12,6 +12,7 @@ struct Part {
     float *values, *sums, *highest;  // [rows, v_padded], [rows], [rows]
 
     static int64_t size(int64_t rows, int64_t v_padded) { return round_up(rows * v_padded, 16) + 2 * round_up(rows, 16); }
+    Part() = default;
     Part(float* start, int64_t rows, int64_t v_padded)
         : values(start), sums(start + round_up(rows * v_padded, 16)), highest(sums + round_up(rows, 16)) {}
 };
