@@ -4,7 +4,7 @@
 // multiplying.
 #pragma once
 
-#include "reading.h"
+#include "order.h"
 
 namespace {
 

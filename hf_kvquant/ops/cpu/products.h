@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "formats.h"
-#include "reading.h"
+#include "order.h"
 
 namespace {
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "formats.h"
-#include "reading.h"
+#include "order.h"
 #include "runtime.h"
 #include "tables.h"
 
