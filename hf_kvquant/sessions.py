@@ -33,7 +33,7 @@ from .broken import take_back_broken_step
 from .config import KVQuantConfig
 from .exact import SLACK, ExactTokens
 from .growing import GrowingLayer
-from .hosts import layer_devices
+from .hosts.devices import layer_devices
 from .identity import compare_weights, config_facts, weights_facts
 from .layers import PagedLayer
 from .pages import PageTable, oldest_needed

@@ -138,7 +138,7 @@ def test_what_is_imported_from_outside(module: str) -> None:
     outside = {name.split(".")[0] for name in _imports(module)} - {"hf_kvquant"} - set(sys.stdlib_module_names)
     assert outside <= THIRD_PARTY
     if "transformers" in outside:
-        assert module in BELOW_WITH_TRANSFORMERS or HEIGHT[_unit(module)][0] >= FIRST_FLOOR_WITH_TRANSFORMERS
+        assert _unit(module) in BELOW_WITH_TRANSFORMERS or HEIGHT[_unit(module)][0] >= FIRST_FLOOR_WITH_TRANSFORMERS
     if "triton" in outside:
         assert module.startswith("ops.triton")
     if "lm_eval" in outside:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..cache import QuantizedPagedCache
-from ..hosts import CACHE_NAME
+from ..hosts.conventions import CACHE_NAME
 from ..interface import is_fused, uses_attention_interface
 from ..options import missing_options
 
