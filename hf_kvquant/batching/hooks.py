@@ -135,7 +135,7 @@ def prepare(manager: Any, model: Any, options: Any) -> None:
 
 
 def _new_template(model: Any, options: Any) -> QuantizedPagedCache:
-    from .cache import check_template
+    from .template import check_template
 
     text_config = model.config.get_text_config(decoder=True)
     if not uses_attention_interface(text_config):
