@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_kvquant.evaluation.capacity import largest_fitting
 from hf_kvquant.evaluation.memory import free, synchronize
-from hf_kvquant.hosts import with_cache
+from hf_kvquant.hosts.conventions import with_cache
 
 from .models import CAPACITY_WAYS, Way, build_model, cache_bytes, fill
 from .results import Results

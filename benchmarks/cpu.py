@@ -33,7 +33,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hf_kvquant import KVQuantConfig, QuantizedPagedCache, huge_pages
 from hf_kvquant.attention import kvquant_attention
 from hf_kvquant.evaluation.timing import Clock
-from hf_kvquant.hosts import with_cache
+from hf_kvquant.hosts.conventions import with_cache
 from hf_kvquant.ops import cpu
 
 from .models import fill

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 
 from hf_kvquant.evaluation.memory import free, synchronize
 from hf_kvquant.evaluation.timing import Clock
-from hf_kvquant.hosts import with_cache
+from hf_kvquant.hosts.conventions import with_cache
 
 from .bandwidth import ceilings
 from .models import WAYS, Way, build_model, cache_bytes, fill, weight_bytes

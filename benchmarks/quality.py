@@ -27,7 +27,7 @@ from hf_kvquant import Calibration, ComparisonRow, calibrate, compare, write_sca
 from hf_kvquant.evaluation.caches import candidates, held_bytes
 from hf_kvquant.evaluation.machine import device_name, git_commit
 from hf_kvquant.evaluation.reporting import comparisons_of
-from hf_kvquant.hosts import with_cache
+from hf_kvquant.hosts.conventions import with_cache
 
 from .twins import TWINS, twins_of
 

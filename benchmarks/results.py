@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from hf_kvquant.atomic_write import atomic_write
 from hf_kvquant.evaluation.machine import device_name, git_commit, output_of
 from hf_kvquant.evaluation.memory import free
 
@@ -112,9 +113,8 @@ class Results:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        with atomic_write(self.path) as partial:
+            partial.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
 
     def _print(self, row: dict[str, Any]) -> None:
         error = row.get("error")

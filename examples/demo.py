@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from hf_kvquant import QuantizedPagedCache
 from hf_kvquant.evaluation.caches import held_bytes
 from hf_kvquant.evaluation.machine import device_name, git_commit
-from hf_kvquant.hosts import CACHE_NAME, with_cache
+from hf_kvquant.hosts.conventions import CACHE_NAME, with_cache
 
 PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """'
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.cache_utils import Cache
 
 from hf_kvquant.evaluation.windows import chunk_sizes
-from hf_kvquant.hosts import with_cache
+from hf_kvquant.hosts.conventions import with_cache
 
 TINY_MODEL = Path(__file__).parent / "tiny-python-lm"
 WINDOW = 1024

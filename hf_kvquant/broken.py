@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .growing import GrowingLayer
-from .hosts import attention_paths
+from .hosts.attention_modules import attention_paths
 from .hybrid import HybridFixedLayer, HybridGrowingLayer
 from .layers import PagedLayer
 

@@ -29,7 +29,10 @@ from .checkpoints import CheckpointScales
 from .config import KVQuantConfig
 from .fixed import FixedLayer
 from .growing import GrowingLayer, move_to_own_pool
-from .hosts import disable_fake_quantization, layer_type_names, tokens_to_take_back, without_wrapper
+from .hosts.configuration import layer_type_names
+from .hosts.conventions import tokens_to_take_back
+from .hosts.fake_quantization import disable_fake_quantization
+from .hosts.wrappers import without_wrapper
 from .hybrid import HybridFixedLayer, HybridGrowingLayer
 from .layers import PagedLayer
 from .options import find_checkpoint, options_for

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from .attention import seen_tokens
-from .hosts import checkpoint_of
+from .hosts.files import checkpoint_of
 
 # Tokens of a batch by the model's names; those that are cached first.
 _TOKEN_FIELDS = ("decoder_input_ids", "input_ids", "inputs_embeds")

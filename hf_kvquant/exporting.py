@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .checkpoints import ModelLayers
 from .checkpoints.writing import HasScales, PreparedScales, prepare_checkpoint
-from .hosts import model_layers
+from .hosts.files import model_layers
 from .scales import LayerScales
 from .skeleton import model_skeleton
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .exact import ExactStep
-from .hosts import fed_by_images
+from .hosts.configuration import fed_by_images
 from .interface import attention_name, is_flash, uses_attention_interface
 from .layers import PagedLayer
 from .ops import reference

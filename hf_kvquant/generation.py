@@ -28,7 +28,8 @@ from .broken import take_back_broken_step
 from .cache import QuantizedPagedCache
 from .config import KVQuantConfig
 from .encoder_decoder import QuantizedEncoderDecoderCache
-from .hosts import CACHE_NAME, CACHE_NAMES, fed_by_images
+from .hosts.configuration import fed_by_images
+from .hosts.conventions import CACHE_NAME, CACHE_NAMES
 from .interface import attention_name, is_flash, is_fused
 from .options import missing_options, options_for
 from .policy import asks_for_files

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .dtypes import has_dtype, to_float64
-from .hosts import kept_weight
+from .hosts.devices import kept_weight
 
 # Configuration entries that say nothing about keys and values.
 _IRRELEVANT = {

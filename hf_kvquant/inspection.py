@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .checkpoints import CheckpointScales, ModelLayers, names_like_scales
-from .hosts import model_layers
+from .hosts.files import model_layers
 from .policy import large_scale
 from .reading import read_scales
 from .scales import LayerScales, granularity_of

@@ -14,7 +14,7 @@ import torch
 from . import ops
 from .exact import ExactStep
 from .handle import PagedKV
-from .hosts import tokens_to_take_back
+from .hosts.conventions import tokens_to_take_back
 from .interface import attention_name, uses_attention_interface
 from .layer_state import LayerState
 from .pages import PageTable

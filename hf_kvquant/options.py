@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from .checkpoints import CheckpointScales, NoUsableScalesError
 from .config import KVQuantConfig
-from .hosts import checkpoint_of
+from .hosts.files import checkpoint_of
 from .interface import attention_name
 from .reading import read_scales
 

@@ -13,7 +13,7 @@ import torch
 from .cache import QuantizedPagedCache
 from .checkpoints.files import CheckpointFiles
 from .config import KVQuantConfig
-from .hosts import longest_sequence
+from .hosts.configuration import longest_sequence
 from .layers import PagedLayer
 from .policy import SidePlan
 from .skeleton import LayerShape, layer_shapes, model_skeleton

@@ -15,7 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .broken import take_back_broken_step
 from .cache import QuantizedPagedCache
 from .growing import GrowingLayer
-from .hosts import input_device, with_cache, without_data_parallelism, without_wrapper
+from .hosts.conventions import with_cache
+from .hosts.devices import input_device
+from .hosts.wrappers import without_data_parallelism, without_wrapper
 from .stores import PageStore
 
 _MEDIA_TOKEN = re.compile(r".*(image|video|audio|vision).*_token_(id|index)")

@@ -13,7 +13,8 @@ from transformers.utils import logging
 
 from .checkpoints import CheckpointScales, ModelLayers, NoUsableScalesError, Wanted, read_checkpoint
 from .checkpoints.snapshots import loaded_commits
-from .hosts import checkpoint_of, model_layers, without_wrapper
+from .hosts.files import checkpoint_of, model_layers
+from .hosts.wrappers import without_wrapper
 
 logger = logging.get_logger(__name__)
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoints.files import CheckpointFiles
 from .checkpoints.matching import bare
-from .hosts import checkpoint_of, model_layers
+from .hosts.files import checkpoint_of, model_layers
 
 # A bias of this size in a key's channel leaves fp8, with its three bits of mantissa, little of what differs between
 # tokens there: models trained with such biases lose 7 to 9 % of perplexity to fp8 in any granularity, 0.2 % to int8.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,11 +28,12 @@ from transformers.cache_utils import LinearAttentionLayer
 from transformers.utils import logging
 
 from ._version import __version__
+from .atomic_write import atomic_write
 from .broken import take_back_broken_step
 from .config import KVQuantConfig
 from .exact import SLACK, ExactTokens
 from .growing import GrowingLayer
-from .hosts import layer_devices
+from .hosts.devices import layer_devices
 from .identity import compare_weights, config_facts, weights_facts
 from .layers import PagedLayer
 from .pages import PageTable, oldest_needed
@@ -117,7 +117,10 @@ def save(cache: QuantizedPagedCache, directory: str | os.PathLike[str]) -> None:
             entry[side] = {"plan": plan, "source": store.source, "needs_tokens": store.needs_tokens}
     if not tensors:
         raise ValueError("the cache is empty; there is nothing to save")
-    _write(Path(directory) / _file_of(*part), tensors, {_HEADER: json.dumps(header)})
+    path = Path(directory) / _file_of(*part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        save_file(tensors, partial, {_HEADER: json.dumps(header)})
 
 
 def _query_entry(plan: QueryPlan | None) -> dict[str, Any] | None:
@@ -163,20 +166,6 @@ def _state_names(layer: Any) -> list[str]:
     if not isinstance(layer, LinearAttentionLayer):
         return []
     return [name for name in vars(LinearAttentionLayer()) if name not in ("device", "dtype", "number_of_states")]
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write the file beside its place and move it there, so that there is never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        save_file(tensors, temporary, metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 # -- reading -------------------------------------------------------------------------------------------------------

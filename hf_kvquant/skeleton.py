@@ -20,7 +20,9 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
-from .hosts import config_number, kv_heads_of, layer_type_names, with_cache
+from .hosts.attention_modules import kv_heads_of
+from .hosts.configuration import config_number, layer_type_names
+from .hosts.conventions import with_cache
 from .policy import SidePlan
 
 # Numbers of layers in a configuration, and how many there may be: many times those of the deepest models.

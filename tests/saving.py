@@ -9,7 +9,7 @@ import torch
 from helpers import prompt
 
 from hf_kvquant import QuantizedPagedCache
-from hf_kvquant.hosts import CACHE_NAME
+from hf_kvquant.hosts.conventions import CACHE_NAME
 
 
 def six_tokens(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:

@@ -21,7 +21,8 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from hf_kvquant import calibrate, read_scales
 from hf_kvquant.doctor import diagnose
-from hf_kvquant.hosts import model_layers, with_cache
+from hf_kvquant.hosts.conventions import with_cache
+from hf_kvquant.hosts.files import model_layers
 from hf_kvquant.interface import adds_masks, uses_attention_interface
 
 # Models that run one module for several layers; it carries the number of one of them, or of none.

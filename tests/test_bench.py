@@ -118,14 +118,14 @@ def test_an_interrupted_run_is_taken_up(model: Any, tmp_path: Path, monkeypatch:
     again = measured(model, save=path, contexts=[15, 17])
     assert again.rows[: len(result.rows)] == result.rows
     assert calls == before + 3 * len(caches)  # the new size alone
-    assert not list(tmp_path.glob("*.part"))
+    assert list(tmp_path.iterdir()) == [path]  # nothing is left beside
 
 
 def test_nothing_is_saved_through_a_link(model: Any, tmp_path: Path) -> None:
     """Not even through one that has the name of a file beside, with this process in it."""
     path, other = tmp_path / "bench.json", tmp_path / "other"
     other.write_text("precious")
-    (tmp_path / f"bench.json.{os.getpid()}.part").symlink_to(other)
+    (tmp_path / f".bench.json.{os.getpid()}.partial").symlink_to(other)
     measured(model, save=path, rounds=1)
     assert other.read_text() == "precious"
     assert not path.is_symlink()

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, PreTrainedConfig
 
 from hf_kvquant import KVQuantConfig, LayerScales, OutOfPagesError, QuantizedPagedCache
-from hf_kvquant.hosts import with_cache
+from hf_kvquant.hosts.conventions import with_cache
 from hf_kvquant.risks import large_key_biases
 
 

@@ -33,7 +33,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache, read_scales, write_scales
 from hf_kvquant.checkpoints import ModelLayers, ScaleSource
 from hf_kvquant.checkpoints.files import CheckpointFiles
-from hf_kvquant.hosts import attention_paths, model_layers
+from hf_kvquant.hosts.attention_modules import attention_paths
+from hf_kvquant.hosts.files import model_layers
 from hf_kvquant.scales import granularity_of
 
 

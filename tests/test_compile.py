@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, CompileConf
 
 from hf_kvquant import OutOfPagesError, QuantizedPagedCache, generation
 from hf_kvquant.evaluation.generating import generating_candidates
-from hf_kvquant.hosts import with_cache
+from hf_kvquant.hosts.conventions import with_cache
 
 MODELS = {"llama": tiny_llama, "sliding": lambda attention: sliding_model(window=12)}
 

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
 from hf_kvquant import QuantizedPagedCache
 from hf_kvquant.attention import kvquant_attention
 from hf_kvquant.handle import PagedKV
-from hf_kvquant.hosts import with_cache
+from hf_kvquant.hosts.conventions import with_cache
 from hf_kvquant.interface import uses_attention_interface
 from hf_kvquant.layers import PagedLayer
 from hf_kvquant.ops import reference

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hf_kvquant import PrefixCache, QuantizedPagedCache
-from hf_kvquant.hosts import with_cache
+from hf_kvquant.hosts.conventions import with_cache
 
 NUM_NEW = 24
 

@@ -13,7 +13,7 @@ from transformers.distributed import DistributedConfig
 from two_processes import in_two_processes
 
 from hf_kvquant import LayerScales, QuantizedPagedCache, calibrate, write_scales
-from hf_kvquant.hosts import with_cache
+from hf_kvquant.hosts.conventions import with_cache
 
 KINDS = {
     "tensor": {"granularity": "tensor"},

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_kvquant import LayerScales, PrefixCache, QuantizedPagedCache, read_scales
-from hf_kvquant.hosts import CACHE_NAME, with_cache
+from hf_kvquant.hosts.conventions import CACHE_NAME, with_cache
 
 NUM_NEW = 16
 SCALE = 2.0**-5  # a power of two, so that dividing by it rounds nothing

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from hf_kvquant import LayerScales, QuantizedPagedCache, calibrate, read_scales, write_scales
 from hf_kvquant.checkpoints import ModelLayers, sidecar
 from hf_kvquant.exporting import check_export
-from hf_kvquant.hosts import model_layers
+from hf_kvquant.hosts.files import model_layers
 from hf_kvquant.ops import reference
 from hf_kvquant.scales import as_head_channel
 

@@ -9,122 +9,35 @@ tokens lie beside, a number for every token and head of every page.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from math import lcm
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DummyLayer
 from transformers.generation.continuous_batching import cache as host
-from transformers.generation.continuous_batching.cache_allocators import (
-    CachePool,
-    FullAttentionCacheAllocator,
-    SlidingAttentionCacheAllocator,
-)
+from transformers.generation.continuous_batching.cache_allocators import CachePool
 from transformers.utils import logging
 
 from ..cache import QuantizedPagedCache
 from ..formats import get_format
 from ..interface import is_fused
-from ..layers import PagedLayer
 from ..policy import LayerPlan
 from ..report import CacheReport, LayerReport
 from ..rotary import RotaryLayout
-from ..scales import as_head_channel
 from ..stores import PageStore, mutable_everywhere
 from .layer import BatchedKV, BatchedLayer
-from .step import Group, Request, Step, columns_of
-from .tables import DecodeTables, bytes_of_row
+from .memory import ALLOCATORS, MemoryHandler
+from .step import Group, Request, Step
+from .tables import DecodeTables
+from .template import plans_of
 
 logger = logging.get_logger(__name__)
 
-_NOT_FOR_BATCHING = ("sink_tokens", "recent_tokens", "offload", "num_pages", "max_cache_len")
 _MOST_SLOTS = 1 << 31  # kernels count tokens of all heads and pages in 32 bits
 _MOST_BATCH_TOKENS = 65535  # the most sequences of a launch
 _FEWEST_RECORDED = 2048  # tokens of a request that every recorded step has room for
 _MOST_TABLES = 32  # sizes of recorded steps
-
-
-def check_template(template: QuantizedPagedCache, config: PreTrainedConfig) -> None:
-    """Raise ValueError if the options, scales or layers of a cache are not for continuous batching of a model."""
-    options = template.kvquant.to_dict()  # those that are not the default's
-    for name in _NOT_FOR_BATCHING:
-        if name in options:
-            raise ValueError(
-                f"cache_config[{name!r}]={options[name]!r} is not for continuous batching, whose blocks transformers "
-                "counts; leave it out, or use `generate`"
-            )
-    if "page_size" in options:
-        raise ValueError("cache_config['page_size'] is ContinuousBatchingConfig(page_size=...) in continuous batching")
-    plans = plans_of(template)
-    for index, layer in enumerate(template.layers):
-        if index not in plans and not isinstance(layer, DummyLayer):
-            raise ValueError(
-                f"layer {index} is a {type(layer).__name__}, and continuous batching takes layers of attention only; "
-                "use `generate` for this model"
-            )
-    if template.shared.shard is not None:
-        raise ValueError("continuous batching over 8-bit pages takes no tensor parallelism; use `generate`")
-    if len({get_format(side.format).is_quantized for plan in plans.values() for side in (plan.k, plan.v)}) > 1:
-        raise ValueError(
-            "continuous batching takes pages of one size, and some layers are kept in 8 bits and others are not; leave "
-            "skip_layers out, or use `generate`"
-        )
-    shape = host.find_num_key_value_heads(config), host.find_head_dim(config)
-    for index, plan in plans.items():  # before any memory is taken
-        for side in ("k", "v"):
-            for name in ("scale", "zero"):
-                if (tensor := getattr(getattr(plan, side), name)) is not None:
-                    as_head_channel(tensor, *shape, f"layer {index}: {side}_{name}")
-
-
-def plans_of(template: QuantizedPagedCache) -> dict[int, LayerPlan]:
-    """Formats and scales of the layers that store something; others attend to what one of these has."""
-    return {index: layer.plan for index, layer in enumerate(template.layers) if isinstance(layer, PagedLayer)}
-
-
-class _SlidingAllocator(SlidingAttentionCacheAllocator):
-    """Blocks for a ring of whole pages."""
-
-    def _compute_blocks_needed(self, allocated_blocks: int, past_length: int, query_length: int) -> int:
-        needed = -(-(past_length + query_length) // self.tokens_per_page)
-        return max(0, min(needed, columns_of(self.sliding_window, self.tokens_per_page)) - allocated_blocks)
-
-
-_ALLOCATORS = {allocator.layer_type: allocator for allocator in (FullAttentionCacheAllocator, _SlidingAllocator)}
-
-
-class _Memory(host.PagedAttentionMemoryHandler):  # type: ignore[misc]
-    """What fits: without masks, and without a copy of all keys and values, which transformers' attention needs.
-
-    With tables for steps that are recorded, of the largest size: a request may have all pages.
-    """
-
-    def __init__(self, num_kv_heads: int, scales_per_byte: float, groups: Collection[Group], **kwargs: Any) -> None:
-        self.scales_per_byte, self._groups = scales_per_byte, groups
-        super().__init__(**kwargs)
-        self.num_attention_masks = 0
-        self.kv_heads_at_peak = 2 * num_kv_heads
-
-    @property
-    def bytes_per_cache_token(self) -> int:
-        return int(self.io_multiplier * self.num_groups * torch.int64.itemsize)  # read indices, which are reserved
-
-    @property
-    def bytes_per_cache_sector(self) -> int:
-        sector = int(self.bytes_per_sector * (1 + self.scales_per_byte))
-        num_pages = self.tokens_per_sector // self.cb_config.page_size
-        tables = self._table_bytes(num_pages) - self._table_bytes(0)
-        return sector + int(self.tokens_per_sector) * self.bytes_per_cache_token + tables
-
-    @property
-    def fixed_overhead_bytes(self) -> int:
-        return int(super().fixed_overhead_bytes) + self._table_bytes(0)
-
-    def _table_bytes(self, num_pages: int) -> int:
-        is_used = self.cb_config.cuda_graph_booleans[1]
-        return is_used * int(self.cb_config.max_requests_per_batch) * bytes_of_row(self._groups, num_pages)
 
 
 class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
@@ -175,11 +88,11 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         self.layer_to_allocator: dict[int, Any] = {}
         self._groups: dict[str, Group] = {}
         for index, (name, layers) in enumerate(host.group_layers_by_attn_type(self.config).items()):
-            if name not in _ALLOCATORS:
+            if name not in ALLOCATORS:
                 raise ValueError(
                     f"layer {layers[0]} has {name}, which continuous batching over 8-bit pages does not know"
                 )
-            allocator = _ALLOCATORS[name](
+            allocator = ALLOCATORS[name](
                 index=index, config=self.config, num_key_value_heads=num_heads, cache_dtype=storage_dtype,
                 page_size=page_size, layer_indices=layers, allow_block_sharing=self.allow_block_sharing,
             )  # fmt: skip
@@ -196,7 +109,7 @@ class QuantizedBatchCache(host.PagedAttentionCache):  # type: ignore[misc]
         )
         # Of all layers, as num_blocks counts.
         self._bytes_per_block = len(self.layer_to_allocator) * allocators[0].bytes_per_page
-        memory = _Memory(
+        memory = MemoryHandler(
             num_heads, scales_per_byte, self._groups.values(), config=self.config, cb_config=config, dtype=self.dtype,
             bytes_per_sector=self.bytes_per_sector, tokens_per_sector=self.tokens_per_sector,
             bytes_per_block=self._bytes_per_block, attn_types=list(self.cache_allocators),

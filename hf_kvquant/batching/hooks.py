@@ -12,7 +12,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..cache import QuantizedPagedCache
-from ..hosts import CACHE_NAME
+from ..hosts.conventions import CACHE_NAME
 from ..interface import is_fused, uses_attention_interface
 from ..options import missing_options
 
@@ -135,7 +135,7 @@ def prepare(manager: Any, model: Any, options: Any) -> None:
 
 
 def _new_template(model: Any, options: Any) -> QuantizedPagedCache:
-    from .cache import check_template
+    from .template import check_template
 
     text_config = model.config.get_text_config(decoder=True)
     if not uses_attention_interface(text_config):

@@ -17,7 +17,9 @@ from transformers.utils import logging
 from ..calibration_data import batches_of
 from ..checkpoints import ModelLayers
 from ..formats import get_format
-from ..hosts import disable_fake_quantization, model_layers, without_data_parallelism
+from ..hosts.fake_quantization import disable_fake_quantization
+from ..hosts.files import model_layers
+from ..hosts.wrappers import without_data_parallelism
 from ..scales import GRANULARITIES, LayerScales
 from ..sharding import of_all_stages
 from .estimating import Estimate

@@ -16,7 +16,10 @@ from transformers.utils import logging
 
 from ..attention import kvquant_attention, kvquant_mask
 from ..calibration_data import Batch
-from ..hosts import config_number, evaluating, input_device, layer_type_names, with_cache
+from ..hosts.configuration import config_number, layer_type_names
+from ..hosts.conventions import with_cache
+from ..hosts.devices import input_device
+from ..hosts.modes import evaluating
 from ..interface import attention_by_part, uses_attention_interface
 from ..rotary import rotary_layouts
 from ..scales import LayerScales

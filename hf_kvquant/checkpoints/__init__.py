@@ -15,7 +15,7 @@ import torch
 from ..scales import LayerScales
 from . import lightllm, lmdeploy, ort_genai, sidecar, tensorrt_llm, tensors, vllm
 from .files import MAX_COUNT, CheckpointFiles
-from .found import CheckpointScales, Found, ModelLayers, NoUsableScalesError, Parts, ScaleSource, Wanted
+from .found import CheckpointScales, Declared, Found, ModelLayers, NoUsableScalesError, Parts, ScaleSource, Wanted
 from .matching import match_layers, number_layers
 from .names import looks_like_kv_scale
 from .values import LayerReader
@@ -33,6 +33,9 @@ READERS = (
 )
 # Files that hold nothing but scales.
 _FILES = (sidecar.FILE, vllm.FILE, lightllm.FILE, *lmdeploy.STATISTICS.values())
+
+# The scales of a cache layer and where they come from.
+_Layer = tuple[LayerScales | None, dict[str, ScaleSource]]
 
 
 def read_checkpoint(
@@ -67,23 +70,10 @@ def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -
     modules = _modules_of_layers(files, found, model)
     notes = [*files.broken, *found.notes, *declared.unused.values()]
     ignored = [*found.ignored, *_surplus(found, modules), *_beside(files, found)]
-    layers: list[LayerScales | None] = [None] * len(modules)
-    sources: list[dict[str, ScaleSource]] = [{} for _ in modules]
+    layers: list[_Layer] = [(None, {}) for _ in modules]
     if not declared.dynamic:
-        reader = LayerReader(files.path, found.ranks, found.shaped, found.one_sided, declared.unused.keys(), notes)
-        for index, (module, parts) in enumerate(modules):
-            read = reader.read(module, parts, _num_kv_heads(files, model, index))
-            if read is not None:
-                layers[index], sources[index] = read
-        if declared.before_rotation and any(layer is not None and layer.k_scale is not None for layer in layers):
-            notes.append(
-                f"{declared.producer} measures keys before their rotary embedding, which can make a number 1.41 times "
-                "as large; 'clipped' in the report says whether that happened"
-            )
-        if reader.suspicious:  # of which there may be hundreds
-            more = f" (and {len(reader.suspicious) - 1} more such notes)" if len(reader.suspicious) > 1 else ""
-            warnings.warn(f"{files.path}: {reader.suspicious[0]}{more}", stacklevel=2)
-        if not any(layers):
+        layers = _read_layers(files, found, model, modules, notes)
+        if all(scales is None for scales, _ in layers):
             if declared.file is None:
                 return None
             if not declared.means_one:
@@ -95,9 +85,10 @@ def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -
                 dynamic = True
                 notes.append(f"{declared.file} declares int8, but {files.path} holds no KV scales; they are dynamic")
             else:
-                _fill_with_ones(files, found, model, layers, sources, notes)
-        for index, layer in enumerate(layers):
-            if layer is None and not dynamic and (model is None or model.paths[index]):
+                layers = _ones(files, declared, model, len(modules))
+                notes.append(f"{files.path} holds no KV scales; {declared.producer} means 1.0 by that")
+        for index, (scales, _) in enumerate(layers):
+            if scales is None and not dynamic and (model is None or model.paths[index]):
                 notes.append(f"layer {index} has no scales in {files.path}; it is quantized dynamically")
     if ignored:
         notes.append(
@@ -105,8 +96,34 @@ def _assemble(files: CheckpointFiles, found: Found, model: ModelLayers | None) -
             f"is read, and are not used: {', '.join(ignored[:3])}{', ...' if len(ignored) > 3 else ''}"
         )
     return CheckpointScales(
-        files.path, declared.producer, declared.kv_cache_dtype, dynamic, layers, sources, notes, ignored
-    )
+        files.path, declared.producer, declared.kv_cache_dtype, dynamic, [scales for scales, _ in layers],
+        [sources for _, sources in layers], notes, ignored,
+    )  # fmt: skip
+
+
+def _read_layers(
+    files: CheckpointFiles,
+    found: Found,
+    model: ModelLayers | None,
+    modules: list[tuple[str, Parts]],
+    notes: list[str],
+) -> list[_Layer]:
+    """What was found of each layer, with a warning if some of it is suspicious."""
+    declared = found.declared
+    reader = LayerReader(files.path, found.ranks, found.shaped, found.one_sided, declared.unused.keys(), notes)
+    layers: list[_Layer] = [
+        reader.read(module, parts, _num_kv_heads(files, model, index)) or (None, {})
+        for index, (module, parts) in enumerate(modules)
+    ]
+    if declared.before_rotation and any(scales is not None and scales.k_scale is not None for scales, _ in layers):
+        notes.append(
+            f"{declared.producer} measures keys before their rotary embedding, which can make a number 1.41 times "
+            "as large; 'clipped' in the report says whether that happened"
+        )
+    if reader.suspicious:  # of which there may be hundreds
+        more = f" (and {len(reader.suspicious) - 1} more such notes)" if len(reader.suspicious) > 1 else ""
+        warnings.warn(f"{files.path}: {reader.suspicious[0]}{more}", stacklevel=3)
+    return layers
 
 
 def _modules_of_layers(files: CheckpointFiles, found: Found, model: ModelLayers | None) -> list[tuple[str, Parts]]:
@@ -156,24 +173,17 @@ def _num_kv_heads(files: CheckpointFiles, model: ModelLayers | None, index: int)
     return files.number("num_key_value_heads", "num_attention_heads")
 
 
-def _fill_with_ones(
-    files: CheckpointFiles,
-    found: Found,
-    model: ModelLayers | None,
-    layers: list[LayerScales | None],
-    sources: list[dict[str, ScaleSource]],
-    notes: list[str],
-) -> None:
+def _ones(files: CheckpointFiles, declared: Declared, model: ModelLayers | None, num_layers: int) -> list[_Layer]:
     """The scales of a producer that leaves them out where it means 1.0."""
-    declared = found.declared
-    if not layers:
+    if not num_layers:
         raise ValueError(f"{files.path} does not say how many layers it has; name the model")
     one = ScaleSource(declared.file or "", "1.0 (declared without a scale)")
-    for index in range(len(layers)):
-        if model is None or model.paths[index]:
-            layers[index] = LayerScales(torch.ones(1, device="cpu"), torch.ones(1, device="cpu"))
-            sources[index] = {"k_scale": one, "v_scale": one}
-    notes.append(f"{files.path} holds no KV scales; {declared.producer} means 1.0 by that")
+    return [
+        (LayerScales(torch.ones(1, device="cpu"), torch.ones(1, device="cpu")), {"k_scale": one, "v_scale": one})
+        if model is None or model.paths[index]
+        else (None, {})
+        for index in range(num_layers)
+    ]
 
 
 __all__ = [

@@ -132,31 +132,59 @@ class LayerReader:
             raise ValueError(f"{where} is empty; the checkpoint is broken, recalibrate it")
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{where} holds NaN or infinite values; the checkpoint is broken, recalibrate it")
-        flat, shape = tensor.flatten(), list(tensor.shape)
+        flat = tensor.flatten()
         if flat.numel() == 1 or (self.ranks and bool((flat == flat[0]).all())):
             return flat[:1]
-        if self.shaped and num_kv_heads in (None, tensor.shape[0]):
-            return flat if tensor.shape[1] == 1 else tensor
+        if self.ranks:
+            shaped = _by_parallel_rank(flat, num_kv_heads)
+        elif self.shaped:
+            shaped = _by_shape(tensor, num_kv_heads)
+        else:
+            shaped = _by_number(tensor, num_kv_heads)
+        if shaped is not None:
+            return shaped
+        shape = list(tensor.shape)
         if num_kv_heads is None:
-            squeezed = tensor.squeeze()
-            if self.ranks or (squeezed.ndim, tensor.ndim) == (1, 1) or squeezed.ndim > 2:
-                raise ValueError(f"{where} has shape {shape}; what that means depends on the KV heads, name the model")
-            return squeezed  # [H, 1, 1] or [H, D], [1, H, 1, D]
-        if self.ranks and num_kv_heads % flat.numel() == 0:
-            return flat.repeat_interleave(num_kv_heads // flat.numel())
-        if self.ranks and flat.numel() % num_kv_heads == 0:
-            of_heads = flat.view(num_kv_heads, -1)  # ranks beyond the number of heads share them
-            if bool((of_heads == of_heads[:, :1]).all()):
-                return of_heads[:, 0]
-        if flat.numel() == num_kv_heads and not self.shaped:
-            return flat
-        if self.ranks or self.shaped or flat.numel() % num_kv_heads:
-            what = "tensor-parallel ranks" if self.ranks else "values"
-            raise ValueError(
-                f"{where} has {flat.numel()} {what}, shape {shape}, which does not fit {num_kv_heads} KV heads; were "
-                "the scales made for another model?"
-            )
-        return flat.view(num_kv_heads, -1)
+            raise ValueError(f"{where} has shape {shape}; what that means depends on the KV heads, name the model")
+        what = "tensor-parallel ranks" if self.ranks else "values"
+        raise ValueError(
+            f"{where} has {flat.numel()} {what}, shape {shape}, which does not fit {num_kv_heads} KV heads; were "
+            "the scales made for another model?"
+        )
+
+
+# Values in the shapes of `LayerScales`, None where they do not fit the heads.
+
+
+def _by_parallel_rank(flat: torch.Tensor, num_kv_heads: int | None) -> torch.Tensor | None:
+    """One value per tensor-parallel rank."""
+    if num_kv_heads is None:
+        return None
+    if num_kv_heads % flat.numel() == 0:
+        return flat.repeat_interleave(num_kv_heads // flat.numel())
+    if flat.numel() % num_kv_heads == 0:
+        of_heads = flat.view(num_kv_heads, -1)  # ranks beyond the number of heads share them
+        if bool((of_heads == of_heads[:, :1]).all()):
+            return of_heads[:, 0]
+    return None
+
+
+def _by_shape(tensor: torch.Tensor, num_kv_heads: int | None) -> torch.Tensor | None:
+    """`[H, 1]` or `[H, D]`."""
+    if num_kv_heads not in (None, tensor.shape[0]):
+        return None
+    return tensor.flatten() if tensor.shape[1] == 1 else tensor
+
+
+def _by_number(tensor: torch.Tensor, num_kv_heads: int | None) -> torch.Tensor | None:
+    """As many as heads or channels, in whatever rank."""
+    if num_kv_heads is None:
+        squeezed = tensor.squeeze()
+        # [H, 1, 1] or [H, D], [1, H, 1, D]; of [N] nobody knows what N is.
+        return squeezed if tensor.ndim > 1 and squeezed.ndim <= 2 else None
+    if tensor.numel() % num_kv_heads:
+        return None
+    return tensor.flatten() if tensor.numel() == num_kv_heads else tensor.reshape(num_kv_heads, -1)
 
 
 def _to_float(value: Value, path: str) -> torch.Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..atomic_write import atomic_write
 from ..scales import LayerScales
 from . import sidecar, vllm
 from .files import INDEX, CheckpointFiles, read_json, whole_directory
@@ -274,10 +274,11 @@ def _add(files: CheckpointFiles, addition: _Addition) -> list[str]:
     weight_map = {name: file for name, file in files.tensors.items() if file != _SHARD}
     changed = []
     for file, names in _stale(files, addition).items():
-        _put(directory / file, _without(directory / file, names))
+        _remove_tensors(directory / file, names)
         weight_map = {name: where for name, where in weight_map.items() if name not in names}
         changed.append(file)
-    _put(directory / _SHARD, lambda path: save_file(addition.tensors, path, {"format": "pt"}))
+    with atomic_write(directory / _SHARD) as partial:
+        save_file(addition.tensors, partial, {"format": "pt"})
 
     index = read_json(directory / INDEX) if (directory / INDEX).exists() else {}
     single = directory / _SINGLE
@@ -323,33 +324,16 @@ def _link(file: Path, name: Path) -> None:
         pass
 
 
-def _without(file: Path, names: set[str]) -> Callable[[Path], None]:
-    """What writes the safetensors file anew without some of its tensors."""
-
-    def write(path: Path) -> None:
-        with safe_open(file, framework="pt") as handle:
-            metadata = handle.metadata()
-        save_file({name: value for name, value in load_file(file).items() if name not in names}, path, metadata)
-
-    return write
+def _remove_tensors(file: Path, names: set[str]) -> None:
+    with safe_open(file, framework="pt") as handle:
+        metadata = handle.metadata()
+    with atomic_write(file) as partial:
+        save_file({name: value for name, value in load_file(file).items() if name not in names}, partial, metadata)
 
 
 def _put_json(file: Path, content: Mapping[str, Any]) -> list[str]:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    _put(file, lambda path: path.write_text(text, encoding="utf-8"))
-    return [file.name]
-
-
-def _put(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make `file`, which others see as it was or whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    # A new file: under a name that is known before, a link might lie there and be written through.
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}.partial")
-    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    try:
-        write(partial)
-        with partial.open("rb+") as handle:  # Windows flushes only what it may write to
-            os.fsync(handle.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return [file.name]

@@ -11,7 +11,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..hosts import CACHE_NAME, with_cache, without_wrapper
+from ..hosts.conventions import CACHE_NAME, with_cache
+from ..hosts.wrappers import without_wrapper
 
 # As many tokens as prompt lookup may draft at a time.
 _LOOKED_UP = 10

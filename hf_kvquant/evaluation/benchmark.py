@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..hosts import disable_fake_quantization, input_device, without_data_parallelism, without_wrapper
+from ..hosts.devices import input_device
+from ..hosts.fake_quantization import disable_fake_quantization
+from ..hosts.wrappers import without_data_parallelism, without_wrapper
 from .attempt import attempt
 from .caches import DEFAULT_FORMATS, Formats
 from .generating import (

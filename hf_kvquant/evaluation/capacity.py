@@ -13,13 +13,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..hosts import (
-    disable_fake_quantization,
-    input_device,
-    longest_sequence,
-    without_data_parallelism,
-    without_wrapper,
-)
+from ..hosts.configuration import longest_sequence
+from ..hosts.devices import input_device
+from ..hosts.fake_quantization import disable_fake_quantization
+from ..hosts.wrappers import without_data_parallelism, without_wrapper
 from ..pools import OutOfPagesError
 from .attempt import attempt
 from .caches import DEFAULT_FORMATS, DENSE, Candidate, Formats

@@ -12,13 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration_data import tokenizer_beside
-from ..hosts import (
-    disable_fake_quantization,
-    evaluating,
-    longest_sequence,
-    without_data_parallelism,
-    without_wrapper,
-)
+from ..hosts.configuration import longest_sequence
+from ..hosts.fake_quantization import disable_fake_quantization
+from ..hosts.modes import evaluating
+from ..hosts.wrappers import without_data_parallelism, without_wrapper
 from .acceptance import PLACES, AcceptanceRun
 from .attempt import attempt
 from .caches import DEFAULT_FORMATS, DENSE, Candidate, Formats, candidates

@@ -13,7 +13,9 @@ from transformers.cache_utils import Cache
 
 from ..cache import QuantizedPagedCache
 from ..dtypes import to_float64
-from ..hosts import attention_paths, with_cache, without_wrapper
+from ..hosts.attention_modules import attention_paths
+from ..hosts.conventions import with_cache
+from ..hosts.wrappers import without_wrapper
 
 
 @dataclass(frozen=True)

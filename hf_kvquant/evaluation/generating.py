@@ -12,7 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..generation import compiles_unasked
-from ..hosts import evaluating, input_device, longest_sequence, without_wrapper
+from ..hosts.configuration import longest_sequence
+from ..hosts.devices import input_device
+from ..hosts.modes import evaluating
+from ..hosts.wrappers import without_wrapper
 from ..interface import attention_by_part, attention_name, is_fused, uses_attention_interface
 from .caches import Candidate, Formats, candidates
 from .machine import git_commit

@@ -16,7 +16,7 @@ import torch
 
 from ..cache import QuantizedPagedCache
 from ..config import KVQuantConfig
-from ..hosts import with_cache
+from ..hosts.conventions import with_cache
 from .windows import chunk_sizes
 
 try:

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..cache import QuantizedPagedCache
-from ..hosts import with_cache
+from ..hosts.conventions import with_cache
 from .agreement import Agreement, AgreementSums
 from .caches import held_bytes
 from .errors import layer_errors

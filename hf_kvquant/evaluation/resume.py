@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from ..atomic_write import atomic_write
 
 Row = TypeVar("Row")
 
@@ -52,12 +53,5 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
     Raises ValueError for numbers that are none (NaN, infinity).
     """
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
-    file = beside.open("x", encoding="utf-8")  # a new file: nothing is written through a link that lies there
-    try:
-        with file:
-            file.write(text)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_write(Path(path)) as partial:
+        partial.write_text(text, encoding="utf-8")

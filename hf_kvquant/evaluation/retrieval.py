@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..dtypes import to_float64
-from ..hosts import input_device, with_cache
+from ..hosts.conventions import with_cache
+from ..hosts.devices import input_device
 
 TASKS = ("key-value", "needle")
 # Where the fact is: 0 at the beginning of the document, 1 right before the question.

@@ -11,7 +11,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from .._version import __version__
-from ..hosts import input_device
+from ..hosts.devices import input_device
 from ..identity import config_facts, weights_digest
 from ..interface import attention_name
 from .machine import device_name

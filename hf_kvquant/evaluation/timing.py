@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..generation import compiles_unasked
-from ..hosts import input_device, with_cache
+from ..hosts.conventions import with_cache
+from ..hosts.devices import input_device
 from .caches import held_bytes
 from .memory import free, peak_bytes, reset_peak, synchronize
 

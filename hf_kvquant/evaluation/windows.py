@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration_data import batches_of
-from ..hosts import input_device
+from ..hosts.devices import input_device
 
 # Text in chunks begins with few tokens, as a conversation does: a cache that takes its scales from the first tokens has
 # to live with them.

@@ -1,0 +1,1 @@
+"""What has to be known of transformers and of a loaded model."""
