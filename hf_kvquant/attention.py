@@ -13,6 +13,7 @@ from .batching.layer import BatchedKV
 from .dense import DenseOptions, attend_long_turn, causal_mask, dense_attention, is_long_turn, with_bias
 from .handle import PagedKV
 from .interface import adds_masks
+from .sides import SIDES
 
 logger = logging.get_logger(__name__)
 
@@ -111,7 +112,7 @@ def kvquant_attention(
         if not why_dense and key.raw is None:
             plain = is_causal and attention_mask is None and softcap is None and sinks is None and position_bias is None
             if plain and _is_long_turn(query, key):
-                k, v = (key.layer.read(side, query.shape[2]) for side in ("key", "value"))
+                k, v = (key.layer.read(side, query.shape[2]) for side in SIDES)
                 return attend_long_turn(key.layer.rounded(query), k, v, scaling), None
             output = key.layer.attend(
                 query,
@@ -169,7 +170,7 @@ def _attend_with_drafts(
     """
     num_drafts = key.num_new - key.layer.num_prompt
     prompt, rows, drafts = slice(key.layer.num_prompt), slice(-num_drafts), slice(-num_drafts, None)
-    view = slice(key.num_new - key.layer.shape_of("key", num_drafts)[2], None)
+    view = slice(key.num_new - key.layer.shape_of("k", num_drafts)[2], None)
 
     def part(x: Any, tokens: slice, columns: slice = slice(None)) -> Any:
         return None if x is None else x[..., tokens, columns]

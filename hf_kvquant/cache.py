@@ -43,6 +43,7 @@ from .risks import large_key_biases
 from .rotary import rotary_layouts
 from .sharding import head_shard, part_of_model
 from .shared import SharedState
+from .sides import SIDES
 
 logger = logging.get_logger(__name__)
 
@@ -400,7 +401,7 @@ class QuantizedPagedCache(DynamicCache):
                 keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
                 yield keys, values, getattr(layer, "_sliding_window_tensor", None)
                 continue
-            keys, values = (None, None) if layer.is_empty else (layer.read(side, 0) for side in ("key", "value"))
+            keys, values = (None, None) if layer.is_empty else (layer.read(side, 0) for side in SIDES)
             if layer.index in self._offloaded:
                 layer.offload()
             yield keys, values, None if layer.window is None else torch.tensor(layer.window, device="cpu")

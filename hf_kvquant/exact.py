@@ -39,14 +39,14 @@ class ExactStep:
     before: _Pair | None = None
     new: _Pair | None = None
 
-    def tokens(self, side: int, num_newest: int, behind: int = 0) -> torch.Tensor:
+    def tokens(self, index: int, num_newest: int, behind: int = 0) -> torch.Tensor:
         """K (0) or V (1) `[B, H, num_first + num_newest, D]`, the newest but for the last `behind`."""
-        held = self.held[side]
+        held = self.held[index]
         if num_newest + self.num_first == held.shape[2] and not behind:
             return held
         newest = held[:, :, self.num_first :]
         if num_newest + behind > newest.shape[2] and self.before is not None and self.new is not None:
-            newest = torch.cat([self.before[side][:, :, self.num_first :], self.new[side]], dim=2)
+            newest = torch.cat([self.before[index][:, :, self.num_first :], self.new[index]], dim=2)
         end = newest.shape[2] - behind
         start = end - num_newest
         assert start >= 0  # noqa: S101 - the handles of a step know its own tokens
@@ -166,18 +166,18 @@ class ExactTokens:
     def crop(self, num_tokens: int, read: Callable[[int, int, int], torch.Tensor]) -> None:
         """Forget the last `num_tokens`; what is to be held instead comes from the pages.
 
-        `read(side, end, count)` gives K (0) or V (1) `[B, H, count, D]` of the tokens before the last `end` ones.
+        `read(index, end, count)` gives K (0) or V (1) `[B, H, count, D]` of the tokens before the last `end` ones.
         """
         if self.held is None or not num_tokens:
             return
 
-        def cropped(old: torch.Tensor, side: int) -> torch.Tensor:
+        def cropped(old: torch.Tensor, index: int) -> torch.Tensor:
             num_held = old.shape[2] - self.num_first
             num_kept = max(num_held - num_tokens, 0)
             num_wanted = num_held if self.in_place else max(num_kept, self.num_recent)
             parts = [old[:, :, : self.num_first], old[:, :, self.num_first : self.num_first + num_kept]]
             if num_wanted > num_kept:
-                parts.insert(1, read(side, num_kept, num_wanted - num_kept).to(old.dtype))
+                parts.insert(1, read(index, num_kept, num_wanted - num_kept).to(old.dtype))
             return torch.cat(parts, dim=2)
 
         self._replace(cropped(self.held[0], 0), cropped(self.held[1], 1))

@@ -13,6 +13,7 @@ from .interface import attention_name, is_flash, uses_attention_interface
 from .layers import PagedLayer
 from .ops import reference
 from .pools import OutOfPagesError
+from .sides import SIDES, Side
 from .static_pages import StaticPageTable
 from .stores import PageStore, keep_in_place
 
@@ -137,11 +138,11 @@ class FixedLayer(PagedLayer):
         self._held = None
         return torch.cat(outputs, dim=2)
 
-    def read(self, side: str, num_new: int, exact: ExactStep | None = None) -> torch.Tensor:
+    def read(self, side: Side, num_new: int, exact: ExactStep | None = None) -> torch.Tensor:
         if self._held is None or num_new <= self.table.most_at_once:
             return super().read(side, num_new, exact)
         # Writing them would overwrite what the first of them see: they stay held until the next update.
-        held = self._held[0] if side == "key" else self._held[1]
+        held = self._held[SIDES.index(side)]
         dense = self._put(self._read_at(self._store(side), self._seq_lens - num_new), held)
         return self._with_exact(dense, side, num_new, exact)
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .sides import TENSOR_NAMES, Side
+
 if TYPE_CHECKING:
     from .exact import ExactStep
     from .layers import PagedLayer
@@ -22,7 +24,7 @@ class PagedKV:
 
     Args:
         layer: whose pages they are.
-        side: `key` or `value`.
+        side: which of the two.
         new: the tokens that this step has added, as the model made them; None if it only reads.
         is_all: whether nothing else is in the cache (a fresh prompt).
         keeps_new: whether the dense tensor has the new tokens as the model made them.
@@ -32,7 +34,7 @@ class PagedKV:
     def __init__(
         self,
         layer: PagedLayer,
-        side: str,
+        side: Side,
         new: torch.Tensor | None = None,
         is_all: bool = False,
         keeps_new: bool = False,
@@ -96,7 +98,7 @@ class PagedKV:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        return f"PagedKV({self.side} of cache layer {self.layer.index}, shape={list(self.shape)})"
+        return f"PagedKV({TENSOR_NAMES[self.side]} of cache layer {self.layer.index}, shape={list(self.shape)})"
 
     # Everything else is the dense tensor's.
 

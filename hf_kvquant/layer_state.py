@@ -18,6 +18,7 @@ from .parts import overlay
 from .policy import LayerPlan
 from .rotary import RotaryLayout
 from .shared import SharedState
+from .sides import SIDES, Side
 from .static_pages import StaticPageTable
 from .stores import PageStore, mutable_everywhere
 
@@ -81,7 +82,7 @@ class LayerState(CacheLayerMixin):
         batch_size, num_heads = key_states.shape[:2]
         dtype, device = key_states.dtype, key_states.device
 
-        def store(side: str, head_dim: int) -> PageStore:
+        def store(side: Side, head_dim: int) -> PageStore:
             where, plan, shard = f"layer {self.index}: {side}", getattr(self.plan, side), self.shared.shard
             if shard is not None:
                 where = f"layer {self.index}, the heads of process {shard.rank} of {shard.size}: {side}"
@@ -158,30 +159,30 @@ class LayerState(CacheLayerMixin):
 
     # -- reading as dense tensors ----------------------------------------------------------------------------------
 
-    def read(self, side: str, num_new: int, exact: ExactStep | None = None) -> torch.Tensor:
+    def read(self, side: Side, num_new: int, exact: ExactStep | None = None) -> torch.Tensor:
         """The dense keys or values `[B, H, L, D]` that transformers' mask is made for; `exact` as in `attend`."""
         if not self._assigned.is_pending:  # one of the two has been assigned, both are still what they were
             self.settle()
         return self.read_stored(side, num_new, exact)
 
-    def read_stored(self, side: str, num_new: int = 0, exact: ExactStep | None = None) -> torch.Tensor:
+    def read_stored(self, side: Side, num_new: int = 0, exact: ExactStep | None = None) -> torch.Tensor:
         """As `read`, without what waits to be written."""
         return self._with_exact(self._read(self._store(side), num_new), side, num_new, exact)
 
-    def _with_exact(self, dense: torch.Tensor, side: str, num_new: int, exact: ExactStep | None) -> torch.Tensor:
+    def _with_exact(self, dense: torch.Tensor, side: Side, num_new: int, exact: ExactStep | None) -> torch.Tensor:
         """`dense`, from the start of the view on, with the tokens that are kept as the model made them."""
         if self.exact is None:
             return dense
-        index, start, end = ("key", "value").index(side), self._view_start(num_new), self.get_seq_length()
+        index, start, end = SIDES.index(side), self._view_start(num_new), self.get_seq_length()
         return overlay(dense, index, exact or self.exact.now(), start, end, num_new if exact else 0)
 
-    def _read_behind(self, side: int, num_after: int, count: int) -> torch.Tensor:
+    def _read_behind(self, index: int, num_after: int, count: int) -> torch.Tensor:
         """What pages hold of K (0) or V (1) of `count` tokens `[B, H, count, D]`, `num_after` before the last."""
         page_size, page_table = self.shared.page_size, self._page_table
         order = torch.arange(count, device=self.device)
         positions = order + self.get_seq_length() - num_after - count
         pages = page_table[:, (positions.clamp(min=0) // page_size) % page_table.shape[1]]
-        dense = (self.k, self.v)[side].read(pages).index_select(2, order * page_size + positions % page_size)
+        dense = (self.k, self.v)[index].read(pages).index_select(2, order * page_size + positions % page_size)
         return dense.masked_fill((positions < self._first_held)[:, None], 0)
 
     @property
@@ -206,13 +207,14 @@ class LayerState(CacheLayerMixin):
         """Which columns `[T]` of transformers' mask are those of the newest tokens."""
         return self.places_of(num_new) - self._view_start(num_new)
 
-    def shape_of(self, side: str, num_new: int) -> torch.Size:
+    def shape_of(self, side: Side, num_new: int) -> torch.Size:
         """Shape of what `read` returns."""
         head_dim = self._store(side).head_dim
         return torch.Size((self.batch_size, self.num_heads, self._view_length(num_new), head_dim))
 
-    def _store(self, side: str) -> PageStore:
-        return self.k if side == "key" else self.v
+    def _store(self, side: Side) -> PageStore:
+        store: PageStore = getattr(self, side)
+        return store
 
     @abstractmethod
     def _view_start(self, num_new: int) -> int:

@@ -56,8 +56,8 @@ class PagedLayer(LayerState):
             self._write(*raw, self._page_table, self._seq_lens)
             self._held = None
         is_all = was_empty and self._returns_prompt
-        key = PagedKV(self, "key", key_states, is_all, was_empty or key_states.requires_grad, exact)
-        value = PagedKV(self, "value", value_states, is_all, was_empty or value_states.requires_grad, exact)
+        key = PagedKV(self, "k", key_states, is_all, was_empty or key_states.requires_grad, exact)
+        value = PagedKV(self, "v", value_states, is_all, was_empty or value_states.requires_grad, exact)
         if self.shared.is_fused:
             return key, value
         reason = f"attention {self.shared.model_config._attn_implementation!r} takes dense tensors"
@@ -235,20 +235,20 @@ class PagedLayer(LayerState):
         Tools that prune a cache assign to it, and to `values`: what is stored is then replaced, quantized again, and
         the sequences are as long as the new tensors. (Changing the tensor in place changes nothing in the cache.)
         """
-        return self._assigned.read(self, "key")
+        return self._assigned.read(self, "k")
 
     @keys.setter
     def keys(self, keys: Any) -> None:
-        self._assigned.take(self, "key", keys)
+        self._assigned.take(self, "k", keys)
 
     @property
     def values(self) -> Any:
         """As `keys`."""
-        return self._assigned.read(self, "value")
+        return self._assigned.read(self, "v")
 
     @values.setter
     def values(self, values: Any) -> None:
-        self._assigned.take(self, "value", values)
+        self._assigned.take(self, "v", values)
 
     def replace(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store these keys and values `[B, H, L, D]` and nothing else. Raises ValueError if they do not fit."""

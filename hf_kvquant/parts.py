@@ -140,7 +140,7 @@ def attend_in_parts(
     if attn_mask is not None:
         part = split.columns(attn_mask, mask_start)
         mask = part if seen is None else _hide(part, seen)
-    key, value = (step.tokens(side, split.num_newest, behind) for side in (0, 1))
+    key, value = (step.tokens(index, split.num_newest, behind) for index in (0, 1))
     num_exact = key.shape[2]
     if num_queries > 1 and not torch.compiler.is_compiling():
         key, value = _in_few_sizes(key), _in_few_sizes(value)
@@ -187,13 +187,13 @@ def _merged(one: torch.Tensor, one_lse: torch.Tensor, other: torch.Tensor, other
     return torch.lerp(one.to(torch.float32), other.to(torch.float32), share).to(one.dtype)
 
 
-def overlay(dense: torch.Tensor, side: int, step: ExactStep, start: int, end: Length, num_new: int) -> torch.Tensor:
+def overlay(dense: torch.Tensor, index: int, step: ExactStep, start: int, end: Length, num_new: int) -> torch.Tensor:
     """`dense` `[B, H, L, D]`, tokens from `start` on, with those of `step` as the model made them.
 
     Sequences have `end` tokens; each of the `num_new` newest gets all that it attends to exactly.
     """
     num_newest = step.num_recent + max(num_new - 1, 0) if step.num_recent else 0
-    exact = step.tokens(side, num_newest)
+    exact = step.tokens(index, num_newest)
     positions = start + torch.arange(dense.shape[2], device=dense.device)
     is_first, is_newest = positions < step.num_first, positions >= end - num_newest
     source = torch.where(is_first, positions, positions - end + num_newest + step.num_first)

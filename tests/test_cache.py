@@ -193,10 +193,10 @@ def test_a_layer_that_its_model_copies_goes_its_own_way(copied_when: str, option
     kept: dict[int, Any] = {}
     for layer in (cache.layers[0], one, other, one, other, other):  # the last one is ahead of the others
         layer.update(*torch.randn(2, 2, 2, 5, 16))
-        kept[id(layer)] = [layer.read(side, 0).clone() for side in ("key", "value")]
+        kept[id(layer)] = [layer.read(side, 0).clone() for side in ("k", "v")]
         for each in (one, other):
             if id(each) in kept:
-                for side, dense in zip(("key", "value"), kept[id(each)], strict=True):
+                for side, dense in zip(("k", "v"), kept[id(each)], strict=True):
                     assert torch.equal(each.read(side, 0), dense)
     length = 21 if copied_when == "filled" else 0
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [length + 5, length + 10, length + 15]

@@ -136,7 +136,7 @@ def step(
     mask = None if mask is None else make_mask(mask, len(key), num_new, model.length, layer.window)
     given = mask
     if mask is not None:  # as the host makes them: of what a growing layer holds, or of all that is reserved
-        width = layer.shape_of("key", num_new)[2]
+        width = layer.shape_of("k", num_new)[2]
         given = mask[..., -width:] if layer.knows_length else torch.nn.functional.pad(mask, (0, width - mask.shape[3]))
     got = layer.attend(
         query, num_new, given, exact=handle.exact, softmax_scale=HEAD_DIM**-0.5, causal=mask is None,
@@ -338,7 +338,7 @@ def test_what_a_window_has_passed_outlives_a_replacement(num_tokens: int, num_re
     layer.settle()
     for each in (cache, whole):
         each.crop(-1)
-    for side in ("key", "value"):
+    for side in ("k", "v"):
         assert torch.equal(layer.read(side, 0), whole.layers[0].read(side, 0))
 
 

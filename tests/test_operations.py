@@ -165,10 +165,10 @@ def test_operations_on_a_layer_that_holds_nothing_leave_the_others_alone(options
         lambda layer: layer.batch_select_indices(torch.tensor([0])),
     ):
         operate(cache.layers[1])
-        assert torch.equal(cache.layers[0].read("key", 0)[:, :, :9], key)
-        assert torch.equal(cache.layers[0].read("value", 0)[:, :, :9], value)
+        assert torch.equal(cache.layers[0].read("k", 0)[:, :, :9], key)
+        assert torch.equal(cache.layers[0].read("v", 0)[:, :, :9], value)
     cache.update(key * 2, value, 1)
-    assert torch.equal(cache.layers[1].read("key", 0)[:, :, :9], key * 2)
+    assert torch.equal(cache.layers[1].read("k", 0)[:, :, :9], key * 2)
 
 
 @pytest.mark.parametrize("change", ["repeat", "fork"])
@@ -183,12 +183,12 @@ def test_a_layer_writes_into_no_pages_that_came_to_be_shared_before_its_step(cha
         caches, batch_size = [cache], 2
     else:
         caches, batch_size = [cache, cache.fork()], 1
-    before = cache.layers[1].read("key", 0)
+    before = cache.layers[1].read("k", 0)
     new = [keys_and_values(5, batch_size, seed=3 + index) for index in range(len(caches))]
     for each, pair in zip(caches, new, strict=True):
         each.update(*pair, 1)
     for each, (key, _) in zip(caches, new, strict=True):
-        assert torch.equal(each.layers[1].read("key", 0), torch.cat([before, key], dim=2))
+        assert torch.equal(each.layers[1].read("k", 0), torch.cat([before, key], dim=2))
 
 
 def test_a_layer_takes_its_first_tokens_into_pages_of_its_own() -> None:
@@ -198,8 +198,8 @@ def test_a_layer_takes_its_first_tokens_into_pages_of_its_own() -> None:
     cache.layers[0].batch_repeat_interleave(2)
     key, value = keys_and_values(9, batch_size=2)
     cache.update(key, value, 1)
-    assert torch.equal(cache.layers[1].read("key", 0), key)
-    assert torch.equal(cache.layers[0].read("key", 0), keys_and_values(9)[0].repeat(2, 1, 1, 1))
+    assert torch.equal(cache.layers[1].read("k", 0), key)
+    assert torch.equal(cache.layers[0].read("k", 0), keys_and_values(9)[0].repeat(2, 1, 1, 1))
 
 
 def test_pickling_is_refused() -> None:
@@ -586,7 +586,7 @@ class Twin:
             if not dense.shape[3]:
                 continue
             start = 0 if layer.window is None else max(dense.shape[3] - (layer.window - 1), 0)
-            for side, expected in zip(("key", "value"), dense[:, :, :, start:], strict=True):
+            for side, expected in zip(("k", "v"), dense[:, :, :, start:], strict=True):
                 assert torch.equal(layer.read(side, 0), expected)
 
 
@@ -680,7 +680,7 @@ class CacheOperations(RuleBasedStateMachine):
         """Other numbers for as many tokens."""
         for index, layer in enumerate(self.twin.cache.layers):
             if not layer.is_empty and not layer.is_sliding:
-                values = layer.read("value", 0) * scale
+                values = layer.read("v", 0) * scale
                 layer.values = values
                 expected = self.twin.dense[index].clone()
                 expected[1] = rounded(values, self.dtype)
