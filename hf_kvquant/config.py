@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .checkpoint_scales import FIELDS as CHECKPOINT_FIELDS
+from .checkpoint_scales import CheckpointScales
 from .formats import ALIASES, FORMATS, get_format
 from .scales import GRANULARITIES, LayerScales
 
@@ -39,8 +41,9 @@ class KVQuantConfig:
             `fp8_per_token_head` and `int8_per_token_head` stand for the format with `scales="dynamic"`.
         scales: where scales come from. `auto`: the checkpoint's if it has any, else `dynamic`. `checkpoint`: the
             model's own, an error if there are none. `dynamic`: one per token and head. `first_batch`: from the first
-            real tokens, then frozen. `unit`: 1.0. A path or hub id: the scales of that checkpoint. In memory:
-            `LayerScales` for all layers, or one per layer as a sequence or `{layer_idx: LayerScales}`.
+            real tokens, then frozen. `unit`: 1.0. A path or hub id: the scales of that checkpoint; what `read_scales`
+            returned for it is the same, already read. In memory: `LayerScales` for all layers, or one per layer as a
+            sequence (a calibration is one) or `{layer_idx: LayerScales}`.
         granularity: `tensor`, `head` or `channel`, for scales taken from the first batch.
         equalize: divide K and V by a per-channel vector before dynamic scales are taken, so that an outlier channel
             does not eat the 8 bits of its neighbours. `auto`: for int8 only. True, False, or names of formats.
@@ -210,7 +213,12 @@ def _is_integer(value: Any) -> bool:
 
 
 def _format_of(scales: Any) -> str | None:
-    """A calibration, and what its `to_dict` wrote, knows its format."""
+    """A calibration, and what its `to_dict` wrote, knows its format.
+
+    So does a checkpoint, but whoever names one may want another format: `plan_layers` says what its scales are for.
+    """
+    if isinstance(scales, CheckpointScales):
+        return None
     saved = _is_calibration(scales)
     found = scales["kv_cache_dtype"] if saved else getattr(scales, "kv_cache_dtype", None)
     return None if found is None else get_format(found).name
@@ -222,6 +230,8 @@ def _is_calibration(value: Any) -> bool:
 
 def _parse_scales(value: Any) -> Any:
     """`value` with `LayerScales` where it holds what `to_dict` wrote, or JSON made of that."""
+    if isinstance(value, Mapping) and set(value) == CHECKPOINT_FIELDS:
+        return CheckpointScales.from_dict(value)
     if _is_calibration(value):
         return _parse_scales(value["layers"])
     if isinstance(value, Mapping) and ("k_scale" in value or "v_scale" in value):
@@ -235,7 +245,7 @@ def _parse_scales(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """`value` in the types of JSON."""
-    if isinstance(value, LayerScales):
+    if isinstance(value, LayerScales | CheckpointScales):
         return value.to_dict()
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
@@ -245,7 +255,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_scales(value: Any) -> None:
-    if isinstance(value, str | LayerScales):
+    if isinstance(value, str | LayerScales | CheckpointScales):
         return
     if isinstance(value, Mapping):
         entries, keys_right = list(value.values()), all(_is_integer(key) for key in value)
@@ -256,7 +266,9 @@ def _check_scales(value: Any) -> None:
     else:
         entries, keys_right = [], False
     if not keys_right or not entries or not all(entry is None or isinstance(entry, LayerScales) for entry in entries):
+        nothing = " (read_scales gives that for files without scales)" if value is None else ""
         raise TypeError(
-            f"scales={value!r}; choose one of {', '.join(SCALE_SOURCES)}, a path or hub id, LayerScales, "
-            "a sequence of LayerScales (one a layer), or a dict {layer index: LayerScales}"
+            f"scales={value!r}{nothing}; choose one of {', '.join(SCALE_SOURCES)}, a path or hub id, what read_scales "
+            "or calibrate returned, LayerScales, a sequence of LayerScales (one a layer), or a dict "
+            "{layer index: LayerScales}"
         )

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .checkpoints import CheckpointScales, ModelLayers, NoUsableScalesError, Wanted, read_checkpoint
+from .checkpoint_scales import CheckpointScales
+from .checkpoints import ModelLayers, NoUsableScalesError, Wanted, read_checkpoint
 from .checkpoints.snapshots import loaded_commits
 from .hosts import checkpoint_of, model_layers, without_wrapper
 
@@ -31,7 +32,7 @@ def read_scales(
     kv_cache_dtype: str = "int8",
     granularity: str = "channel",
 ) -> CheckpointScales | None:
-    """The KV scales in a checkpoint, or None if it neither declares nor holds any.
+    """The KV scales in a checkpoint, as `scales=` of a cache takes them; None if it neither declares nor holds any.
 
     Args:
         source: a directory, a file, a hub id (its snapshot is used; if it is not on this machine, only the files that

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from ..checkpoint_scales import ScaleSource
 from ..formats import get_format
 from ..scales import GRANULARITIES
 from .files import CheckpointFiles, read_bytes
-from .found import Declared, Found, ScaleSource, Value, Wanted
+from .found import Declared, Found, Value, Wanted
 from .parse import numbers_at
 
 _PARAMETERS = re.compile(r"layers\.(\d{1,5})\.past_kv_scale\.(\d{1,5})\.weight")
