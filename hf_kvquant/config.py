@@ -13,7 +13,7 @@ import torch
 from .checkpoint_scales import FIELDS as CHECKPOINT_FIELDS
 from .checkpoint_scales import CheckpointScales
 from .formats import ALIASES, FORMATS, get_format
-from .scales import GRANULARITIES, LayerScales
+from .scales import LayerScales, check_granularity
 
 SCALE_SOURCES = ("auto", "checkpoint", "dynamic", "first_batch", "unit")
 # vLLM's names for a format with dynamic scales.
@@ -107,8 +107,7 @@ class KVQuantConfig:
                 f"the scales were calibrated for {made_for}, not for kv_cache_dtype={self.kv_cache_dtype!r}; calibrate "
                 "for that format, or leave kv_cache_dtype out"
             )
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity={self.granularity!r}; choose one of {', '.join(GRANULARITIES)}")
+        check_granularity(self.granularity)
         if not isinstance(self.margin, Real) or not 1.0 <= self.margin < float("inf"):
             raise ValueError(f"margin={self.margin!r}; it is a factor of at least 1.0 on the largest value seen")
         for name in ("granularity", "margin"):

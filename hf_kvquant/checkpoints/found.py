@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ..checkpoint_scales import ScaleSource
+from ..formats import get_quantized_format
+from ..scales import check_granularity
 
 
 class NoUsableScalesError(ValueError):
@@ -42,11 +44,17 @@ class Wanted:
     Attributes:
         model: the layers that scales are wanted for; None if only the files are known.
         kv_cache_dtype, granularity: what to make of statistics that leave it open.
+
+    Raises ValueError that lists what is accepted, whether or not the files will leave it open.
     """
 
     model: ModelLayers | None = None
-    kv_cache_dtype: str = "int8"
+    kv_cache_dtype: str | torch.dtype = "int8"
     granularity: str = "channel"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_cache_dtype", get_quantized_format(self.kv_cache_dtype).name)
+        check_granularity(self.granularity)
 
 
 @dataclass(frozen=True)
