@@ -61,7 +61,7 @@ class QuantizedPagedCache(DynamicCache):
     Args:
         config: the model's configuration; tells which layers there are.
         kvquant: options, see `KVQuantConfig`; None for the defaults.
-        checkpoint: scales to use, from `read_scales`; None for none but those that `kvquant` holds.
+        checkpoint: scales to use, from `read_scales`; None for none but those that `kvquant` holds. Nothing is read.
         notes: lines for the report.
         expected_length: tokens that a sequence will reach at most, if known; memory is then not allocated beyond it.
         key_biases: layers whose keys have a bias too large for static scales, and how large.
@@ -83,6 +83,16 @@ class QuantizedPagedCache(DynamicCache):
         kvquant = self.kvquant
         if checkpoint is None and isinstance(kvquant.scales, CheckpointScales):
             checkpoint = kvquant.scales
+        if checkpoint is None and kvquant.scales != "auto" and asks_for_checkpoint(kvquant):
+            raise ValueError(
+                f"scales={kvquant.scales!r}: a cache reads files for a model only; make it with from_model(), or give "
+                "checkpoint=read_scales(...)"
+            )
+        if checkpoint is not None and not isinstance(checkpoint, CheckpointScales):
+            raise TypeError(
+                f"checkpoint is a {type(checkpoint).__name__}, not what read_scales returned; other scales are an "
+                "option, KVQuantConfig(scales=...)"
+            )
         text_config = config.get_text_config(decoder=True)
         template = list(DynamicCache(config=text_config).layers)
         names = layer_type_names(text_config, template)

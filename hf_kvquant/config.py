@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -43,7 +44,8 @@ class KVQuantConfig:
             model's own, an error if there are none. `dynamic`: one per token and head. `first_batch`: from the first
             real tokens, then frozen. `unit`: 1.0. A path or hub id: the scales of that checkpoint; what `read_scales`
             returned for it is the same, already read. In memory: `LayerScales` for all layers, or one per layer as a
-            sequence (a calibration is one) or `{layer_idx: LayerScales}`.
+            sequence (a calibration is one) or `{layer_idx: LayerScales}`. A checkpoint's and those of single layers are
+            of self-attention; cross-attention is dynamic beside them.
         granularity: `tensor`, `head` or `channel`, for scales taken from the first batch.
         equalize: divide K and V by a per-channel vector before dynamic scales are taken, so that an outlier channel
             does not eat the 8 bits of its neighbours. `auto`: for int8 only. True, False, or names of formats.
@@ -102,10 +104,10 @@ class KVQuantConfig:
         _check_scales(self.scales)
         if made_for is not None and self.kv_cache_dtype == "auto":
             set_(self, "kv_cache_dtype", made_for)
-        elif made_for is not None and made_for != self.kv_cache_dtype:
+        elif made_for is not None and (made_for not in self.formats or set(self.formats) - {made_for, "model"}):
             raise ValueError(
                 f"the scales were calibrated for {made_for}, not for kv_cache_dtype={self.kv_cache_dtype!r}; calibrate "
-                "for that format, or leave kv_cache_dtype out"
+                "for that format, or leave kv_cache_dtype out (the name of an attention, such as kvquant_int8, is one)"
             )
         check_granularity(self.granularity)
         if not isinstance(self.margin, Real) or not 1.0 <= self.margin < float("inf"):
@@ -120,12 +122,12 @@ class KVQuantConfig:
             value = getattr(self, name)
             if value is None and name != "page_size":
                 continue
-            if not _is_integer(value) or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ValueError(f"{name}={value!r}; it must be a positive integer")
             set_(self, name, int(value))
         for name in ("sink_tokens", "recent_tokens"):
             value = getattr(self, name)
-            if not _is_integer(value) or value < 0:
+            if not is_integer(value) or value < 0:
                 raise ValueError(f"{name}={value!r}; it must be a number of tokens, 0 for none")
             set_(self, name, int(value))
         set_(self, "margin", float(self.margin))
@@ -201,12 +203,12 @@ def _parse_equalize(value: Any) -> bool | str | tuple[str, ...]:
 def _parse_skip_layers(value: Any) -> tuple[int | str, ...]:
     items = tuple(value) if isinstance(value, Collection) and not isinstance(value, str) else (value,)
     items = () if value is None else items
-    if bad := [item for item in items if not _is_integer(item) and not isinstance(item, str)]:
+    if bad := [item for item in items if not is_integer(item) and not isinstance(item, str)]:
         raise ValueError(f"skip_layers holds {bad[0]!r}; give layer indices or layer types such as 'sliding_attention'")
     return tuple(item if isinstance(item, str) and not item.isdecimal() else int(item) for item in items)
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     """Python's, numpy's and others', which cannot all be written to JSON."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -257,7 +259,7 @@ def _check_scales(value: Any) -> None:
     if isinstance(value, str | LayerScales | CheckpointScales):
         return
     if isinstance(value, Mapping):
-        entries, keys_right = list(value.values()), all(_is_integer(key) for key in value)
+        entries, keys_right = list(value.values()), all(is_integer(key) for key in value)
     elif isinstance(value, Sequence):
         entries, keys_right = list(value), True
     elif hasattr(value, "__fspath__"):
@@ -267,7 +269,7 @@ def _check_scales(value: Any) -> None:
     if not keys_right or not entries or not all(entry is None or isinstance(entry, LayerScales) for entry in entries):
         nothing = " (read_scales gives that for files without scales)" if value is None else ""
         raise TypeError(
-            f"scales={value!r}{nothing}; choose one of {', '.join(SCALE_SOURCES)}, a path or hub id, what read_scales "
-            "or calibrate returned, LayerScales, a sequence of LayerScales (one a layer), or a dict "
+            f"scales={reprlib.repr(value)}{nothing}; choose one of {', '.join(SCALE_SOURCES)}, a path or hub id, "
+            "what read_scales or calibrate returned, LayerScales, a sequence of LayerScales (one a layer), or a dict "
             "{layer index: LayerScales}"
         )

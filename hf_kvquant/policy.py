@@ -304,6 +304,11 @@ def minds_key_biases(config: KVQuantConfig) -> bool:
     return name != "model" and not (is_dynamic and name in ("auto", "int8"))
 
 
+def is_per_layer(config: KVQuantConfig) -> bool:
+    """Whether there are scales in memory for single layers, as a calibration has them."""
+    return isinstance(config.scales, Mapping | Sequence) and not isinstance(config.scales, str)
+
+
 def asks_for_checkpoint(config: KVQuantConfig) -> bool:
     """Whether the source of scales is a checkpoint: the model's own, files by name, or what was read of them."""
     if isinstance(config.scales, CheckpointScales) or hasattr(config.scales, "__fspath__"):

@@ -717,6 +717,19 @@ def test_scales_that_were_read_go_where_other_options_go(tmp_path: Path) -> None
     assert torch.equal(*(layer.k.paged.scale for layer in again))
 
 
+def test_a_cache_without_a_model_reads_no_files(tmp_path: Path) -> None:
+    config = llama_config()
+    for scales in ("checkpoint", str(tmp_path), tmp_path):
+        with pytest.raises(ValueError, match="a cache reads files for a model only; make it with from_model"):
+            QuantizedPagedCache(config, KVQuantConfig(scales=scales))
+    found = read_scales(write(tmp_path), PATHS)
+    for scales in ("checkpoint", tmp_path):
+        cache = QuantizedPagedCache(config, KVQuantConfig(scales=scales), checkpoint=found)
+        assert cache.report().layers[0].kv_cache_dtype == ("fp8_e4m3", "fp8_e4m3")
+    with pytest.raises(TypeError, match="checkpoint is a list, not what read_scales returned"):
+        QuantizedPagedCache(config, checkpoint=layers_of(found))
+
+
 def test_scales_that_were_read_for_another_model(tmp_path: Path) -> None:
     directory, _ = _save_model(tmp_path, {**FP8, "strategy": "attn_head"})
     found = read_scales(directory)
