@@ -154,8 +154,14 @@ def kept_weight(model: torch.nn.Module, name: str) -> torch.Tensor | None:
     return None
 
 
-def model_layers(model: PreTrainedModel) -> ModelLayers:
-    """What reading scales needs to know of the layers of `model`."""
+def model_layers(model: Any) -> ModelLayers:
+    """What reading scales needs to know of the layers of `model`, wrapped or not; if `model` is that, `model` itself.
+
+    Raises TypeError for what is no transformers model.
+    """
+    if isinstance(model, ModelLayers):
+        return model
+    model = without_wrapper(model)
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
     paths = [

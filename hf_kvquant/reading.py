@@ -48,9 +48,9 @@ def read_scales(
 
     Raises ValueError for a format or granularity that does not exist, whatever the files hold; and naming file and key
     for scales that are NaN or infinite, for a declared format without a usable scale, for layers that cannot be matched
-    and for formats that are not 8-bit.
+    and for formats that are not 8-bit; TypeError for what names no files, and for what is no model.
     """
-    if isinstance(model, torch.nn.Module):
+    if model is not None and not isinstance(model, ModelLayers):
         model = without_wrapper(model)
     wanted = Wanted(None, kv_cache_dtype, granularity)  # refuses what is wrong, whatever the files hold
     if isinstance(source, torch.nn.Module):
@@ -61,7 +61,7 @@ def read_scales(
         if model is None or model is source:
             return _read_own(source, path, revision, fetch, wanted)
         source = path
-    layers = model_layers(model) if isinstance(model, PreTrainedModel) else model
+    layers = None if model is None else model_layers(model)
     return read_checkpoint(source, replace(wanted, model=layers), revision=revision, fetch=fetch)
 
 

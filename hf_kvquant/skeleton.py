@@ -20,6 +20,7 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
+from .checkpoints.files import check_name
 from .hosts import config_number, kv_heads_of, layer_type_names, with_cache
 from .policy import SidePlan
 
@@ -93,8 +94,10 @@ def model_skeleton(
 def read_configuration(source: str | os.PathLike[str], revision: str | None = None) -> PreTrainedConfig:
     """The configuration of a directory or hub id, without what it says about quantized weights.
 
-    Raises ValueError if there is none that transformers knows, and if it asks for more layers than any model has.
+    Raises ValueError if there is none that transformers knows, and if it asks for more layers than any model has;
+    TypeError for what is no name.
     """
+    check_name(source)
     try:
         # As it is in the file: some kinds of configuration make lists as long as they have layers.
         content, _ = PreTrainedConfig.get_config_dict(source, revision=revision)

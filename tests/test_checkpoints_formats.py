@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import FP8, PATHS, Tensors, layers_at, layers_of, scales_of_layers, write
+from checkpoint_files import FP8, PATHS, Tensors, layers_at, layers_of, scales_of_layers, write, write_statistics
 from helpers import llama_config, prompt, tiny_llama
 from safetensors.torch import save_file
 
@@ -903,27 +903,6 @@ def test_lmdeploy_parameters_symmetric_in_ranks(tmp_path: Path) -> None:
 def test_lmdeploy_parameters_that_are_wrong(tmp_path: Path, values: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_scales(write_parameters(tmp_path, values), PATHS)
-
-
-def write_statistics(directory: Path, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    """`lmdeploy lite calibrate` of two layers; returns the numbers it saw."""
-    directory.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    seen: dict[str, dict[str, torch.Tensor]] = {}
-    for name in ("key", "value"):
-        channels = torch.rand(16, generator=generator) * 9
-        seen[name] = {
-            f"model.layers.{index}": torch.randn(63, 2, 16, generator=generator) * channels + channels
-            for index in range(2)
-        }
-        of = {layer: x.half() for layer, x in seen[name].items()}
-        statistics = {
-            "max": {layer: x.amax(0) for layer, x in of.items()},
-            "min": {layer: x.amin(0) for layer, x in of.items()},
-            "absmax": {layer: x.abs().amax(0) for layer, x in of.items()},
-        }
-        torch.save(statistics, directory / f"{name}_stats.pth")
-    return seen
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "head", "channel"])
