@@ -12,7 +12,7 @@ from . import attention, generation
 from ._version import __version__
 from .cache import QuantizedPagedCache
 from .calibration import Calibration, calibrate
-from .checkpoints import CheckpointScales
+from .checkpoint_scales import CheckpointScales
 from .config import KVQuantConfig
 from .evaluation import Benchmark, BenchRow, Comparison, ComparisonRow, bench, compare
 from .exporting import WrittenScales, write_scales

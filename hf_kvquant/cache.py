@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from . import sessions
 from .broken import take_back_broken_step
-from .checkpoints import CheckpointScales
+from .checkpoint_scales import CheckpointScales
 from .config import KVQuantConfig
 from .fixed import FixedLayer
 from .growing import GrowingLayer, move_to_own_pool
@@ -37,7 +37,7 @@ from .hybrid import HybridFixedLayer, HybridGrowingLayer
 from .layers import PagedLayer
 from .options import find_checkpoint, options_for
 from .pages import PageTable, PageTables
-from .policy import ROUNDED_QUERIES, SAFER, asks_for_files, minds_key_biases, plan_layers
+from .policy import ROUNDED_QUERIES, SAFER, asks_for_checkpoint, minds_key_biases, plan_layers
 from .report import CacheReport, LayerReport
 from .risks import large_key_biases
 from .rotary import rotary_layouts
@@ -65,7 +65,7 @@ class QuantizedPagedCache(DynamicCache):
     Args:
         config: the model's configuration; tells which layers there are.
         kvquant: options, see `KVQuantConfig`; None for the defaults.
-        checkpoint: scales to use, from `read_scales`; None for none.
+        checkpoint: scales to use, from `read_scales`; None for none but those that `kvquant` holds. Nothing is read.
         notes: lines for the report.
         expected_length: tokens that a sequence will reach at most, if known; memory is then not allocated beyond it.
         key_biases: layers whose keys have a bias too large for static scales, and how large.
@@ -85,6 +85,18 @@ class QuantizedPagedCache(DynamicCache):
     ) -> None:
         self.kvquant: KVQuantConfig = kvquant or KVQuantConfig()
         kvquant = self.kvquant
+        if checkpoint is None and isinstance(kvquant.scales, CheckpointScales):
+            checkpoint = kvquant.scales
+        if checkpoint is None and kvquant.scales != "auto" and asks_for_checkpoint(kvquant):
+            raise ValueError(
+                f"scales={kvquant.scales!r}: a cache reads files for a model only; make it with from_model(), or give "
+                "checkpoint=read_scales(...)"
+            )
+        if checkpoint is not None and not isinstance(checkpoint, CheckpointScales):
+            raise TypeError(
+                f"checkpoint is a {type(checkpoint).__name__}, not what read_scales returned; other scales are an "
+                "option, KVQuantConfig(scales=...)"
+            )
         text_config = config.get_text_config(decoder=True)
         template = list(DynamicCache(config=text_config).layers)
         names = layer_type_names(text_config, template)
@@ -160,7 +172,7 @@ class QuantizedPagedCache(DynamicCache):
         model = without_wrapper(model)
         kvquant = options_for(model, options, max_cache_len)
         notes: list[str] = []
-        checkpoint = find_checkpoint(model, kvquant, notes) if asks_for_files(kvquant) else None
+        checkpoint = find_checkpoint(model, kvquant, notes) if asks_for_checkpoint(kvquant) else None
         biases = large_key_biases(model) if checkpoint is not None or minds_key_biases(kvquant) else None
         cache = cls(
             model.config, kvquant, checkpoint=checkpoint, notes=notes, expected_length=expected_length,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -10,8 +11,10 @@ from typing import Any
 
 import torch
 
+from .checkpoint_scales import FIELDS as CHECKPOINT_FIELDS
+from .checkpoint_scales import CheckpointScales
 from .formats import ALIASES, FORMATS, get_format
-from .scales import GRANULARITIES, LayerScales
+from .scales import LayerScales, check_granularity
 
 SCALE_SOURCES = ("auto", "checkpoint", "dynamic", "first_batch", "unit")
 # vLLM's names for a format with dynamic scales.
@@ -39,8 +42,10 @@ class KVQuantConfig:
             `fp8_per_token_head` and `int8_per_token_head` stand for the format with `scales="dynamic"`.
         scales: where scales come from. `auto`: the checkpoint's if it has any, else `dynamic`. `checkpoint`: the
             model's own, an error if there are none. `dynamic`: one per token and head. `first_batch`: from the first
-            real tokens, then frozen. `unit`: 1.0. A path or hub id: the scales of that checkpoint. In memory:
-            `LayerScales` for all layers, or one per layer as a sequence or `{layer_idx: LayerScales}`.
+            real tokens, then frozen. `unit`: 1.0. A path or hub id: the scales of that checkpoint; what `read_scales`
+            returned for it is the same, already read. In memory: `LayerScales` for all layers, or one per layer as a
+            sequence (a calibration is one) or `{layer_idx: LayerScales}`. A checkpoint's and those of single layers are
+            of self-attention; cross-attention is dynamic beside them.
         granularity: `tensor`, `head` or `channel`, for scales taken from the first batch.
         equalize: divide K and V by a per-channel vector before dynamic scales are taken, so that an outlier channel
             does not eat the 8 bits of its neighbours. `auto`: for int8 only. True, False, or names of formats.
@@ -99,13 +104,12 @@ class KVQuantConfig:
         _check_scales(self.scales)
         if made_for is not None and self.kv_cache_dtype == "auto":
             set_(self, "kv_cache_dtype", made_for)
-        elif made_for is not None and made_for != self.kv_cache_dtype:
+        elif made_for is not None and (made_for not in self.formats or set(self.formats) - {made_for, "model"}):
             raise ValueError(
                 f"the scales were calibrated for {made_for}, not for kv_cache_dtype={self.kv_cache_dtype!r}; calibrate "
-                "for that format, or leave kv_cache_dtype out"
+                "for that format, or leave kv_cache_dtype out (the name of an attention, such as kvquant_int8, is one)"
             )
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity={self.granularity!r}; choose one of {', '.join(GRANULARITIES)}")
+        check_granularity(self.granularity)
         if not isinstance(self.margin, Real) or not 1.0 <= self.margin < float("inf"):
             raise ValueError(f"margin={self.margin!r}; it is a factor of at least 1.0 on the largest value seen")
         for name in ("granularity", "margin"):
@@ -118,12 +122,12 @@ class KVQuantConfig:
             value = getattr(self, name)
             if value is None and name != "page_size":
                 continue
-            if not _is_integer(value) or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ValueError(f"{name}={value!r}; it must be a positive integer")
             set_(self, name, int(value))
         for name in ("sink_tokens", "recent_tokens"):
             value = getattr(self, name)
-            if not _is_integer(value) or value < 0:
+            if not is_integer(value) or value < 0:
                 raise ValueError(f"{name}={value!r}; it must be a number of tokens, 0 for none")
             set_(self, name, int(value))
         set_(self, "margin", float(self.margin))
@@ -199,18 +203,23 @@ def _parse_equalize(value: Any) -> bool | str | tuple[str, ...]:
 def _parse_skip_layers(value: Any) -> tuple[int | str, ...]:
     items = tuple(value) if isinstance(value, Collection) and not isinstance(value, str) else (value,)
     items = () if value is None else items
-    if bad := [item for item in items if not _is_integer(item) and not isinstance(item, str)]:
+    if bad := [item for item in items if not is_integer(item) and not isinstance(item, str)]:
         raise ValueError(f"skip_layers holds {bad[0]!r}; give layer indices or layer types such as 'sliding_attention'")
     return tuple(item if isinstance(item, str) and not item.isdecimal() else int(item) for item in items)
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     """Python's, numpy's and others', which cannot all be written to JSON."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _format_of(scales: Any) -> str | None:
-    """A calibration, and what its `to_dict` wrote, knows its format."""
+    """A calibration, and what its `to_dict` wrote, knows its format.
+
+    So does a checkpoint, but whoever names one may want another format: `plan_layers` says what its scales are for.
+    """
+    if isinstance(scales, CheckpointScales):
+        return None
     saved = _is_calibration(scales)
     found = scales["kv_cache_dtype"] if saved else getattr(scales, "kv_cache_dtype", None)
     return None if found is None else get_format(found).name
@@ -222,6 +231,8 @@ def _is_calibration(value: Any) -> bool:
 
 def _parse_scales(value: Any) -> Any:
     """`value` with `LayerScales` where it holds what `to_dict` wrote, or JSON made of that."""
+    if isinstance(value, Mapping) and set(value) == CHECKPOINT_FIELDS:
+        return CheckpointScales.from_dict(value)
     if _is_calibration(value):
         return _parse_scales(value["layers"])
     if isinstance(value, Mapping) and ("k_scale" in value or "v_scale" in value):
@@ -235,7 +246,7 @@ def _parse_scales(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """`value` in the types of JSON."""
-    if isinstance(value, LayerScales):
+    if isinstance(value, LayerScales | CheckpointScales):
         return value.to_dict()
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
@@ -245,10 +256,10 @@ def _plain(value: Any) -> Any:
 
 
 def _check_scales(value: Any) -> None:
-    if isinstance(value, str | LayerScales):
+    if isinstance(value, str | LayerScales | CheckpointScales):
         return
     if isinstance(value, Mapping):
-        entries, keys_right = list(value.values()), all(_is_integer(key) for key in value)
+        entries, keys_right = list(value.values()), all(is_integer(key) for key in value)
     elif isinstance(value, Sequence):
         entries, keys_right = list(value), True
     elif hasattr(value, "__fspath__"):
@@ -256,7 +267,9 @@ def _check_scales(value: Any) -> None:
     else:
         entries, keys_right = [], False
     if not keys_right or not entries or not all(entry is None or isinstance(entry, LayerScales) for entry in entries):
+        nothing = " (read_scales gives that for files without scales)" if value is None else ""
         raise TypeError(
-            f"scales={value!r}; choose one of {', '.join(SCALE_SOURCES)}, a path or hub id, LayerScales, "
-            "a sequence of LayerScales (one a layer), or a dict {layer index: LayerScales}"
+            f"scales={reprlib.repr(value)}{nothing}; choose one of {', '.join(SCALE_SOURCES)}, a path or hub id, "
+            "what read_scales or calibrate returned, LayerScales, a sequence of LayerScales (one a layer), or a dict "
+            "{layer index: LayerScales}"
         )

@@ -113,7 +113,10 @@ def diagnose(
     """
     model = model_skeleton(source, revision)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    where = torch.device(device) if device else accelerator or torch.device("cpu")
+    try:
+        where = torch.device(device) if device else accelerator or torch.device("cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is no device; give cpu, cuda, cuda:1, ...") from error
     cache = QuantizedPagedCache.for_generation(model, options)
     shapes, guesses = layer_shapes(model)
     dtype = model.config.get_text_config(decoder=True).dtype

@@ -60,12 +60,19 @@ def write_scales(
         revision: of a hub id.
 
     Warns, before anything is written, if readers of this layout cannot read these scales. Raises ValueError, also
-    before, if the layout cannot hold them or the checkpoint cannot be added to. Every file appears at once, the
+    before, if the layout cannot hold them or the checkpoint cannot be added to, and TypeError for `scales` of another
+    kind and what is no model or names no files. Every file appears at once, the
     declaration last: a crash leaves a checkpoint with all its weights.
     """
+    if not hasattr(scales, "kv_cache_dtype") or not hasattr(scales, "layers"):
+        nothing = " (read_scales gives None for files without scales)" if scales is None else ""
+        raise TypeError(
+            f"scales of type {type(scales).__name__}{nothing} do not say which format they are for; give what "
+            "calibrate or read_scales returned"
+        )
     if model is None:
         model = getattr(scales, "model_layers", None) or model_skeleton(checkpoint, revision)
-    layers = model_layers(model) if isinstance(model, PreTrainedModel) else model
+    layers = model_layers(model)
     settings = getattr(scales, "settings", None)
     prepared = _prepared(scales, layers, checkpoint, output, layout, settings, revision)
     return WrittenScales(prepared.path, prepared.layout, prepared.write(), prepared.notes)

@@ -129,3 +129,12 @@ def get_format(name: str | torch.dtype) -> StorageFormat:
             + "; nothing is stored in fewer than 8 bits"
         )
     return row
+
+
+def get_quantized_format(name: str | torch.dtype) -> StorageFormat:
+    """`get_format` where there are to be scales. Raises ValueError for pages in the model's dtype too."""
+    row = get_format(name)
+    if not row.is_quantized:
+        quantized = ", ".join(other.name for other in FORMATS.values() if other.is_quantized)
+        raise ValueError(f"kv_cache_dtype={name!r} has no scales; choose one of {quantized}")
+    return row

@@ -32,7 +32,7 @@ from .hosts.configuration import fed_by_images
 from .hosts.conventions import CACHE_NAME, CACHE_NAMES
 from .interface import attention_name, is_flash, is_fused
 from .options import missing_options, options_for
-from .policy import asks_for_files
+from .policy import asks_for_checkpoint, is_per_layer
 
 CACHE_IMPLEMENTATION = "kvquant"
 _COMPILED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -366,7 +366,7 @@ _cross_attention_classes: WeakKeyDictionary[Any, tuple[dict[str, Any], Any]] = W
 def _cross_attention_cache(model: Any, options: Any, encoder_length: int) -> QuantizedPagedCache:
     """The cache of what the encoder says: written once, never grown, with scales of its own."""
     kvquant = replace(options_for(model, options), max_cache_len=None)  # its length is the encoder's
-    if asks_for_files(kvquant):  # a checkpoint's scales are for self-attention
+    if asks_for_checkpoint(kvquant) or is_per_layer(kvquant):  # a checkpoint's and a calibration's: of self-attention
         kvquant = replace(kvquant, scales="dynamic")
 
     known = _cross_attention_classes.get(model)

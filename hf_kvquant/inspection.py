@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .checkpoints import CheckpointScales, ModelLayers, names_like_scales
+from .checkpoint_scales import CheckpointScales
+from .checkpoints import ModelLayers, names_like_scales
 from .hosts.files import model_layers
 from .policy import large_scale
 from .reading import read_scales

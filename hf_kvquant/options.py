@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .checkpoints import CheckpointScales, NoUsableScalesError
+from .checkpoint_scales import CheckpointScales
+from .checkpoints import NoUsableScalesError
 from .config import KVQuantConfig
 from .hosts.files import checkpoint_of
 from .interface import attention_name
@@ -35,6 +36,8 @@ def missing_options(options: Any, made_with: KVQuantConfig) -> str:
 
 def find_checkpoint(model: PreTrainedModel, kvquant: KVQuantConfig, notes: list[str]) -> CheckpointScales | None:
     """The checkpoint whose scales are asked for. Raises ValueError if one is asked for by name and has none."""
+    if isinstance(kvquant.scales, CheckpointScales):
+        return kvquant.scales
     own = isinstance(kvquant.scales, str) and kvquant.scales in ("auto", "checkpoint")
     source = model if own else kvquant.scales
     try:  # with `auto` nobody asked for a download, and a model may outlive the directory it came from

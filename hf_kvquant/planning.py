@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from .cache import QuantizedPagedCache
 from .checkpoints.files import CheckpointFiles
-from .config import KVQuantConfig
+from .config import KVQuantConfig, is_integer
 from .hosts.configuration import longest_sequence
 from .layers import PagedLayer
 from .policy import SidePlan
@@ -111,17 +111,21 @@ def plan_memory(
         memory: bytes of the device; the weights are taken off, activations are not counted.
         revision: of a hub id.
 
-    Raises ValueError for numbers that are not positive, and for a source without a configuration.
+    Raises ValueError for numbers that are no positive integers, and for a source without a configuration; TypeError for
+    batches that are no list, and for a source that is no name.
     """
     model = model_skeleton(source, revision)
     config = model.config.get_text_config(decoder=True)
     bound = longest_sequence(config)
     context = context if context is not None else bound or 4096
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches={batches!r}; give a list, such as [{batches}]")
     for name, value in (("context", context), *(("batch", batch) for batch in batches)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be positive")
-    if memory is not None and memory < 1:
-        raise ValueError(f"memory is {memory}; it must be positive, in bytes")
+        if not is_integer(value) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+    if memory is not None and (not is_integer(memory) or memory < 1):
+        raise ValueError(f"memory is {memory!r}; it must be a positive integer, in bytes")
+    context, batches = int(context), [int(batch) for batch in batches]
     shapes, guesses = layer_shapes(model)
     are_paged = [isinstance(layer, PagedLayer) for layer in QuantizedPagedCache(config).layers]
     dtype = config.dtype
@@ -155,7 +159,7 @@ def plan_memory(
             )
         )
     dtype_name = str(dtype).removeprefix("torch.")
-    return MemoryPlan(str(source), dtype_name, context, list(batches), memory, weight_bytes, formats, notes)
+    return MemoryPlan(str(source), dtype_name, context, batches, memory, weight_bytes, formats, notes)
 
 
 def _layer_bytes(shape: LayerShape, plan: SidePlan, tokens: int, dtype: torch.dtype) -> int:

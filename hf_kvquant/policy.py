@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from .checkpoints import CheckpointScales, ScaleSource
+from .checkpoint_scales import CheckpointScales, ScaleSource
 from .config import KVQuantConfig
 from .formats import get_format
 from .scales import LayerScales, granularity_of
@@ -262,7 +262,7 @@ def _checkpoint_scales(
     if len(checkpoint.layers) != num_layers:
         raise ValueError(
             f"{checkpoint.path} holds scales for {len(checkpoint.layers)} layers, but this model has {num_layers} "
-            "cache layers"
+            "cache layers; were they read for another model? read_scales(path, model) names it"
         )
     declared = checkpoint.kv_cache_dtype
     if declared is not None and (unused := sorted({name for name in formats if name != declared and name != "model"})):
@@ -304,8 +304,13 @@ def minds_key_biases(config: KVQuantConfig) -> bool:
     return name != "model" and not (is_dynamic and name in ("auto", "int8"))
 
 
-def asks_for_files(config: KVQuantConfig) -> bool:
-    """Whether the config names files or the model's own checkpoint as a source of scales."""
-    if hasattr(config.scales, "__fspath__"):
+def is_per_layer(config: KVQuantConfig) -> bool:
+    """Whether there are scales in memory for single layers, as a calibration has them."""
+    return isinstance(config.scales, Mapping | Sequence) and not isinstance(config.scales, str)
+
+
+def asks_for_checkpoint(config: KVQuantConfig) -> bool:
+    """Whether the source of scales is a checkpoint: the model's own, files by name, or what was read of them."""
+    if isinstance(config.scales, CheckpointScales) or hasattr(config.scales, "__fspath__"):
         return True
     return isinstance(config.scales, str) and config.scales not in ("dynamic", "first_batch", "unit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .checkpoints import CheckpointScales, ModelLayers, NoUsableScalesError, Wanted, read_checkpoint
+from .checkpoint_scales import CheckpointScales
+from .checkpoints import ModelLayers, NoUsableScalesError, Wanted, read_checkpoint
 from .checkpoints.snapshots import loaded_commits
 from .hosts.files import checkpoint_of, model_layers
 from .hosts.wrappers import without_wrapper
@@ -29,10 +31,10 @@ def read_scales(
     *,
     revision: str | None = None,
     fetch: bool = True,
-    kv_cache_dtype: str = "int8",
+    kv_cache_dtype: str | torch.dtype = "int8",
     granularity: str = "channel",
 ) -> CheckpointScales | None:
-    """The KV scales in a checkpoint, or None if it neither declares nor holds any.
+    """The KV scales in a checkpoint, as `scales=` of a cache takes them; None if it neither declares nor holds any.
 
     Args:
         source: a directory, a file, a hub id (its snapshot is used; if it is not on this machine, only the files that
@@ -42,34 +44,36 @@ def read_scales(
         revision: of a hub id.
         fetch: whether a hub id that is not on this machine may be fetched; if not, it is a FileNotFoundError, as is a
             loaded model's directory with neither scales nor config.json.
-        kv_cache_dtype, granularity: what to make of statistics that leave it open (LMDeploy's `key_stats.pth`).
+        kv_cache_dtype, granularity: what to make of statistics that leave it open (LMDeploy's `key_stats.pth`): `fp8`
+            (= `fp8_e4m3`), `fp8_e5m2` or `int8`, per `tensor`, `head` or `channel`.
 
-    Raises ValueError naming file and key for scales that are NaN or infinite, for a declared format without a usable
-    scale, for layers that cannot be matched and for formats that are not 8-bit.
+    Raises ValueError for a format or granularity that does not exist, whatever the files hold; and naming file and key
+    for scales that are NaN or infinite, for a declared format without a usable scale, for layers that cannot be matched
+    and for formats that are not 8-bit; TypeError for what names no files, and for what is no model.
     """
-    if isinstance(model, torch.nn.Module):
+    if model is not None and not isinstance(model, ModelLayers):
         model = without_wrapper(model)
+    wanted = Wanted(None, kv_cache_dtype, granularity)  # refuses what is wrong, whatever the files hold
     if isinstance(source, torch.nn.Module):
         source = without_wrapper(source)
         path, revision = checkpoint_of(source)
         if path is None:
             return None
         if model is None or model is source:
-            return _read_own(source, path, revision, fetch, kv_cache_dtype, granularity)
+            return _read_own(source, path, revision, fetch, wanted)
         source = path
-    layers = model_layers(model) if isinstance(model, PreTrainedModel) else model
-    wanted = Wanted(layers, kv_cache_dtype, granularity)
-    return read_checkpoint(source, wanted, revision=revision, fetch=fetch)
+    layers = None if model is None else model_layers(model)
+    return read_checkpoint(source, replace(wanted, model=layers), revision=revision, fetch=fetch)
 
 
 def _read_own(
-    model: PreTrainedModel, path: str, revision: str | None, fetch: bool, kv_cache_dtype: str, granularity: str
+    model: PreTrainedModel, path: str, revision: str | None, fetch: bool, wanted: Wanted
 ) -> CheckpointScales | None:
     state = _state(path) or revision  # a hub's revision never changes
     known = _own.get(model)
-    asked = (path, state, fetch, kv_cache_dtype, granularity)
+    asked = (path, state, fetch, wanted.kv_cache_dtype, wanted.granularity)
     if known is None or state is None or known[0] != asked:
-        wanted = Wanted(model_layers(model), kv_cache_dtype, granularity)
+        wanted = replace(wanted, model=model_layers(model))
         try:
             found = read_checkpoint(path, wanted, revision=revision, fetch=fetch)
         except NoUsableScalesError as error:

@@ -69,6 +69,12 @@ class LayerScales:
         return {name: value.tolist() for name, value in self._given()}
 
 
+def check_granularity(granularity: Any) -> None:
+    """Raise ValueError with the list of right ones for what is no granularity."""
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity={granularity!r}; choose one of {', '.join(GRANULARITIES)}")
+
+
 def granularity_of(scale: torch.Tensor) -> str:
     """`tensor`, `head` or `channel`, by the shape of `scale` (a single head's scale is a tensor's)."""
     if scale.ndim == 2:

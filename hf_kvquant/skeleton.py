@@ -20,6 +20,7 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
+from .checkpoints.files import check_name
 from .hosts.attention_modules import kv_heads_of
 from .hosts.configuration import config_number, layer_type_names
 from .hosts.conventions import with_cache
@@ -95,8 +96,10 @@ def model_skeleton(
 def read_configuration(source: str | os.PathLike[str], revision: str | None = None) -> PreTrainedConfig:
     """The configuration of a directory or hub id, without what it says about quantized weights.
 
-    Raises ValueError if there is none that transformers knows, and if it asks for more layers than any model has.
+    Raises ValueError if there is none that transformers knows, and if it asks for more layers than any model has;
+    TypeError for what is no name.
     """
+    check_name(source)
     try:
         # As it is in the file: some kinds of configuration make lists as long as they have layers.
         content, _ = PreTrainedConfig.get_config_dict(source, revision=revision)

@@ -68,6 +68,27 @@ def write_sharded(directory: Path, shards: dict[str, Tensors], index: dict[str, 
     return directory
 
 
+def write_statistics(directory: Path, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+    """`lmdeploy lite calibrate` of two layers; returns the numbers it saw."""
+    directory.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    seen: dict[str, dict[str, torch.Tensor]] = {}
+    for name in ("key", "value"):
+        channels = torch.rand(16, generator=generator) * 9
+        seen[name] = {
+            f"model.layers.{index}": torch.randn(63, 2, 16, generator=generator) * channels + channels
+            for index in range(2)
+        }
+        of = {layer: x.half() for layer, x in seen[name].items()}
+        statistics = {
+            "max": {layer: x.amax(0) for layer, x in of.items()},
+            "min": {layer: x.amin(0) for layer, x in of.items()},
+            "absmax": {layer: x.abs().amax(0) for layer, x in of.items()},
+        }
+        torch.save(statistics, directory / f"{name}_stats.pth")
+    return seen
+
+
 def layers_of(found: Any) -> list[LayerScales]:
     assert found is not None
     assert all(layer is not None for layer in found.layers)

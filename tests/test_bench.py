@@ -221,6 +221,12 @@ def test_bad_amounts_are_refused_before_anything_runs(model: Any, options: dict[
         measured(model, **options)
 
 
+@pytest.mark.parametrize("name", ["contexts", "batches"])
+def test_amounts_that_are_no_list(model: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name}=8; give a list, such as \[8\]"):
+        measured(model, **{name: 8})
+
+
 def test_a_model_without_a_causal_head_is_refused(model: Any) -> None:
     config = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9, decoder_start_token_id=0)
     for other in (T5ForConditionalGeneration(config), model.model):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import numpy as np
 import pytest
 import torch
 from helpers import QMAX, code_value, nearest_code, prompt, tiny_llama
@@ -440,6 +441,35 @@ def test_a_calibration_is_what_the_cache_takes(name: str, options: dict[str, Any
     other = INT8 if name == FP8 else FP8
     with pytest.raises(ValueError, match=f"calibrated for {name}, not for kv_cache_dtype='{other}'"):
         QuantizedPagedCache.from_model(model, scales=found, kv_cache_dtype=other)
+    with pytest.raises(ValueError, match=f"kv_cache_dtype='{other}'.*the name of an attention"):
+        QuantizedPagedCache.from_model(tiny_llama(f"kvquant_{other}"), scales=found)
+
+
+@pytest.mark.parametrize("name", [FP8, INT8])
+def test_a_calibration_serves_either_side(name: str) -> None:
+    """Of a pair of formats each is its own, or the model's."""
+    model = tiny_llama()
+    found = calibrate(model, prompt(2, 40), kv_cache_dtype=name, progress=False)
+    for formats in ((name, name), (name, "model"), ("model", name)):
+        for row in QuantizedPagedCache.from_model(model, scales=found, kv_cache_dtype=formats).report().layers:
+            assert row.kv_cache_dtype == formats
+            assert row.scales == tuple("given" if each == name else "not quantized" for each in formats)
+    for formats in ("model", ("model", "model"), (name, "fp8_e5m2"), ("fp8_e5m2", "model")):
+        with pytest.raises(ValueError, match=f"calibrated for {name}, not for"):
+            QuantizedPagedCache.from_model(model, scales=found, kv_cache_dtype=formats)
+
+
+def test_a_calibration_is_of_self_attention() -> None:
+    """What the encoder says was not measured, so cross-attention has scales of its own."""
+    model = families.build("t5")
+    tokens = prompt()
+    found = calibrate(model, [{"input_ids": tokens, "decoder_input_ids": tokens}], kv_cache_dtype=INT8, progress=False)
+    options = {"cache_implementation": "kvquant", "return_dict_in_generate": True, "max_new_tokens": 4}
+    for scales in (found, list(found), found.to_dict(), dict(enumerate(found))):
+        given = {"scales": scales, "kv_cache_dtype": INT8}
+        report = model.generate(tokens, cache_config=given, **options).past_key_values.report()
+        sources = {(row.layer_type, row.scales[0].split(",")[0]) for row in report.layers}
+        assert sources == {("full_attention", "given"), ("cross_attention", "dynamic")}
 
 
 # What differs: windows, softcap, sinks, MLA, layers without keys, position bias, an encoder, vision beside it, layers
@@ -660,11 +690,33 @@ def test_data_that_cannot_be_read(tmp_path: Path, model: PreTrainedModel, monkey
         ({"num_samples": 0}, "num_samples=0"),
         ({"max_length": -1}, "max_length=-1"),
         ({"batch_size": 1.5}, "batch_size=1.5"),
+        ({"num_samples": True}, "num_samples=True"),
+        ({"percentile": "99"}, "percentile='99'"),
+        ({"percentile": 99.0}, "percentile=99.0 is for estimator='percentile', not for 'absmax'"),
+        ({"symmetric": "no"}, "symmetric='no'; it is True or False"),
+        ({"q_scale": 1}, "q_scale=1; it is True or False"),
     ],
 )
 def test_options_that_do_not_exist(model: PreTrainedModel, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         calibrate(model, prompt(), progress=False, **options)
+
+
+def test_numbers_of_numpy_and_dtypes_of_torch(model: PreTrainedModel) -> None:
+    """As the cache takes them."""
+    few = {"num_samples": np.int64(1), "max_length": np.int32(7), "batch_size": np.int8(1)}
+    found = calibrate(
+        model,
+        prompt(),
+        kv_cache_dtype=torch.int8,
+        estimator="percentile",
+        percentile=np.float32(99),
+        progress=False,
+        **few,
+    )
+    assert found.kv_cache_dtype == INT8
+    assert found.num_tokens == 7
+    assert json.loads(json.dumps(found.settings))["percentile"] == 99
 
 
 def test_an_encoder_decoder_needs_both_inputs() -> None:

@@ -34,6 +34,7 @@ from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache, read_sca
 from hf_kvquant.checkpoints import ModelLayers, ScaleSource
 from hf_kvquant.checkpoints.files import CheckpointFiles
 from hf_kvquant.hosts.attention_modules import attention_paths
+from hf_kvquant.hosts.conventions import CACHE_NAME
 from hf_kvquant.hosts.files import model_layers
 from hf_kvquant.scales import granularity_of
 
@@ -650,6 +651,97 @@ def test_scales_of_another_directory(tmp_path: Path) -> None:
     for source in (directory, str(directory)):
         cache = QuantizedPagedCache.from_model(model, scales=source)
         assert cache.report().layers[0].scales[0] == "checkpoint: model.layers.0.self_attn.k_scale"
+
+
+READ_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"kv_cache_dtype": "fp8"},
+    {"kv_cache_dtype": "int8"},
+    {"kv_cache_dtype": ("fp8", "int8")},
+    {"kv_cache_dtype": "model"},
+    {"skip_layers": [0]},
+    {"q_dtype": "fp8"},
+]
+
+
+@pytest.mark.parametrize("attention", ["kvquant", "kvquant_int8"])
+@pytest.mark.parametrize("options", READ_OPTIONS, ids=str)
+@pytest.mark.parametrize("through", ["from_model", "generate"])
+def test_scales_that_were_read_are_the_path_they_came_from(
+    tmp_path: Path, through: str, options: dict[str, Any], attention: str
+) -> None:
+    """The format that they name, or another one; notes and the names of sources too."""
+    directory, _ = _save_model(tmp_path, {**FP8, "strategy": "attn_head"})
+    model = tiny_llama(attention)
+    if attention == "kvquant_int8" and "q_dtype" in options:
+        options = {**options, "kv_cache_dtype": "fp8"}
+
+    def run(scales: Any) -> tuple[torch.Tensor, QuantizedPagedCache]:
+        given = {**options, "scales": scales}
+        cache = QuantizedPagedCache.from_model(model, **given) if through == "from_model" else None
+        made = {"cache_config": given} if cache is None else {CACHE_NAME: cache}
+        output = model.generate(prompt(), max_new_tokens=5, do_sample=False, return_dict_in_generate=True, **made)
+        return output.sequences, getattr(output, CACHE_NAME)
+
+    (expected, by_path), (tokens, by_scales) = run(directory), run(read_scales(directory, model))
+    assert torch.equal(tokens, expected)
+    assert str(by_scales.report()) == str(by_path.report())
+    assert by_scales.report().notes == by_path.report().notes
+    assert _same(*([s.paged.pages for x in cache.layers for s in (x.k, x.v)] for cache in (by_path, by_scales)))
+    if not options:
+        is_int8 = attention == "kvquant_int8"
+        assert by_scales.report().layers[0].kv_cache_dtype == (("int8" if is_int8 else "fp8_e4m3"),) * 2
+        assert any("they are not used for int8" in note for note in by_scales.notes) == is_int8
+
+
+def test_scales_that_were_read_go_where_other_options_go(tmp_path: Path) -> None:
+    """Into a cache made without a model, a saved generation configuration and a saved session."""
+    directory, _ = _save_model(tmp_path / "scales", FP8)
+    model = tiny_llama()
+    found = read_scales(directory, model)
+    expected = QuantizedPagedCache.from_model(model, scales=directory)
+    pages = _pages(model, expected)
+    assert _same(_pages(model, QuantizedPagedCache(model.config, KVQuantConfig(scales=found))), pages)
+
+    model.generation_config.cache_config = {"scales": found}
+    model.save_pretrained(tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model", attn_implementation="kvquant")
+    assert loaded.generation_config.cache_config["scales"]["path"] == str(directory)
+    made = QuantizedPagedCache.from_model(loaded, **loaded.generation_config.cache_config)
+    assert _same(_pages(loaded, made), pages)
+    assert str(made.report()) == str(expected.report())
+
+    made.save_pretrained(tmp_path / "session")
+    restored = QuantizedPagedCache.from_pretrained(tmp_path / "session", loaded)
+    assert [row.scales for row in restored.report().layers] == [row.scales for row in expected.report().layers]
+    assert restored.kvquant.to_dict() == made.kvquant.to_dict()
+    again = [cache.update(*torch.ones(2, 2, 2, 3, 16), 0) and cache.layers[0] for cache in (made, restored)]
+    assert torch.equal(*(layer.k.paged.scale for layer in again))
+
+
+def test_a_cache_without_a_model_reads_no_files(tmp_path: Path) -> None:
+    config = llama_config()
+    for scales in ("checkpoint", str(tmp_path), tmp_path):
+        with pytest.raises(ValueError, match="a cache reads files for a model only; make it with from_model"):
+            QuantizedPagedCache(config, KVQuantConfig(scales=scales))
+    found = read_scales(write(tmp_path), PATHS)
+    for scales in ("checkpoint", tmp_path):
+        cache = QuantizedPagedCache(config, KVQuantConfig(scales=scales), checkpoint=found)
+        assert cache.report().layers[0].kv_cache_dtype == ("fp8_e4m3", "fp8_e4m3")
+    with pytest.raises(TypeError, match="checkpoint is a list, not what read_scales returned"):
+        QuantizedPagedCache(config, checkpoint=layers_of(found))
+
+
+def test_scales_that_were_read_for_another_model(tmp_path: Path) -> None:
+    directory, _ = _save_model(tmp_path, {**FP8, "strategy": "attn_head"})
+    found = read_scales(directory)
+    with pytest.raises(ValueError, match="holds scales for 2 layers, but this model has 3 .* read_scales"):
+        QuantizedPagedCache.from_model(tiny_llama(num_hidden_layers=3), scales=found)
+    model = tiny_llama(num_key_value_heads=4)
+    with pytest.raises(ValueError, match=r"shape \[2\], but this model needs .*made for another model"):
+        _pages(model, QuantizedPagedCache.from_model(model, scales=found))
+    with pytest.raises(TypeError, match="scales=None .read_scales gives that"):
+        model.generate(prompt(), cache_config={"scales": read_scales(model)}, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "some-org/not-on-this-machine"])

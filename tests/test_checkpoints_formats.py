@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import FP8, PATHS, Tensors, layers_at, layers_of, scales_of_layers, write
+from checkpoint_files import FP8, PATHS, Tensors, layers_at, layers_of, scales_of_layers, write, write_statistics
 from helpers import llama_config, prompt, tiny_llama
 from safetensors.torch import save_file
 
@@ -905,27 +905,6 @@ def test_lmdeploy_parameters_that_are_wrong(tmp_path: Path, values: Any, message
         read_scales(write_parameters(tmp_path, values), PATHS)
 
 
-def write_statistics(directory: Path, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    """`lmdeploy lite calibrate` of two layers; returns the numbers it saw."""
-    directory.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    seen: dict[str, dict[str, torch.Tensor]] = {}
-    for name in ("key", "value"):
-        channels = torch.rand(16, generator=generator) * 9
-        seen[name] = {
-            f"model.layers.{index}": torch.randn(63, 2, 16, generator=generator) * channels + channels
-            for index in range(2)
-        }
-        of = {layer: x.half() for layer, x in seen[name].items()}
-        statistics = {
-            "max": {layer: x.amax(0) for layer, x in of.items()},
-            "min": {layer: x.amin(0) for layer, x in of.items()},
-            "absmax": {layer: x.abs().amax(0) for layer, x in of.items()},
-        }
-        torch.save(statistics, directory / f"{name}_stats.pth")
-    return seen
-
-
 @pytest.mark.parametrize("granularity", ["tensor", "head", "channel"])
 @pytest.mark.parametrize("name", ["int8", "fp8_e4m3", "fp8_e5m2"])
 @pytest.mark.parametrize("by_path", [True, False])
@@ -957,8 +936,38 @@ def test_statistics_become_what_the_cache_is_asked_for(tmp_path: Path) -> None:
         cache = QuantizedPagedCache.from_model(tiny_llama(), scales=tmp_path, kv_cache_dtype=name)
         assert cache.report().layers[1].kv_cache_dtype == (name, name)
         assert cache.report().layers[1].scales == ("checkpoint: model.layers.1",) * 2
-    with pytest.raises(ValueError, match="granularity='token'; choose a quantized format and one of tensor"):
-        read_scales(tmp_path, PATHS, granularity="token")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"granularity": "token"}, "granularity='token'; choose one of tensor, head, channel"),
+        ({"granularity": None}, "granularity=None; choose one of tensor, head, channel"),
+        ({"kv_cache_dtype": "int3"}, "unknown storage format 'int3'; known: fp8_e4m3"),
+        ({"kv_cache_dtype": "auto"}, "unknown storage format 'auto'; known: fp8_e4m3"),
+        ({"kv_cache_dtype": "model"}, "kv_cache_dtype='model' has no scales; choose one of fp8_e4m3, fp8_e5m2, int8"),
+    ],
+)
+def test_what_statistics_cannot_become_is_refused_whatever_there_is(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    model = tiny_llama()
+    write_statistics(tmp_path / "statistics")
+    checkpoint(tmp_path / "scales", OWN, COMPRESSED)
+    checkpoint(tmp_path / "nothing", {})
+    for source in (tmp_path / "statistics", tmp_path / "scales", tmp_path / "nothing", model):
+        with pytest.raises(ValueError, match=message):
+            read_scales(source, **options)
+        with pytest.raises(ValueError, match=message):
+            read_scales(source, model, **options)
+
+
+def test_statistics_become_formats_by_any_of_their_names(tmp_path: Path) -> None:
+    write_statistics(tmp_path)
+    for name in ("fp8", torch.float8_e4m3fn):
+        found = read_scales(tmp_path, PATHS, kv_cache_dtype=name)
+        assert found is not None
+        assert found.kv_cache_dtype == "fp8_e4m3"
 
 
 def test_silent_channels_and_layers(tmp_path: Path) -> None:

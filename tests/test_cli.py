@@ -13,7 +13,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from checkpoint_files import with_hub
+from checkpoint_files import with_hub, write_statistics
 from helpers import prompt, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -33,6 +33,7 @@ from hf_kvquant.inspection import inspect_scales
 from hf_kvquant.layers import PagedLayer
 from hf_kvquant.ops import cpu
 from hf_kvquant.planning import plan_memory
+from hf_kvquant.scales import granularity_of
 from hf_kvquant.skeleton import layer_shapes, model_skeleton
 from hf_kvquant.tables import size, table
 
@@ -118,6 +119,11 @@ def test_doctor_names_the_kernels(device: str, kernels: str | None, capsys: pyte
     assert f"kernels: {kernels or cpu.outlook()}" in output
 
 
+def test_the_doctor_names_what_is_no_device() -> None:
+    with pytest.raises(ValueError, match="device='gpu' is no device; give cpu, cuda"):
+        diagnose(TINY, device="gpu")
+
+
 def test_doctor_takes_auto_for_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "doctor", TINY, "--device", "auto") == run(capsys, "doctor", TINY)
 
@@ -143,6 +149,11 @@ def test_a_device_that_is_not_here(arguments: list[str], capsys: pytest.CaptureF
         ("bench --formats int9", "unknown storage format 'int9'"),
         ("bench --largest --device cpu", "hf-kvquant plan MODEL --memory SIZE"),
         ("calibrate --data nofile.txt --layout sidecar --output {}/new", "nofile.txt is not a file"),
+        ("calibrate --data README.md --output {}/new --percentile 20", "percentile=20.0; it is the share"),
+        ("calibrate --data README.md --output {}/new --percentile 99", "is for estimator='percentile'"),
+        ("calibrate --data README.md --output {}/new --batch-size 0", "batch_size=0; it must be a positive integer"),
+        ("calibrate --data README.md --output {}/new --max-length 0", "max_length=0; it must be a positive integer"),
+        ("calibrate --data README.md --output {}/new --num-samples 0", "num_samples=0; it must be a positive integer"),
     ],
 )
 def test_arguments_are_refused_before_a_model_is_loaded(
@@ -700,11 +711,33 @@ def test_plan_of_nothing(base: Path, capsys: pytest.CaptureFixture[str], argumen
 
 
 @pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"context": 1.5}, ValueError, "context is 1.5; it must be a positive integer"),
+        ({"context": "8"}, ValueError, "context is '8'; it must be a positive integer"),
+        ({"batches": [True]}, ValueError, "batch is True"),
+        ({"batches": 4}, TypeError, r"batches=4; give a list, such as \[4\]"),
+        ({"memory": "24GiB"}, ValueError, "memory is '24GiB'; it must be a positive integer, in bytes"),
+    ],
+)
+def test_plan_of_what_is_no_number(base: Path, arguments: dict[str, Any], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        plan_memory(base, **arguments)
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [("24", 24 * 2**30), ("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("1.5 gib", 3 * 2**29), ("512MiB", 2**29)],
 )
 def test_sizes(base: Path, capsys: pytest.CaptureFixture[str], text: str, expected: int) -> None:
     assert json.loads(run(capsys, "plan", base, "--memory", text, "--json"))["memory"] == expected
+
+
+@pytest.mark.parametrize("text", ["1.2.3GiB", ".", "GiB", "24XB", "-1"])
+def test_what_is_no_size(base: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", str(base), f"--memory={text}"])
+    assert f"{text!r} is no size; write 24GiB, 80GB or a number of GiB" in capsys.readouterr().err
 
 
 # -- calibrate and convert ---------------------------------------------------------------------------------------------
@@ -785,6 +818,23 @@ def test_convert(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     empty = tmp_path / "empty"
     tiny_llama("sdpa").save_pretrained(empty)
     assert "empty has no KV scales" in fails(capsys, "convert", empty, base, "--output", tmp_path / "more")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [((), ("int8", "channel")), (("--kv-cache-dtype", "fp8", "--granularity", "head"), ("fp8_e4m3", "head"))],
+)
+def test_convert_statistics(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], expected: tuple[str, str]
+) -> None:
+    """Which leave open what they become."""
+    write_statistics(tmp_path / "statistics")
+    target = ("--output", tmp_path / "new", "--layout", "sidecar")
+    run(capsys, "convert", tmp_path / "statistics", base, *target, *options)
+    found = read_scales(tmp_path / "new", load_plain(base))
+    assert (found.kv_cache_dtype, granularity_of(found.layers[0].k_scale)) == expected
+    wrong = fails(capsys, "convert", tmp_path / "statistics", base, *target, "--kv-cache-dtype", "int3")
+    assert "unknown storage format 'int3'" in wrong
 
 
 def test_serve_is_transformers_server_with_our_attentions(

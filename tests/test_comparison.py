@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import write
 from helpers import prompt, tiny_llama
 from transformers import (
     AutoConfig,
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 import hf_kvquant
-from hf_kvquant import Comparison, ComparisonRow, LayerScales, compare
+from hf_kvquant import Comparison, ComparisonRow, KVQuantConfig, LayerScales, compare, read_scales
 from hf_kvquant.cli import main
 from hf_kvquant.evaluation.attempt import attempt
 from hf_kvquant.evaluation.caches import DENSE
@@ -196,6 +197,18 @@ def test_attention_over_pages() -> None:
     mixed = quality(found, "kvquant int8 / fp8_e5m2")
     assert mixed.k_error[0] is not None and mixed.v_error[0] is not None  # noqa: PT018
     assert mixed.k_error[0] < mixed.v_error[0] / 2
+
+
+def test_formats_by_torchs_names_and_scales_that_were_read(tmp_path: Path) -> None:
+    model = tiny_llama("kvquant").eval()
+    found = compared(model, prompt(1, CONTEXT), formats=[torch.int8, (torch.int8, "model")])
+    rows = {row.cache: row.options for row in found.rows}
+    assert rows["kvquant int8"] == {"kv_cache_dtype": "int8"}
+    assert rows["kvquant int8 / model"] == {"kv_cache_dtype": ["int8", "model"]}
+    scales = read_scales(write(tmp_path), model)
+    asked = {"path": {"scales": tmp_path}, "read": {"scales": scales}, "config": KVQuantConfig(scales=scales)}
+    found = compared(model, prompt(1, CONTEXT), formats=asked)
+    assert quality(found, "path").steps == quality(found, "read").steps == quality(found, "config").steps
 
 
 def test_attention_that_stores_a_format_of_its_own() -> None:
@@ -418,6 +431,15 @@ def test_bad_input(data: Any, options: dict[str, Any], says: str) -> None:
 def test_wrong_types() -> None:
     with pytest.raises(TypeError, match=r"give a list such as \['int8'\]"):
         compared(tiny_llama(), prompt(1, CONTEXT), formats="int8")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"formats": None}, "formats=None; give a list such as"),
+        ({"formats": {"x": "int8"}}, r"formats\['x'\]='int8'; give its options, such as"),
+        ({"retrieval": 64}, r"retrieval=64; give a list, such as \[64\]"),
+        ({"speculation": "assistant"}, "str is no transformers model"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(TypeError, match=message):
+            compared(tiny_llama(), prompt(1, CONTEXT), **options)
     with pytest.raises(TypeError, match="data of type int"):
         compared(tiny_llama(), 17)
     encoder_decoder = T5ForConditionalGeneration(

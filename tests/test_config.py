@@ -15,10 +15,14 @@ import torch
 from helpers import llama_config
 from test_cache import sliding_model
 
-from hf_kvquant import KVQuantConfig, LayerScales, QuantizedPagedCache
+from hf_kvquant import CheckpointScales, KVQuantConfig, LayerScales, QuantizedPagedCache
+from hf_kvquant.checkpoints import ScaleSource
 from hf_kvquant.formats import FORMATS
 
 SCALES = LayerScales(torch.ones(1), torch.ones(1))
+READ = CheckpointScales(
+    "somewhere", "modelopt", "fp8_e4m3", False, [SCALES, None], [{"k_scale": ScaleSource("a", "b")}, {}]
+)
 KEYS = [field.name for field in dataclasses.fields(KVQuantConfig)]
 
 
@@ -100,6 +104,7 @@ def test_bad_equalize_lists_the_formats(given: Any) -> None:
         [SCALES],
         (SCALES, None),
         {1: SCALES},
+        READ,
     ],
     ids=str,
 )
@@ -113,6 +118,11 @@ def test_scales(given: Any) -> None:
 def test_bad_scales_list_the_choices(given: Any) -> None:
     with pytest.raises(TypeError, match="choose one of auto, checkpoint, dynamic, first_batch, unit, a path"):
         KVQuantConfig(scales=given)
+
+
+def test_what_read_scales_gives_for_nothing_is_named() -> None:
+    with pytest.raises(TypeError, match="scales=None .read_scales gives that for files without scales."):
+        KVQuantConfig(scales=None)
 
 
 @pytest.mark.parametrize("given", ["token", "", None, 1, ["head"]])
@@ -218,8 +228,9 @@ def test_skip_layers_of_an_unknown_type_lists_the_types() -> None:
         LayerScales(None, torch.tensor([0.1, 1 / 3]), v_zero=torch.tensor([-0.7])),
         {3: SCALES, 0: SCALES},
         [SCALES, None, SCALES],
+        READ,
     ],
-    ids=["name", "path", "scales", "one_side", "dict", "list"],
+    ids=["name", "path", "scales", "one_side", "dict", "list", "read"],
 )
 def test_a_config_survives_json(scales: Any) -> None:
     options = {
@@ -246,6 +257,8 @@ def test_a_config_survives_json(scales: Any) -> None:
         ({"k_scale": None}, "needs k_scale or v_scale"),
         ({"v_scale": [1.0], "k_zero": [1.0]}, "k_zero, but no k_scale"),
         ({"k_scale": [1.0], "v": [1.0]}, "unknown entry v .*v_scale"),
+        ({**READ.to_dict(), "layers": [5, None]}, "layers or sources of saved checkpoint scales are malformed"),
+        ({**READ.to_dict(), "sources": [{}]}, "have 2 layers, but sources of 1"),
     ],
 )
 def test_entries_that_are_no_scales(entries: Any, message: str) -> None:

@@ -13,7 +13,11 @@ import hf_kvquant
 ROOT = Path(hf_kvquant.__file__).parent
 # Floors from the ground up. Where a floor has steps, a module may also use the steps before its own.
 FLOORS: tuple[tuple[set[str], ...], ...] = (
-    ({"_version", "atomic_write", "dtypes", "huge_pages", "scales", "sides", "tables"}, {"formats"}, {"config"}),
+    (
+        {"_version", "atomic_write", "dtypes", "huge_pages", "scales", "sides", "tables"},
+        {"checkpoint_scales", "formats"},
+        {"config"},
+    ),
     ({"checkpoints", "ops"},),
     (
         {"rotary", "hosts", "interface", "pools", "policy", "query", "reservations", "sharding"},

@@ -10,6 +10,7 @@ import tracemalloc
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from hf_kvquant import LayerScales, QuantizedPagedCache, calibrate, read_scales,
 from hf_kvquant.checkpoints import ModelLayers, sidecar
 from hf_kvquant.exporting import check_export
 from hf_kvquant.hosts.files import model_layers
+from hf_kvquant.inspection import inspect_scales
 from hf_kvquant.ops import reference
+from hf_kvquant.planning import plan_memory
 from hf_kvquant.scales import as_head_channel
 
 MODULES = [f"model.layers.{index}.self_attn" for index in range(2)]
@@ -843,6 +846,35 @@ def test_refused_before_anything_is_written(tmp_path: Path, base: Path, case: st
             write_scales(scales, base, output, **options)
     assert not (tmp_path / "new").exists()
     assert {file.name: file.read_bytes() for file in base.iterdir()} == before
+
+
+def test_what_is_no_scales_no_model_and_no_name(tmp_path: Path, base: Path) -> None:
+    scales, _ = make("fp8")
+    layers = list(scales.layers)
+    for wrong in (layers, layers[0], dict(enumerate(layers)), str(base)):
+        with pytest.raises(TypeError, match="do not say which format .* what calibrate or read_scales returned"):
+            write_scales(wrong, base, tmp_path / "new")
+    with pytest.raises(TypeError, match="NoneType .read_scales gives None for files without scales."):
+        write_scales(read_scales(base, LAYERS), base, tmp_path / "new")
+    model = tiny_llama("sdpa")
+    for call in (partial(write_scales, scales, base, tmp_path / "new"), partial(read_scales, base)):
+        for other in (str(base), model.config):
+            with pytest.raises(TypeError, match="is no transformers model"):
+                call(model=other)
+    for call in (partial(write_scales, scales, output=tmp_path / "new"), read_scales, inspect_scales, plan_memory):
+        for nothing in (None, 5, scales):
+            with pytest.raises(TypeError, match="is no name of a checkpoint; give a directory, a file or a hub id"):
+                call(nothing)
+        with pytest.raises(ValueError, match="the name of a checkpoint is empty"):
+            call("")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_in_a_wrapper_is_the_model(tmp_path: Path, base: Path) -> None:
+    scales, _ = make("fp8")
+    for index, model in enumerate((tiny_llama("sdpa"), torch.nn.DataParallel(tiny_llama("sdpa")))):
+        write_scales(scales, base, tmp_path / str(index), layout="sidecar", model=model)
+        same(read_scales(tmp_path / str(index), model).layers, scales.layers)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])

@@ -1,5 +1,5 @@
 """Static scales from real tokens."""
 
-from .calibrating import ESTIMATORS, STATIC_FORMATS, Calibration, calibrate
+from .calibrating import ESTIMATORS, STATIC_FORMATS, Calibration, calibrate, check_calibrating
 
-__all__ = ["ESTIMATORS", "STATIC_FORMATS", "Calibration", "calibrate"]
+__all__ = ["ESTIMATORS", "STATIC_FORMATS", "Calibration", "calibrate", "check_calibrating"]

@@ -9,18 +9,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, overload
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..calibration_data import batches_of
 from ..checkpoints import ModelLayers
+from ..config import is_integer
 from ..formats import get_format
 from ..hosts.fake_quantization import disable_fake_quantization
 from ..hosts.files import model_layers
 from ..hosts.wrappers import without_data_parallelism
-from ..scales import GRANULARITIES, LayerScales
+from ..scales import LayerScales, check_granularity
 from ..sharding import of_all_stages
 from .estimating import Estimate
 from .gathering import CROWDED, Gatherer
@@ -28,6 +31,7 @@ from .gathering import CROWDED, Gatherer
 ESTIMATORS = ("absmax", "percentile", "mse")
 # Those with static scales to calibrate.
 STATIC_FORMATS = ("fp8_e4m3", "int8")
+_PERCENTILE = 99.99
 
 # Tokens kept of each layer for `percentile` and `mse`: a million numbers per layer of 8 heads of 128 channels.
 _SAMPLE_TOKENS = 1024
@@ -71,16 +75,46 @@ class Calibration(Sequence["LayerScales | None"]):
         return {"kv_cache_dtype": self.kv_cache_dtype, "layers": layers}
 
 
+def check_calibrating(
+    *,
+    kv_cache_dtype: str | torch.dtype,
+    granularity: str,
+    estimator: str,
+    symmetric: bool,
+    percentile: float,
+    q_scale: bool,
+    num_samples: int,
+    max_length: int,
+    batch_size: int,
+) -> None:
+    """Raise what `calibrate` raises for options that do not exist."""
+    if get_format(kv_cache_dtype).name not in STATIC_FORMATS:
+        raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} has no static scales; choose fp8 or int8")
+    check_granularity(granularity)
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator={estimator!r}; choose one of {', '.join(ESTIMATORS)}")
+    if not isinstance(percentile, Real) or not 50 < percentile <= 100:
+        raise ValueError(f"percentile={percentile!r}; it is the share of numbers that fit, above 50 and at most 100")
+    if percentile != _PERCENTILE and estimator != "percentile":
+        raise ValueError(f"percentile={percentile!r} is for estimator='percentile', not for {estimator!r}")
+    for name, flag in (("symmetric", symmetric), ("q_scale", q_scale)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name}={flag!r}; it is True or False")
+    for name, number in (("num_samples", num_samples), ("max_length", max_length), ("batch_size", batch_size)):
+        if not is_integer(number) or number < 1:
+            raise ValueError(f"{name}={number!r}; it must be a positive integer")
+
+
 def calibrate(
     model: PreTrainedModel,
     data: Any,
     *,
     tokenizer: Any = None,
-    kv_cache_dtype: str = "fp8",
+    kv_cache_dtype: str | torch.dtype = "fp8",
     granularity: str = "tensor",
     estimator: str = "absmax",
     symmetric: bool = True,
-    percentile: float = 99.99,
+    percentile: float = _PERCENTILE,
     q_scale: bool = False,
     num_samples: int = 512,
     max_length: int = 2048,
@@ -103,7 +137,7 @@ def calibrate(
             range with the smallest squared error. The last two judge by a uniform sample of the tokens.
         symmetric: False adds a zero in the middle of the range; not for keys that a rotary embedding turns, whose
             middle is another one at every position.
-        percentile: share of numbers in percent that do not clip.
+        percentile: share of numbers in percent that do not clip, with `estimator="percentile"`.
         q_scale: scales of the queries as well, per tensor or, with a finer granularity, per query head.
         num_samples, max_length: most texts or sequences, and most tokens of each.
         batch_size: sequences in a forward pass; batches of a DataLoader are taken as they are.
@@ -114,18 +148,14 @@ def calibrate(
     Raises ValueError naming the option for values that do not exist, data without tokens, and models that cannot be
     calibrated; TypeError for data of another kind.
     """
+    check_calibrating(
+        kv_cache_dtype=kv_cache_dtype, granularity=granularity, estimator=estimator, symmetric=symmetric,
+        percentile=percentile, q_scale=q_scale, num_samples=num_samples, max_length=max_length, batch_size=batch_size,
+    )  # fmt: skip
     row = get_format(kv_cache_dtype)
-    if row.name not in STATIC_FORMATS:
-        raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} has no static scales; choose fp8 or int8")
-    for name, value, known in (("granularity", granularity, GRANULARITIES), ("estimator", estimator, ESTIMATORS)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r}; choose one of {', '.join(known)}")
-    if not 50 < percentile <= 100:
-        raise ValueError(f"percentile={percentile!r}; it is the share of numbers that fit, above 50 and at most 100")
-    for name, number in (("num_samples", num_samples), ("max_length", max_length), ("batch_size", batch_size)):
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name}={number!r}; it must be a positive integer")
-
+    percentile, num_samples, max_length, batch_size = (
+        float(percentile), int(num_samples), int(max_length), int(batch_size),
+    )  # fmt: skip
     model = without_data_parallelism(model)
     batches = batches_of(data, model, tokenizer, num_samples, max_length, batch_size)
     gatherer = Gatherer(model, sample_tokens=0 if estimator == "absmax" else _SAMPLE_TOKENS)

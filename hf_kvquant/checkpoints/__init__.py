@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint_scales import CheckpointScales, ScaleSource
 from ..scales import LayerScales
 from . import lightllm, lmdeploy, ort_genai, sidecar, tensorrt_llm, tensors, vllm
 from .files import MAX_COUNT, CheckpointFiles
-from .found import CheckpointScales, Declared, Found, ModelLayers, NoUsableScalesError, Parts, ScaleSource, Wanted
+from .found import Declared, Found, ModelLayers, NoUsableScalesError, Parts, Wanted
 from .matching import match_layers, number_layers
 from .names import looks_like_kv_scale
 from .values import LayerReader

@@ -33,6 +33,14 @@ WEIGHTS = (
 )  # fmt: skip
 
 
+def check_name(source: Any) -> None:
+    """Raise TypeError or ValueError for what names no checkpoint: an empty name would be the working directory."""
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"{type(source).__name__} is no name of a checkpoint; give a directory, a file or a hub id")
+    if not os.fspath(source):
+        raise ValueError("the name of a checkpoint is empty; give a directory, a file or a hub id")
+
+
 @dataclass(frozen=True)
 class CheckpointFiles:
     """A checkpoint directory, or one file of it.
@@ -64,9 +72,10 @@ class CheckpointFiles:
     ) -> CheckpointFiles:
         """The files of a directory or hub id, or one file; with `only_scales` weights without scales may be missing.
 
-        Raises ValueError if there is no such thing or a file of the checkpoint is broken, and FileNotFoundError if it
-        is not on this machine and must not be fetched.
+        Raises ValueError if there is no such thing or a file of the checkpoint is broken, TypeError for what is no
+        name, and FileNotFoundError if it is not on this machine and must not be fetched.
         """
+        check_name(source)
         path = Path(source)
         if path.is_file():
             return cls._of_file(path)

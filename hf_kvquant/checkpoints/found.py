@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..scales import LayerScales
+from ..checkpoint_scales import ScaleSource
+from ..formats import get_quantized_format
+from ..scales import check_granularity
 
 
 class NoUsableScalesError(ValueError):
@@ -15,39 +17,6 @@ class NoUsableScalesError(ValueError):
 
     Nothing is broken, so `scales="auto"` goes on without.
     """
-
-
-@dataclass(frozen=True)
-class ScaleSource:
-    """Where one value was read: the file inside the checkpoint's directory, and the tensor or entry in it."""
-
-    file: str
-    key: str
-
-
-@dataclass(frozen=True)
-class CheckpointScales:
-    """KV scales of a checkpoint.
-
-    Attributes:
-        path: the directory or file they were read from.
-        producer: whose format it is, such as `compressed-tensors` or `modelopt`.
-        kv_cache_dtype: the format they are made for (`fp8_e4m3`, `int8`), or None if nothing says.
-        dynamic: the checkpoint asks for scales that are computed at run time (`layers` then holds None only).
-        layers: one entry per cache layer, None where there are none.
-        sources: for each layer where its values come from: `{"k_scale": ScaleSource(file, key), ...}`, {} without any.
-        notes: what the reader had to decide or found suspicious, for the report.
-        ignored: tensors and files that look like KV scales, but are of no layer of the model or of no known format.
-    """
-
-    path: str
-    producer: str
-    kv_cache_dtype: str | None
-    dynamic: bool
-    layers: list[LayerScales | None]
-    sources: list[dict[str, ScaleSource]]
-    notes: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -75,11 +44,17 @@ class Wanted:
     Attributes:
         model: the layers that scales are wanted for; None if only the files are known.
         kv_cache_dtype, granularity: what to make of statistics that leave it open.
+
+    Raises ValueError that lists what is accepted, whether or not the files will leave it open.
     """
 
     model: ModelLayers | None = None
-    kv_cache_dtype: str = "int8"
+    kv_cache_dtype: str | torch.dtype = "int8"
     granularity: str = "channel"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_cache_dtype", get_quantized_format(self.kv_cache_dtype).name)
+        check_granularity(self.granularity)
 
 
 @dataclass(frozen=True)

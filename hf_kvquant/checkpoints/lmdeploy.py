@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from ..checkpoint_scales import ScaleSource
 from ..formats import get_format
-from ..scales import GRANULARITIES
 from .files import CheckpointFiles, read_bytes
-from .found import Declared, Found, ScaleSource, Value, Wanted
+from .found import Declared, Found, Value, Wanted
 from .parse import numbers_at
 
 _PARAMETERS = re.compile(r"layers\.(\d{1,5})\.past_kv_scale\.(\d{1,5})\.weight")
@@ -117,11 +117,6 @@ def _scale_and_zero(
     Keys turn with their position, so the middle of what calibration saw is not that of later positions.
     """
     row = get_format(wanted.kv_cache_dtype)
-    if not row.is_quantized or wanted.granularity not in GRANULARITIES:
-        raise ValueError(
-            f"kv_cache_dtype={wanted.kv_cache_dtype!r}, granularity={wanted.granularity!r}; choose a quantized format "
-            f"and one of {', '.join(GRANULARITIES)}"
-        )
     maximum, minimum = maximum.to(torch.float32), minimum.to(torch.float32)
     if not bool((maximum.isfinite() & minimum.isfinite()).all()):
         raise ValueError(f"{where} holds NaN or infinite values; calibrate again")

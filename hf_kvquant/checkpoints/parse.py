@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .found import ModelLayers, ScaleSource, Value
+from ..checkpoint_scales import ScaleSource
+from .found import ModelLayers, Value
 
 if TYPE_CHECKING:
     from .files import CheckpointFiles

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from ..checkpoint_scales import ScaleSource
 from ..formats import FORMATS
 from ..scales import LayerScales
 from .files import CheckpointFiles
-from .found import Declared, Found, ScaleSource, Value, Wanted
+from .found import Declared, Found, Value, Wanted
 from .parse import numbers, object_at
 
 FILE = "hf_kvquant_scales.json"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint_scales import ScaleSource
 from .files import CheckpointFiles, tensors_in
-from .found import Declared, Found, NoUsableScalesError, ScaleSource, Value, Wanted
+from .found import Declared, Found, NoUsableScalesError, Value, Wanted
 from .spellings import ALGORITHMS, names_a_format
 
 _NAME = re.compile(r".*\blayers\.(\d{1,5})\.attention\.(kv|k|v)_cache_scaling_factor")

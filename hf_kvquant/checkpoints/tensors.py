@@ -9,9 +9,10 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
+from ..checkpoint_scales import ScaleSource
 from . import angelslim, ascend, autofp8, compressed_tensors, mistral, modelopt, quark
 from .files import CheckpointFiles
-from .found import Declared, Found, NoUsableScalesError, ScaleSource, Value, Wanted
+from .found import Declared, Found, NoUsableScalesError, Value, Wanted
 from .names import looks_like_kv_scale, parse
 
 # The most special names and declarations come first; what a file beside config.json declares comes last, as in vLLM.

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint_scales import ScaleSource
 from ..scales import LayerScales
-from .found import Parts, ScaleSource, Value
+from .found import Parts, Value
 
 # Beyond these no activation of a model can have been measured; memory that was never written looks like this.
 _PLAUSIBLE = (1e-8, 1e4)

@@ -145,6 +145,15 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("source", help="where the scales are: directory, file or hub id")
     convert.add_argument("--source-revision", help="branch, tag or commit, if the source is a hub id")
     convert.add_argument("model", help="directory or hub id of the model that gets them")
+    convert.add_argument(
+        "--kv-cache-dtype",
+        default="int8",
+        help="format of the scales, where the source leaves it open: LMDeploy's statistics (default: %(default)s)",
+    )
+    convert.add_argument(
+        "--granularity", default="channel", choices=GRANULARITIES,
+        help="one scale per tensor, head or channel, likewise (default: %(default)s)",
+    )  # fmt: skip
 
     for added in (calibrate_, convert):
         target = added.add_mutually_exclusive_group(required=True)
@@ -171,7 +180,7 @@ def _kv_cache_dtype(text: str) -> str | tuple[str, str]:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"([\d.]+)\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 24GiB, 80GB or a number of GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_accelerate_available
 
-from ..calibration import calibrate
+from ..calibration import calibrate, check_calibrating
 from ..calibration_data import batches_of
 from ..doctor import diagnose
 from ..evaluation import ComparisonRow, compare
@@ -154,6 +154,18 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
+    measured = {
+        "kv_cache_dtype": options.kv_cache_dtype,
+        "granularity": options.granularity,
+        "estimator": options.estimator,
+        "symmetric": not options.asymmetric,
+        "percentile": options.percentile,
+        "q_scale": options.q_scale,
+        "num_samples": options.num_samples,
+        "max_length": options.max_length,
+        "batch_size": options.batch_size,
+    }
+    check_calibrating(**measured)
     # Hours of calibration must not end in a refusal.
     check_export(
         options.model,
@@ -169,19 +181,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     model = _load(options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are among the notes
-        scales = calibrate(
-            model,
-            options.data,
-            kv_cache_dtype=options.kv_cache_dtype,
-            granularity=options.granularity,
-            estimator=options.estimator,
-            symmetric=not options.asymmetric,
-            percentile=options.percentile,
-            q_scale=options.q_scale,
-            num_samples=options.num_samples,
-            max_length=options.max_length,
-            batch_size=options.batch_size,
-        )
+        scales = calibrate(model, options.data, **measured)
     for note in scales.notes:
         remark(f"note: {note}")
     say(f"{scales.num_tokens:,} tokens seen")
@@ -193,7 +193,13 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     model = model_skeleton(options.model, options.revision)
-    scales = read_scales(options.source, model, revision=options.source_revision)
+    scales = read_scales(
+        options.source,
+        model,
+        revision=options.source_revision,
+        kv_cache_dtype=options.kv_cache_dtype,
+        granularity=options.granularity,
+    )
     if scales is None:
         raise ValueError(f"{options.source} has no KV scales")
     for note in scales.notes:

@@ -13,12 +13,14 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCa
 from transformers.cache_utils import Cache
 
 from ..cache import QuantizedPagedCache
+from ..config import KVQuantConfig
 from ..options import options_for
 
 DENSE = "DynamicCache"
 STATIC = "StaticCache"
 DEFAULT_FORMATS = ("fp8_e4m3", "fp8_e5m2", "int8")
-Formats = Iterable[str | tuple[str, str]] | Mapping[str, Mapping[str, Any]]
+Format = str | torch.dtype
+Formats = Iterable[Format | tuple[Format, Format]] | Mapping[str, Mapping[str, Any] | KVQuantConfig]
 # transformers' quantized caches; of the bits that a backend offers, the default and, if there is one, 8.
 HOST_CACHES: dict[str, dict[str, Any]] = {
     "transformers fp8": {"backend": "fp8"},
@@ -55,16 +57,20 @@ def candidates(model: PreTrainedModel, formats: Formats = DEFAULT_FORMATS, reser
         reserved: ours at fixed addresses, as `generate` makes them where it compiles; then transformers' unquantized
             cache of that kind is there too.
 
-    Raises TypeError for formats given as one text, ValueError for options that are unknown and names that are taken.
+    Raises TypeError for formats that are no list and rows that are no options, ValueError for options that are unknown
+    and names that are taken.
     """
     text_config = model.config.get_text_config(decoder=True)
     if isinstance(formats, str):
         raise TypeError(f"formats={formats!r} is text; give a list such as [{formats!r}], or names and their options")
+    if not isinstance(formats, Iterable):
+        raise TypeError(f"formats={formats!r}; give a list such as ['int8'], or names and their options")
     rows: Mapping[str, Any] = (
-        formats
-        if isinstance(formats, Mapping)
-        else {f"kvquant {' / '.join([f] if isinstance(f, str) else f)}": {"kv_cache_dtype": f} for f in formats}
+        formats if isinstance(formats, Mapping) else {_row_name(each): {"kv_cache_dtype": each} for each in formats}
     )
+    for name, options in rows.items():
+        if not isinstance(options, Mapping | KVQuantConfig):
+            raise TypeError(f"formats[{name!r}]={options!r}; give its options, such as {{'kv_cache_dtype': 'int8'}}")
 
     def dense(_: int) -> Cache:
         return DynamicCache(config=text_config)
@@ -93,6 +99,12 @@ def candidates(model: PreTrainedModel, formats: Formats = DEFAULT_FORMATS, reser
         make = partial(ours, options, fixed)
         found.append(Candidate(name, json.loads(json.dumps(config.to_dict())), make, ours=True))
     return found + [Candidate(name, options, partial(hosts, options)) for name, options in HOST_CACHES.items()]
+
+
+def _row_name(formats: Any) -> str:
+    """`kvquant`, and the format or those of K and V; torch's dtypes are names too."""
+    each = formats if isinstance(formats, list | tuple) else [formats]
+    return f"kvquant {' / '.join(str(name).removeprefix('torch.') for name in each)}"
 
 
 def held_bytes(cache: Cache) -> int:

@@ -70,9 +70,11 @@ def compare(
         on_row: called with every row as it is done.
 
     Raises ValueError for no data, data shorter than `context`, options that do not fit, a model without a causal head,
-    and a file of another comparison; TypeError for data of an unknown kind.
+    and a file of another comparison; TypeError for data of an unknown kind, and for what is no model.
     """
     model = without_data_parallelism(model)
+    if not isinstance(speculation, bool):
+        speculation = without_data_parallelism(speculation)
     check_comparison(model, formats, context, num_windows, new_tokens, steps, retrieval, save)
     steps = context - context // 2 if steps is None else steps
     compared = candidates(model, formats)

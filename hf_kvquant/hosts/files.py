@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -14,6 +15,7 @@ from transformers.core_model_loading import PrefixChange, WeightConverter
 from ..checkpoints import ModelLayers
 from ..checkpoints.snapshots import loaded_commits
 from .attention_modules import attention_paths, kv_heads_of
+from .wrappers import without_wrapper
 
 
 def checkpoint_of(model: PreTrainedModel) -> tuple[str | None, str | None]:
@@ -29,8 +31,14 @@ def checkpoint_of(model: PreTrainedModel) -> tuple[str | None, str | None]:
     return path, getattr(model.config, "_commit_hash", None) or next(iter(loaded_commits(path)), None)
 
 
-def model_layers(model: PreTrainedModel) -> ModelLayers:
-    """What reading scales needs to know of the layers of `model`."""
+def model_layers(model: Any) -> ModelLayers:
+    """What reading scales needs to know of the layers of `model`, wrapped or not; if `model` is that, `model` itself.
+
+    Raises TypeError for what is no transformers model.
+    """
+    if isinstance(model, ModelLayers):
+        return model
+    model = without_wrapper(model)
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
     paths = [
