@@ -1,4 +1,4 @@
-"""`read_pages` on a CPU: every instruction set of this machine, and torch, give the numbers of the reference."""
+"""`read_pages` on a CPU: every instruction set of this machine gives the bits of the reference."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import QUANTIZED
 from test_ops import KINDS, empty_side, random_scales
+from test_ops_cpu import KERNELS
 
 from hf_kvquant.ops import PagedTensor, cpu, read_pages, reference
 
@@ -36,7 +37,7 @@ def assert_same_numbers(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("head_dim", [1, 64, 80, 256])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", QUANTIZED)
-@pytest.mark.parametrize("path", cpu.paths())
+@pytest.mark.parametrize("path", KERNELS)
 def test_every_code_under_every_scale(path: str, name: str, kind: str, head_dim: int) -> None:
     """NaN and infinities among them, in scales of tokens too; pages in any order and more than once."""
     cpu.use(path)
@@ -57,7 +58,7 @@ def test_every_code_under_every_scale(path: str, name: str, kind: str, head_dim:
 
 @pytest.mark.parametrize("dtype", NUMBERS, ids=str)
 @pytest.mark.parametrize("stored", NUMBERS, ids=str)
-@pytest.mark.parametrize("path", cpu.paths())
+@pytest.mark.parametrize("path", KERNELS)
 def test_unquantized_pages(path: str, stored: torch.dtype, dtype: torch.dtype) -> None:
     """Denormals, ties, what overflows the other dtype, and no numbers."""
     cpu.use(path)
