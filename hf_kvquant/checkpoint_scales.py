@@ -44,6 +44,17 @@ class CheckpointScales:
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> CheckpointScales:
         """What `to_dict` gave. Raises ValueError for what it cannot have given."""
+        kinds = {
+            "path": str,
+            "producer": str,
+            "kv_cache_dtype": str | None,
+            "dynamic": bool,
+            "notes": list,
+            "ignored": list,
+        }
+        wrong = [name for name, kind in kinds.items() if not isinstance(entries.get(name), kind)]
+        if wrong or set(entries) != FIELDS:
+            raise ValueError(f"saved checkpoint scales are malformed: {', '.join(wrong) or sorted(entries)}")
         try:
             layers = [None if layer is None else LayerScales.from_dict(layer) for layer in entries["layers"]]
             sources = [{name: ScaleSource(**where) for name, where in of.items()} for of in entries["sources"]]
@@ -57,7 +68,7 @@ class CheckpointScales:
         """Ready for JSON, as a saved generation configuration has it; `scales=` takes it back."""
         layers = [None if layer is None else layer.to_dict() for layer in self.layers]
         sources = [{name: asdict(where) for name, where in of.items()} for of in self.sources]
-        return {**vars(self), "layers": layers, "sources": sources}
+        return {**vars(self), "layers": layers, "sources": sources, "notes": [*self.notes], "ignored": [*self.ignored]}
 
 
 FIELDS = frozenset(f.name for f in fields(CheckpointScales))

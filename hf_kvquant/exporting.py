@@ -61,8 +61,8 @@ def write_scales(
 
     Warns, before anything is written, if readers of this layout cannot read these scales. Raises ValueError, also
     before, if the layout cannot hold them or the checkpoint cannot be added to, and TypeError for `scales` of another
-    kind and what is no model or names no files. Every file appears at once, the
-    declaration last: a crash leaves a checkpoint with all its weights.
+    kind and what is no model or names no files. Every file appears at once, the declaration last: a crash leaves a
+    checkpoint with all its weights.
     """
     if not hasattr(scales, "kv_cache_dtype") or not hasattr(scales, "layers"):
         nothing = " (read_scales gives None for files without scales)" if scales is None else ""

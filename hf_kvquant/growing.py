@@ -134,7 +134,7 @@ class GrowingLayer(PagedLayer):
     def _read(self, store: PageStore, num_new: int) -> torch.Tensor:
         # Up to the layer's own length: a step that broke off may have left the table ahead of it.
         oldest = self.table.first_position
-        dense = store.read(self.table.by_age(self.device))
+        dense = store.read(self.table.oldest_first(self.device))
         return dense[:, :, self._view_start(num_new) - oldest : self.length - oldest]
 
     def _view_start(self, num_new: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -31,7 +32,7 @@ def options_for(model: PreTrainedModel, options: Any, max_cache_len: int | None 
 def missing_options(options: Any, made_with: KVQuantConfig) -> str:
     """Of the user's `options` those that a cache was made without, as `name=value`; empty where there are none."""
     asked, has = KVQuantConfig.parse(options).to_dict(), made_with.to_dict()
-    return ", ".join(f"{name}={value!r}" for name, value in asked.items() if has.get(name) != value)
+    return ", ".join(f"{name}={reprlib.repr(value)}" for name, value in asked.items() if has.get(name) != value)
 
 
 def find_checkpoint(model: PreTrainedModel, kvquant: KVQuantConfig, notes: list[str]) -> CheckpointScales | None:

@@ -148,7 +148,7 @@ class PageTable:
     def _set_rows(self, rows: np.ndarray, length: int, first_page: int) -> None:
         self._owns_tails = False  # whether every last page is known to belong to one row only
         self._tables: dict[torch.device, torch.Tensor] = {}
-        self._by_age: dict[torch.device, torch.Tensor] = {}
+        self._oldest_first: dict[torch.device, torch.Tensor] = {}
         self._seq_lens: dict[tuple[torch.device, int], torch.Tensor] = {}
         # All at once: an interrupt leaves the table of before or that of after.
         self.rows, self.length, self.first_page = rows, length, first_page
@@ -164,13 +164,13 @@ class PageTable:
             table = self._tables[device] = _on(device, turned)
         return table
 
-    def by_age(self, device: torch.device) -> torch.Tensor:
+    def oldest_first(self, device: torch.device) -> torch.Tensor:
         """int32 `[B, N]` on `device`: `rows`."""
         if not self.first_page:
             return self.page_table(device)
-        table = self._by_age.get(device)
+        table = self._oldest_first.get(device)
         if table is None:
-            table = self._by_age[device] = _on(device, self.rows)
+            table = self._oldest_first[device] = _on(device, self.rows)
         return table
 
     def seq_lens(self, device: torch.device, length: int | None = None) -> torch.Tensor:
@@ -210,7 +210,7 @@ class PageTable:
     @property
     def nbytes(self) -> int:
         """Bytes of the device copies."""
-        return sum(t.nbytes for t in (*self._tables.values(), *self._by_age.values(), *self._seq_lens.values()))
+        return sum(t.nbytes for t in (*self._tables.values(), *self._oldest_first.values(), *self._seq_lens.values()))
 
     @property
     def first_position(self) -> int:

@@ -120,6 +120,9 @@ def plan_memory(
     context = context if context is not None else bound or 4096
     if isinstance(batches, str) or not isinstance(batches, Iterable):
         raise TypeError(f"batches={batches!r}; give a list, such as [{batches}]")
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches is empty; give at least one")
     for name, value in (("context", context), *(("batch", batch) for batch in batches)):
         if not is_integer(value) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a positive integer")

@@ -7,4 +7,4 @@ from typing import Literal
 Side = Literal["k", "v"]
 SIDES: tuple[Side, Side] = ("k", "v")
 # As transformers calls its layers' tensors, but for the plural.
-TENSOR_NAMES = {"k": "key", "v": "value"}
+TENSOR_NAMES: dict[Side, str] = {"k": "key", "v": "value"}

@@ -225,6 +225,8 @@ def test_bad_amounts_are_refused_before_anything_runs(model: Any, options: dict[
 def test_amounts_that_are_no_list(model: Any, name: str) -> None:
     with pytest.raises(TypeError, match=rf"{name}=8; give a list, such as \[8\]"):
         measured(model, **{name: 8})
+    with pytest.raises(TypeError, match="give a list"):  # it would be used up by looking at it
+        measured(model, **{name: iter([8])})
 
 
 def test_a_model_without_a_causal_head_is_refused(model: Any) -> None:

@@ -716,6 +716,7 @@ def test_plan_of_nothing(base: Path, capsys: pytest.CaptureFixture[str], argumen
         ({"context": 1.5}, ValueError, "context is 1.5; it must be a positive integer"),
         ({"context": "8"}, ValueError, "context is '8'; it must be a positive integer"),
         ({"batches": [True]}, ValueError, "batch is True"),
+        ({"batches": []}, ValueError, "batches is empty; give at least one"),
         ({"batches": 4}, TypeError, r"batches=4; give a list, such as \[4\]"),
         ({"memory": "24GiB"}, ValueError, "memory is '24GiB'; it must be a positive integer, in bytes"),
     ],
@@ -723,6 +724,11 @@ def test_plan_of_nothing(base: Path, capsys: pytest.CaptureFixture[str], argumen
 def test_plan_of_what_is_no_number(base: Path, arguments: dict[str, Any], error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         plan_memory(base, **arguments)
+
+
+def test_plan_takes_batches_that_come_once(base: Path) -> None:
+    batches = (1, 2)
+    assert plan_memory(base, batches=iter(batches)).to_dict() == plan_memory(base, batches=batches).to_dict()
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,7 @@ def test_a_config_survives_json(scales: Any) -> None:
         ({"k_scale": [1.0], "v": [1.0]}, "unknown entry v .*v_scale"),
         ({**READ.to_dict(), "layers": [5, None]}, "layers or sources of saved checkpoint scales are malformed"),
         ({**READ.to_dict(), "sources": [{}]}, "have 2 layers, but sources of 1"),
+        ({**READ.to_dict(), "dynamic": "maybe", "notes": 7}, "saved checkpoint scales are malformed: dynamic, notes"),
     ],
 )
 def test_entries_that_are_no_scales(entries: Any, message: str) -> None:

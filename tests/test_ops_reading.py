@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,10 +95,40 @@ def test_nothing_to_read(path: str) -> None:
 
 
 @pytest.mark.parametrize("page", [-1, 2, 2**32])
-def test_a_page_outside_the_pool_is_refused(page: int) -> None:
+@pytest.mark.parametrize("path", cpu.paths())
+def test_a_page_outside_the_pool_is_refused(path: str, page: int) -> None:
+    cpu.use(path)
     side = PagedTensor(torch.zeros(2, 3, 16, 64, dtype=torch.uint8), "int8")
-    with pytest.raises(ValueError, match=re.escape(f"page_table names a page outside 0 ... 1: [[0, 1], [1, {page}]]")):
+    with pytest.raises(ValueError, match=re.escape(f"page_ids names a page outside 0 ... 1: [[0, 1], [1, {page}]]")):
         read_pages(side, torch.tensor([[0, 1], [1, page]]), torch.float32)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "dimensions": ({"page_ids": torch.tensor([0, 1])}, "page_ids is torch.int64 [2]; expected int32 or int64 [B, N]"),
+    "dtype": ({"page_ids": torch.zeros(1, 2)}, "page_ids is torch.float32 [1, 2]; expected int32 or int64 [B, N]"),
+    "device": ({"page_ids": torch.zeros(1, 2, dtype=torch.int32, device="meta")}, "page_ids is on meta"),
+    "pages": ({"pages": torch.zeros(2, 16, 64, dtype=torch.uint8)}, "side.pages is [2, 16, 64]"),
+    "storage": ({"pages": torch.zeros(2, 3, 16, 64)}, "side.pages is torch.float32; int8 is stored as torch.uint8"),
+    "channels": ({"scale": torch.ones(1, 32)}, "side.scale is [1, 32]; expected [1 or 3, 1 or 64]"),
+    "heads": ({"zero": torch.ones(2, 64)}, "side.zero is [2, 64]; expected [1 or 3, 1 or 64]"),
+    "scale_dtype": ({"scale": torch.ones(1, 1).half()}, "side.scale is torch.float16; expected torch.float32"),
+    "slots": ({"token_scale": torch.ones(2, 3, 8).bfloat16()}, "side.token_scale is [2, 3, 8]; expected [2, 3, 16]"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG.keys())
+def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: str) -> None:
+    """Also behind a call that was right."""
+    side = PagedTensor(torch.zeros(2, 3, 16, 64, dtype=torch.uint8), "int8")
+    page_ids = torch.tensor([[0, 1]])
+    read_pages(side, page_ids, torch.float32)
+    for name, value in changes.items():
+        if name == "page_ids":
+            page_ids = value
+        else:
+            setattr(side, name, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_pages(side, page_ids, torch.float32)
 
 
 def test_other_layouts_and_dtypes_are_served() -> None:

@@ -129,7 +129,7 @@ class FakeLayer:
         assert table.batch_size == len(self.expected)
         assert table.seq_lens(CPU).tolist() == [self.length] * len(self.expected)
         assert table.page_table(CPU).dtype == table.seq_lens(CPU).dtype == torch.int32
-        assert table.by_age(CPU).tolist() == table.rows.tolist()
+        assert table.oldest_first(CPU).tolist() == table.rows.tolist()
         for b, row in enumerate(self.expected):
             held = [int(self.store.numbers[self._place(b, p)]) for p in range(table.first_position, self.length)]
             assert held == row[table.first_position :]

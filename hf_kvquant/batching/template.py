@@ -11,6 +11,7 @@ from ..formats import get_format
 from ..layers import PagedLayer
 from ..policy import LayerPlan
 from ..scales import as_head_channel
+from ..sides import SIDES
 
 _NOT_FOR_BATCHING = ("sink_tokens", "recent_tokens", "offload", "num_pages", "max_cache_len")
 
@@ -42,7 +43,7 @@ def check_template(template: QuantizedPagedCache, config: PreTrainedConfig) -> N
         )
     shape = host.find_num_key_value_heads(config), host.find_head_dim(config)
     for index, plan in plans.items():  # before any memory is taken
-        for side in ("k", "v"):
+        for side in SIDES:
             for name in ("scale", "zero"):
                 if (tensor := getattr(getattr(plan, side), name)) is not None:
                     as_head_channel(tensor, *shape, f"layer {index}: {side}_{name}")

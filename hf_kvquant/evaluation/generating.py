@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ def check_amounts(model: PreTrainedModel, amounts: Mapping[str, Sequence[int]], 
     if model.config.is_encoder_decoder or not model.can_generate():
         raise ValueError(f"{type(model).__name__} is not a causal language model, over whose cache text is generated")
     for name, values in amounts.items():
-        if isinstance(values, str) or not isinstance(values, Iterable):
+        if isinstance(values, str) or not isinstance(values, Sequence):
             raise TypeError(f"{name}={values!r}; give a list, such as [{values}]")
         if not values:
             raise ValueError(f"{name} is empty; give at least one")

@@ -25,7 +25,7 @@ import torch
 
 from .. import huge_pages
 from . import cpu, gpu, others, reference
-from .checks import check_attention, check_page_table, check_write
+from .checks import check_attention, check_page_table, check_read, check_write
 
 
 @dataclass(eq=False)
@@ -248,11 +248,10 @@ def paged_attention(
 def read_pages(side: PagedTensor, page_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The pages `page_ids` `[B, N]` as dense numbers `[B, H, N * S, D]`; slots never written give anything.
 
-    Raises ValueError for page ids of another shape or dtype.
+    Raises ValueError naming the argument for shapes and dtypes that do not go together.
     """
-    if page_ids.ndim != 2 or page_ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"page_ids is {page_ids.dtype} {list(page_ids.shape)}; expected int32 or int64 [B, N]")
     implementation = _eager(side.pages)
+    check_read(side, page_ids, is_eager=implementation is not None)
     read = torch.ops.hf_kvquant.read_pages if implementation is None else implementation.read_pages
     return read(page_ids, side.pages, side.format, side.scale, side.zero, side.token_scale, dtype)
 

@@ -195,6 +195,21 @@ def check_attention(
         k.passed["attention"] = v.passed["attention"] = asked
 
 
+def check_read(side: Paged, page_ids: torch.Tensor, is_eager: bool) -> None:
+    asked = (page_ids.ndim, page_ids.dtype, page_ids.device)
+    if is_eager and side.passed.get("read") == asked:
+        return
+    pages = side.pages
+    if page_ids.ndim != 2 or page_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"page_ids is {page_ids.dtype} {list(page_ids.shape)}; expected int32 or int64 [B, N]")
+    if pages.ndim != 4:
+        raise ValueError(f"side.pages is {list(pages.shape)}; expected four dimensions")
+    _check_paged("side", side, pages.shape[1], pages.shape[3])
+    _check_tensor("page_ids", page_ids, pages.device)
+    if is_eager:
+        side.passed["read"] = asked
+
+
 def check_page_table(
     page_table: torch.Tensor, seq_lens: torch.Tensor, num_pages: int, page_size: int, window: int | None = None
 ) -> None:

@@ -123,7 +123,11 @@ def read_pages(page_ids: torch.Tensor, *args: Any) -> torch.Tensor:
     """`read_pages` of the dispatch key CPU."""
     library = _library()
     output = None if library is None else kernels.read_pages(library, page_ids, args[:5], args[5])
-    return reference.read_pages(page_ids, *args) if output is None else output
+    if output is None:
+        if ((page_ids < 0) | (page_ids >= args[0].shape[0])).any():  # to the reference page -1 is the last one
+            raise kernels.outside("page_ids", page_ids, args[0])
+        output = reference.read_pages(page_ids, *args)
+    return output
 
 
 def channel_absmax(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

@@ -7,8 +7,9 @@ namespace {
 
 enum Format { E4M3, E5M2, INT8, FLOAT, BFLOAT, HALF };
 
-// `read` gives W numbers, `write` puts them, rounded to the nearest one; a stored number is `factor` times what it gives. `read_step` gives STEP times as many, where
-// that is cheaper. DIGITS: codes are integers, and there is an instruction for products of bytes.
+// `read` gives W numbers; a stored number is `factor` times what it gives. `read_step` gives STEP times as many, where
+// that is cheaper. `write`, of numbers only, rounds to the nearest one. DIGITS: codes are integers, and there is an
+// instruction for products of bytes.
 template <int F>
 struct Codec;
 

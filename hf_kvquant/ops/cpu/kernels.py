@@ -80,7 +80,12 @@ def _num_threads() -> int:
 
 def _check(status: int, page_table: torch.Tensor, pages: torch.Tensor) -> None:
     if status:
-        raise ValueError(f"page_table names a page outside 0 ... {pages.shape[0] - 1}: {page_table.tolist()}")
+        raise outside("page_table", page_table, pages)
+
+
+def outside(name: str, page_ids: torch.Tensor, pages: torch.Tensor) -> ValueError:
+    """What is raised if `page_ids` name a page that is not among `pages`."""
+    return ValueError(f"{name} names a page outside 0 ... {pages.shape[0] - 1}: {page_ids.tolist()}")
 
 
 def write_kv(
@@ -178,7 +183,8 @@ def read_pages(library: ctypes.CDLL, page_ids: torch.Tensor, side: Side, dtype: 
                 _num_threads(), output.data_ptr(), code,
             )
         )  # fmt: skip
-        _check(status, page_ids, side[0])
+        if status:
+            raise outside("page_ids", page_ids, side[0])
     return output
 
 

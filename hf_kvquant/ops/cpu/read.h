@@ -20,7 +20,7 @@ struct Read {
     int64_t format;
 };
 
-// Of a head: its scales and zeros, up to a multiple of W; 1 and 0 where there are none.
+// Of a head: its scales and zeros, 1 and 0 where there are none; with room for a multiple of W.
 struct HeadScales {
     const float *scales, *zeros;
 };

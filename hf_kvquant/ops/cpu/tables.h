@@ -1,4 +1,4 @@
-// Arguments that both operations have, as kernels.py packs them: every member is eight bytes.
+// Arguments that several operations have, as kernels.py packs them: every member is eight bytes.
 #pragma once
 
 #include <cstdint>

@@ -22,7 +22,7 @@ _LOGITS = 1 << 23
 # have most of its sum in small ones, which two digits would round away.
 _PLACES_OF_QUERY = {torch.bfloat16: 2, torch.float16: 2}
 _PLACES = 3
-# Exponentials of less are denormal or nothing, and torch takes 12 to 35 times as long for those.
+# Exponentials of less are denormal or nothing, but for a few, and torch takes 12 to 35 times as long for those.
 _LOWEST, _NEXT_TO_NOTHING = -87.0, 1.7e-38
 
 
