@@ -165,30 +165,14 @@ INLINE void write_some(typename C::T* p, f32 x, int64_t count) {
     std::memcpy(p, padded, count * sizeof *p);
 }
 
-// -- to numbers of 16 bits, rounded to the nearest one -------------------------------------------------------------
-
-uint16_t bfloat_of(float x) {
-    const uint32_t u = bits_of(x);
-    return uint16_t((u & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16);
-}
-uint16_t half_of(float x) {
-    const uint32_t u = bits_of(x), magnitude = u & 0x7FFFFFFF, sign = u >> 16 & 0x8000;
-    if (magnitude > 0x7F800000) return 0x7E00;
-    if (magnitude >= 0x477FF000) return uint16_t(sign | 0x7C00);  // rounds to 65536
-    if (magnitude < 0x38800000)                                   // denormal
-        return uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));
-    return uint16_t(sign | (((magnitude + 0xFFF + (magnitude >> 13 & 1)) >> 13) - (112 << 10)));
-}
+// `count` numbers from index on, in one of the formats that are no codes. Up to a multiple of W of them are read.
 void store_numbers(char* output, int64_t index, int64_t format, const float* x, int64_t count) {
-    if (format == FLOAT) {
-        std::memcpy(output + index * 4, x, count * 4);
-        return;
-    }
-    uint16_t* to = reinterpret_cast<uint16_t*>(output) + index;
-    if (format == BFLOAT)
-        for (int64_t i = 0; i < count; i++) to[i] = bfloat_of(x[i]);
-    else
-        for (int64_t i = 0; i < count; i++) to[i] = half_of(x[i]);
+    with_format(format, [&](auto codec) {
+        typedef decltype(codec) C;
+        if constexpr (sizeof(typename C::T) > 1)
+            for (int64_t i = 0; i < count; i += W)
+                write_some<C>(reinterpret_cast<typename C::T*>(output) + index + i, load<f32>(x + i), count - i);
+    });
 }
 
 }  // namespace
