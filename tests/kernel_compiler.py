@@ -74,7 +74,7 @@ class _Kernel:
 
 
 @contextlib.contextmanager
-def compiling(device: Device) -> Iterator[dict[str, list[Any]]]:
+def compiling(device: Device, kernel_type: type = _Kernel) -> Iterator[dict[str, list[Any]]]:
     """Calls of `hf_kvquant.ops.triton` with tensors on `meta` compile for `device`; yields what they compiled."""
     major_minor = device.capability
     with contextlib.ExitStack() as stack:
@@ -99,7 +99,7 @@ def compiling(device: Device) -> Iterator[dict[str, list[Any]]]:
             patch(tuning, name, lambda _, answer=answer: answer)
         launched = {}
         for name in ("_attention", "_merge", "_write", "_read"):
-            kernel = _Kernel(getattr(kernels, name).kernel)
+            kernel = kernel_type(getattr(kernels, name).kernel)
             launched[name.strip("_")] = kernel.compiled
             patch(kernels, name, Launcher(kernel))
         for name in ("_attention_plans", "_write_plans"):
