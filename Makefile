@@ -26,7 +26,7 @@ test: $(STAMP) ## run the tests (ARGS=... goes to pytest)
 	@$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 kernels: $(STAMP) ## the long form of what is proved of the GPU kernels without a GPU (minutes)
-	@$(BIN)/python -m pytest -q -n 2 -m kernels tests/test_triton_interpreter.py tests/test_triton_compile.py $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 -m kernels tests/test_triton_*.py $(ARGS)
 
 lint: $(STAMP) ## check style and types
 	@$(BIN)/ruff check .

@@ -57,7 +57,7 @@ def check_attention(
 
 
 def check_shortened(
-    case: Case, lengths: list[int], options: dict[str, Any], tiles: tuple[int, int], splits: int
+    case: Case, lengths: list[int], options: dict[str, Any], tiles: tuple[int, int] | None, splits: int
 ) -> None:
     """`shortened`, with page ids that are none wherever no token is."""
     problem = shortened(case, lengths, options)
@@ -149,7 +149,7 @@ def check_read(side: PagedTensor, page_ids: torch.Tensor, dtype: torch.dtype) ->
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def check_every_code() -> None:
+def check_every_code(*dtypes: torch.dtype) -> None:
     """Attention to one token returns its value: all 256 codes of every format, as the reference has them."""
     from hf_kvquant.ops import triton
 
@@ -160,7 +160,7 @@ def check_every_code() -> None:
     tables = torch.arange(4, dtype=torch.int32)[:, None], torch.ones(4, dtype=torch.int32)
     key = [torch.full_like(pages, 128), "int8", None, None, None]
     for name in QUANTIZED:
-        for dtype in (torch.float16, torch.float32):
+        for dtype in dtypes:
             options: list[Any] = [None, 0, None, 1.0, None, None, True, None]
             query = torch.ones(4, 1, 1, head_dim, dtype=dtype)
             got = triton.paged_attention(query, *tables, *key, pages, name, None, None, None, *options)

@@ -176,7 +176,7 @@ def test_a_row_that_sees_nothing_gives_zeros(splits: int, sinks: bool, run: Run)
 
 
 def test_every_code(run: Run) -> None:
-    run(interpreted.check_every_code)
+    run(interpreted.check_every_code, torch.float16, torch.float32)
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -276,9 +276,7 @@ def test_random_bits(name: str, seed: int, dynamic: bool, run: Run) -> None:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*QUANTIZED, "model"])
-def test_pages_are_read(name: str, kind: str, run: Run) -> None:
+def check_reading(name: str, kind: str, run: Run) -> None:
     """All codes; pages that are asked for twice; sizes in turn."""
     turn = [*QUANTIZED, "model"].index(name) + KINDS.index(kind)
     num_heads, page_size, head_dim = ((2, 16, 64), (1, 64, 80), (3, 10, 96), (2, 1, 256))[turn % 4]
@@ -295,3 +293,9 @@ def test_pages_are_read(name: str, kind: str, run: Run) -> None:
         side.token_scale.copy_(torch.rand(side.token_scale.shape) / QMAX[name])
     page_ids = torch.tensor([[3, 1, 0], [6, 2, 2]], dtype=(torch.int32, torch.int64)[turn % 2])
     run(interpreted.check_read, side, page_ids, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*QUANTIZED, "model"])
+def test_pages_are_read(name: str, kind: str, run: Run) -> None:
+    check_reading(name, kind, run)

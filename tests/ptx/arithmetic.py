@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,8 @@ DTYPES: dict[str, Any] = {
     **{f"{kind}{bits}": np.dtype(f"{letter}{bits // 8}")
        for kind, letter in (("s", "i"), ("u", "u"), ("b", "u")) for bits in (8, 16, 32, 64)},
     "f16": np.dtype(np.float16), "f32": np.dtype(np.float32), "f64": np.dtype(np.float64), "bf16": np.dtype(np.uint16),
-    "f16x2": np.dtype(np.uint32), "bf16x2": np.dtype(np.uint32), "e4m3x2": np.dtype(np.uint16),
-    "e5m2x2": np.dtype(np.uint16), "pred": np.dtype(bool),
+    "f32x2": np.dtype(np.uint64), "f16x2": np.dtype(np.uint32), "bf16x2": np.dtype(np.uint32),
+    "e4m3x2": np.dtype(np.uint16), "e5m2x2": np.dtype(np.uint16), "pred": np.dtype(bool),
 }  # fmt: skip
 
 
@@ -94,8 +95,8 @@ def compare(name: str, a: Array, b: Array, kind: str) -> list[Array]:
 
 def _halves(x: Array, kind: str) -> Array:
     """The two numbers in each register, `[N, 2]`."""
-    bits = np.ascontiguousarray(x).view(np.uint16).reshape(-1, 2)
-    return from_bfloat16(bits) if kind == "bf16" else bits.view(np.float16)
+    bits = np.ascontiguousarray(x).view(DTYPES[kind]).reshape(-1, 2)
+    return from_bfloat16(bits) if kind == "bf16" else bits
 
 
 def _compare(name: str, a: Array, b: Array) -> Array:
@@ -196,10 +197,10 @@ def compute(parts: list[str], inputs: list[Array]) -> Array:
 
 
 def _compute(name: str, parts: list[str], inputs: list[Array]) -> Array:
-    if parts[-1] == "f16x2":  # two numbers in a register
-        pairs = [_halves(x, "f16") for x in inputs]
-        both = _fma(*pairs) if name == "fma" else (pairs[0] * pairs[1] if name == "mul" else _BINARY[name](*pairs))
-        return np.ascontiguousarray(both).view(np.uint32)[:, 0]
+    if parts[-1] in ("f16x2", "f32x2"):  # two numbers in a register
+        kind = parts[-1].removesuffix("x2")
+        both = _compute(name, [*parts[:-1], kind], [_halves(x, kind) for x in inputs])
+        return np.ascontiguousarray(both).view(DTYPES[parts[-1]])[:, 0]
     if "NaN" in parts:
         return (np.minimum if name == "min" else np.maximum)(*inputs)
     if name in ("fma", "mad") and parts[-1].startswith("f"):
@@ -212,7 +213,7 @@ def _compute(name: str, parts: list[str], inputs: list[Array]) -> Array:
             return (a.astype(object) * b.astype(object) >> 8 * a.itemsize).astype(a.dtype)
         return a * b + inputs[2].view(a.dtype) if name == "mad" else a * b
     if name in _BINARY:
-        return _BINARY[name](*inputs)
+        return functools.reduce(_BINARY[name], inputs)  # of some newer devices with three operands
     if name in _UNARY:
         return _UNARY[name](*inputs)
     if name == "selp":

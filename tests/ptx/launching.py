@@ -17,13 +17,13 @@ _TYPES = {"fp32": np.float32, "i32": np.int32, "i64": np.int64, "u32": np.uint32
 
 
 @functools.lru_cache(maxsize=256)
-def _parsed(text: str) -> Program:
+def parsed(text: str) -> Program:
     return parse(text)
 
 
 def launch(compiled: Any, grid: tuple[int, int, int], names: list[str], arguments: tuple[Any, ...]) -> None:
     """Run a compiled kernel with arguments for its parameters `names`."""
-    program = _parsed(compiled.asm["ptx"])
+    program = parsed(compiled.asm["ptx"])
     given = dict(zip(names, arguments, strict=True))
     values = []
     for name, kind in compiled.src.signature.items():

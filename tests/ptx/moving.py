@@ -32,7 +32,8 @@ def move(block: Block, instruction: Instruction, active: Array) -> None:
     else:
         apart = block.get(source, dtype).view(each).reshape(-1, parts)
         for i, register in enumerate(target):
-            block.put(register, apart[:, i], active)
+            if register != "_":
+                block.put(register, apart[:, i], active)
 
 
 def load(block: Block, instruction: Instruction, active: Array) -> None:
