@@ -99,6 +99,7 @@ _INSTRUCTIONS: dict[str, Callable[[Block, Instruction, Array], None]] = {
     "ld": moving.load,
     "st": moving.store,
     "red": moving.add_to_memory,
+    "atom": moving.add_to_memory,
     "cp": moving.copy,
     "fence": _fence,
     "griddepcontrol": lambda *_: None,  # kernels are run one after the other

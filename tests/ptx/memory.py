@@ -54,13 +54,14 @@ class GlobalMemory:
         for at, memory, offsets in self._find(addresses, values.shape[1]):
             memory[offsets] = values[at]
 
-    def add(self, addresses: Array, values: Array) -> None:
-        """Atomically, one after the other; `values` are integers."""
-        size = values.itemsize
-        for address, value in zip(addresses, values, strict=True):
-            at = np.array([address])
-            before = self.read(at, size).view(values.dtype)
+    def add(self, addresses: Array, values: Array) -> Array:
+        """Integers, one after the other; returns what was there before each."""
+        size, result = values.itemsize, np.zeros_like(values)
+        for i, value in enumerate(values):
+            at = addresses[i : i + 1]
+            result[i : i + 1] = before = self.read(at, size).view(values.dtype)[:, 0]
             self.write(at, (before + value).view(np.uint8).reshape(1, size))
+        return result
 
 
 class SharedMemory:

@@ -68,12 +68,15 @@ def store(block: Block, instruction: Instruction, active: Array) -> None:
 
 
 def add_to_memory(block: Block, instruction: Instruction, active: Array) -> None:
-    """`red`."""
+    """`red` and `atom`, which also returns what was there."""
     if not {"global", "add"} <= set(instruction.parts):
         raise NotImplementedError(".".join(instruction.parts))
-    target, source = instruction.operands
+    *result, target, source = instruction.operands
     values = block.get(source, DTYPES[instruction.parts[-1]])
-    block.memory.add(block.address(target, "u8")[active], values[active])
+    before = np.zeros_like(values)
+    before[active] = block.memory.add(block.address(target, "u8")[active], values[active])
+    for register in result:
+        block.put(register, before, active)
 
 
 def copy(block: Block, instruction: Instruction, active: Array) -> None:

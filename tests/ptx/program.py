@@ -10,7 +10,7 @@ Operand = str | list[str]  # in braces several
 
 
 class Instruction(NamedTuple):
-    """`parts` of the name: `add.rn.f32` has three.
+    """`parts` of the name: `add.rn.f32` has three, `st.shared::cta.b32` `shared` for its second.
 
     Under a `guard` only threads whose register of that name is true, or false if `negated`, take part.
     """
@@ -75,4 +75,4 @@ def _instruction(text: str) -> Instruction:
         [each.strip() for each in word[1:-1].split(",")] if word.startswith("{") else re.sub(r"\s+", "", word)
         for word in found
     ]
-    return Instruction(name.split("."), parsed, guard and guard[2], bool(guard and guard[1]), text)
+    return Instruction([part.split("::")[0] for part in name.split(".")], parsed, guard and guard[2], bool(guard and guard[1]), text)
