@@ -198,9 +198,8 @@ def attend_with(pattern: str, replacement: str, case: Case) -> None:
     [
         ("sm_80", r"bar\.sync\s+0;", "", "since the last barrier"),
         ("sm_90", r"bar\.sync\s+0;", "", "since the last barrier"),
-        ("sm_90", r"bar\.warp\.sync\s+-1;", "", "since the last barrier"),
         ("sm_90", r"fence\.proxy\.async\S*;", "", "without a proxy fence"),
-        ("sm_80", r"(ld\.shared\.v4\.b32\s.*?)\]", r"\1+2]", "not a multiple of 16"),
+        ("sm_80", r"(ldmatrix.*?\[%r\d+)", r"\1+8", "not a multiple of 16"),
         ("sm_80", r"(cp\.async\.cg\.shared\.global \[ %r\d+) \+ 0", r"\1 + 0x100000", "that are shared"),
         ("sm_80", r"(ld\.global\.b16 \{ %rs\d+ \}, \[ %rd\d+) \+ 0", r"\1 + 0x100000", "outside of every tensor"),
     ],
