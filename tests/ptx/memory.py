@@ -153,7 +153,7 @@ class SharedMemory:
         places = self._places(addresses.ravel(), 2)
         if not self.is_fenced[places].all():
             raise Fault("an asynchronous product reads shared memory that was written without a proxy fence since")
-        if (self.write_era[places] == self.era).any() and (self.writer[places] >= 0).any():
+        if ((self.write_era[places] == self.era) & (self.writer[places] != self._NOBODY)).any():
             raise Fault("an asynchronous product reads shared memory that was written since the last barrier")
         self.reader[places], self.read_era[places] = self._SEVERAL, self.era
         self.read_warp[places] = self._SEVERAL

@@ -68,11 +68,11 @@ def _in_braces(text: str) -> str:
 
 def _instruction(text: str) -> Instruction:
     guard = re.match(r"@(!?)([%\w]+)\s+", text)
-    name, _, operands = text[guard.end() if guard else 0 :].partition(" ") if " " in text else (text, "", "")
-    name, tab, more = name.partition("\t")
-    found = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", more + operands if tab else operands)
+    name, *operands = text[guard.end() if guard else 0 :].split(maxsplit=1)
+    words = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", "".join(operands))
     parsed: list[Operand] = [
         [each.strip() for each in word[1:-1].split(",")] if word.startswith("{") else re.sub(r"\s+", "", word)
-        for word in found
+        for word in words
     ]
-    return Instruction([part.split("::")[0] for part in name.split(".")], parsed, guard and guard[2], bool(guard and guard[1]), text)
+    parts = [part.split("::")[0] for part in name.split(".")]
+    return Instruction(parts, parsed, guard and guard[2], bool(guard and guard[1]), text)
