@@ -185,8 +185,12 @@ _KNOWN = {"rn", "rni", "rzi", "lo", "hi", "wide", "ftz", "approx", "full", "relu
 def compute(parts: list[str], inputs: list[Array]) -> Array:
     """The result of an instruction of numbers, whose `inputs` are of `input_types`."""
     name = parts[0]
-    of_bfloat16 = parts[-1].startswith("bf16") and name != "cvt"
-    if of_bfloat16 or not _KNOWN.union(DTYPES).issuperset(parts[1:]):
+    if _is_mixed(parts):
+        narrow = [from_bfloat16(x) if parts[-1] == "bf16" else x.astype(np.float32) for x in inputs[:-1]]
+        return compute(parts[:-1], [*narrow, inputs[-1]])
+    types = [part for part in parts[1:] if part in DTYPES]
+    is_unknown = name != "cvt" and (len(types) > 1 or types[-1].startswith("bf16"))
+    if is_unknown or not _KNOWN.union(DTYPES).issuperset(parts[1:]):
         raise NotImplementedError(".".join(parts))
     if "ftz" in parts and name != "cvt":
         inputs = [flushed(x) if x.dtype == np.float32 else x for x in inputs]
@@ -231,8 +235,16 @@ def _compute(name: str, parts: list[str], inputs: list[Array]) -> Array:
     raise NotImplementedError(".".join(parts))
 
 
+def _is_mixed(parts: list[str]) -> bool:
+    """Whether all operands but the last are of 16 bits, where the result is fp32."""
+    return parts[0] in ("add", "sub", "fma") and parts[-2] == "f32"
+
+
 def input_types(parts: list[str]) -> list[Any]:
     """The types that an instruction reads its operands as, the last for all that follow."""
+    if _is_mixed(parts):
+        narrow = DTYPES[parts[-1]]
+        return [narrow] * (2 if parts[0] == "fma" else 1) + [DTYPES["f32"]]
     name, own = parts[0], DTYPES[parts[-1]]
     if name in ("shl", "shr", "bfe"):
         return [own, DTYPES["u32"]]
