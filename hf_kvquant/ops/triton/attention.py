@@ -27,7 +27,8 @@ from .write import load_scale
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST_BIAS = tl.constexpr(-(2.0**127))  # times LOG2_E it is finite
 LN_2 = tl.constexpr(0.6931471805599453)
-# Triton 3.4 keeps one sum where two begin alike and add different results of the same assembly.
+# Triton 3.4 keeps one sum where two begin alike and add different results of the same assembly
+# (triton-lang/triton#7338).
 BEGIN_APART = tl.constexpr(Version(triton.__version__) < Version("3.5"))
 
 
