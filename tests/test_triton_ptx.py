@@ -88,6 +88,13 @@ def test_attention_on_other_devices(name: str, machine: Compiled) -> None:
     assert machine["attention"]
 
 
+@on("sm_90", "sm_100")
+def test_float32_is_multiplied_as_such(machine: Compiled) -> None:
+    """Not as tf32, which tensor cores would make of it."""
+    check(Case(lengths=(40,), head_dim=128, num_kv_heads=1), DTYPES.index(torch.float32))
+    assert machine["attention"]
+
+
 @in_turn("name", ["fp8_e4m3", "int8", "model"], "sm_90", "sm_90", "sm_80")
 def test_attention_of_a_prompt(name: str, machine: Compiled) -> None:
     """Tiles of 64 rows over a past, by asynchronous products where a device has them."""

@@ -87,7 +87,8 @@ def _table(num_rows: int, head_dim: int, element_size: int, least_rows: int, ten
     versions (3.9 turns four warps and 8 rows into other products, with fewer programs at once).
     """
     if element_size == 4:  # fp32 is multiplied as such, without tensor cores
-        return Tiles(16, 32, 4, 2, 2)
+        # By four warps Triton rounds it to tf32 before 3.8, for products in tensor memory.
+        return Tiles(16, 16, 2, 2, 4) if tensor_memory else Tiles(16, 32, 4, 2, 2)
     num_rows, is_wide = max(num_rows, least_rows), head_dim > 128
     if num_rows <= 8 and not is_wide:
         # As fast as (8, 128, 4, 2) at 128 channels of 8 bits, where both were measured; predicted for others.
