@@ -115,7 +115,8 @@ def compile_load(instruction: Instruction) -> Callable[[Wave], None]:
 
     def do(wave: Wave) -> None:
         addresses, taken = find(wave)
-        _put(wave, first, wave.memory.read(addresses[taken], size) if taken.any() else _nothing(size), taken)
+        data = wave.memory.read(addresses[taken], size, min(size, 4)) if taken.any() else _nothing(size)
+        _put(wave, first, data, taken)
         wave.begin("vmcnt", filled)
 
     return do
@@ -140,7 +141,7 @@ def compile_store(instruction: Instruction) -> Callable[[Wave], None]:
         if taken.any() and adds:
             wave.memory.add(addresses[taken], data.view(f"u{size}")[:, 0])
         elif taken.any():
-            wave.memory.write(addresses[taken], data)
+            wave.memory.write(addresses[taken], data, min(size, 4))
         wave.begin("vmcnt")
 
     return do
