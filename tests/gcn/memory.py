@@ -44,7 +44,8 @@ class LocalMemory:
         others = np.uint16(0xFFFF ^ 1 << wave)
         if (self.readers[places] & others).any():
             raise Fault("a wave writes shared memory that another has read since the last barrier")
-        if ((self.writers[places] & others > 0) & (self.bytes[places] != values)).any():
+        before = self.bytes[places]
+        self.bytes[places] = values  # of several lanes the last, as those of a sum may differ by its rounding
+        if ((self.writers[places] & others > 0) & (self.bytes[places] != before)).any():
             raise Fault("two waves write different numbers to the same shared memory without a barrier between")
-        self.bytes[places] = values  # of several lanes the last
         self.writers[places] |= np.uint16(1 << wave)
