@@ -83,6 +83,12 @@ def _reversed_bits(a: Array) -> Array:
     return np.packbits(bits[:, ::-1], axis=1, bitorder="little").view(np.uint32)[:, 0]
 
 
+def _funnel(high: Array, low: Array, by: Array) -> Array:
+    """`v_alignbit`: the low half of two registers that are shifted as one."""
+    both = high.astype(np.uint64) << np.uint64(32) | low
+    return (both >> (by & np.uint32(31)).astype(np.uint64)).astype(np.uint32)
+
+
 def permuted_bytes(a: Array, b: Array, selectors: Array) -> Array:
     """`v_perm`: each byte of the selector names one of eight bytes, the first four of `b`, or a constant."""
     a, b, selectors = np.broadcast_arrays(a, b, selectors)
@@ -125,6 +131,7 @@ TABLE: dict[str, tuple[str, str, Callable[..., Array]]] = {
     "v_bfi_b32": ("u4", "u4 u4 u4", lambda a, b, c: a & b | ~a & c),
     "v_bfe_u32": ("u4", "u4 u4 u4", _field),
     "v_bfe_i32": ("i4", "i4 u4 u4", _field),
+    "v_alignbit_b32": ("u4", "u4 u4 u4", _funnel),
     "v_perm_b32": ("u4", "u4 u4 u4", permuted_bytes),
     "v_lshlrev_b32": ("u4", _U, lambda a, b: b << (a & np.uint32(31))),
     "v_lshrrev_b32": ("u4", _U, lambda a, b: b >> (a & np.uint32(31))),
