@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,7 @@ def _sources(instruction: Instruction) -> Array:
         return np.where(source < 16, row + source, -1)
     if "row_bcast" in given:
         width = {15: 16, 31: 32}[instruction.number("row_bcast")]
-        return np.where(_LANES >= width, _LANES // width * width - 1, -1)
+        return np.where(width <= _LANES, _LANES // width * width - 1, -1)
     raise NotImplementedError(instruction.text)
 
 
@@ -70,6 +71,23 @@ def compile_lanes(instruction: Instruction) -> Callable[[Wave], None]:
 
     def do(wave: Wave) -> None:
         wave.scalars[first - SCALARS] = int(np.broadcast_to(read(wave), LANES)[number(wave) % LANES])
+
+    return do
+
+
+def compile_swizzle(instruction: Instruction) -> Callable[[Wave], None]:
+    """`ds_swizzle` by SWAP: neighbours of so many lanes change places."""
+    instruction.only("offset")
+    target, source = instruction.operands
+    first, _ = registers(target)  # type: ignore[misc]
+    match = re.match(r"swizzle\(SWAP,(\d+)\)$", instruction.modifiers.get("offset", ""))
+    if match is None:
+        raise NotImplementedError(instruction.text)
+    lane, value = _LANES ^ int(match[1]), reader(source, "u4")
+
+    def do(wave: Wave) -> None:
+        wave.put(first, np.where(wave.active[lane], value(wave)[lane], np.uint32(0)))
+        wave.begin("lgkmcnt", frozenset([first]))
 
     return do
 

@@ -22,16 +22,17 @@ def parsed(text: str) -> Program:
     return parse(text)
 
 
-def _segment(program: Program, values: list[Any], grid: tuple[int, int, int]) -> torch.Tensor:
+def _segment(program: Program, values: list[Any], grid: tuple[int, int, int], num_threads: int) -> torch.Tensor:
     """The memory that a kernel takes its arguments from."""
     segment = np.full(program.descriptor["kernarg_size"], 0xFF, dtype=np.uint8)
-    hidden = {f"hidden_block_count_{axis}": np.uint32(size) for axis, size in zip("xyz", grid, strict=True)}
+    hidden: dict[str, Any] = {}
+    for axis, count, size in zip("xyz", grid, (num_threads, 1, 1), strict=True):
+        hidden |= {f"hidden_block_count_{axis}": np.uint32(count), f"hidden_group_size_{axis}": np.uint16(size)}
+        hidden[f"hidden_remainder_{axis}"] = np.uint16(0)  # of threads beyond whole programs
     given = iter(values)
     for kind, offset, size in program.arguments:
-        if kind.startswith("hidden_"):
-            value = hidden.get(kind)
-        else:
-            value = next(given, np.uint64(0))  # scratch that is not used
+        # Behind those that are given is scratch that is not used.
+        value = hidden.get(kind) if kind.startswith("hidden_") else next(given, np.uint64(0))
         if value is not None:
             segment[offset : offset + size] = np.frombuffer(value.tobytes(), dtype=np.uint8)
     return torch.from_numpy(segment)
@@ -68,7 +69,7 @@ def launch(
         value = given[name]
         is_tensor = isinstance(value, torch.Tensor)
         values.append(np.uint64(value.data_ptr()) if is_tensor else _TYPES[kind](value))
-    segment = _segment(program, values, grid)
+    segment = _segment(program, values, grid, LANES * compiled.metadata.num_warps)
     memory = GlobalMemory([*(value for value in arguments if isinstance(value, torch.Tensor)), segment])
     with np.errstate(all="ignore"):
         for place in np.ndindex(*grid[::-1]):

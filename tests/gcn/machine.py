@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ptx.memory import Fault
 
 from . import moving
-from .lanes import compile_exchange, compile_lanes
+from .lanes import compile_exchange, compile_lanes, compile_swizzle
 from .matrices import compile_product
 from .packed import compile_mixed, compile_pack, compile_packed
 from .program import Instruction, Program
@@ -94,6 +94,7 @@ _BY_START: dict[str, Callable[[Instruction], Do]] = {
     "global_store_": moving.compile_store,
     "global_atomic_": moving.compile_store,
     "ds_bpermute_b32": compile_exchange,
+    "ds_swizzle_b32": compile_swizzle,
     "ds_read": moving.compile_shared_load,
     "ds_write": moving.compile_shared_store,
     "v_mfma_": compile_product,

@@ -23,9 +23,6 @@ class LocalMemory:
         self.writers[:] = 0
 
     def _places(self, addresses: Array, size: int) -> Array:
-        unit = size & -size
-        if (addresses % np.uint32(unit)).any():
-            raise Fault(f"{size} shared bytes at {addresses}, which is not a multiple of {unit}")
         start = addresses.astype(np.int64)
         if (start + size > len(self.bytes)).any():
             raise Fault(f"{size} bytes at {addresses}, outside of {len(self.bytes)} that are shared")

@@ -39,7 +39,7 @@ def _field(packed: int, bits: int) -> tuple[int, int]:
 def _calculate(name: str, kind: str, bits: int, scc: bool, x: list[int]) -> tuple[int, bool | None]:
     """The result and the condition code, None where it stays."""
     a, b = x[0], x[-1]
-    if kind.startswith("i"):
+    if kind.startswith("i") and name != "bcnt1":
         a, b = signed(a, bits), signed(b, bits)
     if name in ("add", "sub", "addk"):
         total = a - b if name == "sub" else a + b
@@ -73,6 +73,8 @@ def _with_condition(name: str, kind: str, bits: int, a: int, b: int) -> int:
     """Those that say whether the result is not zero."""
     if name in _LOGICAL:
         return _LOGICAL[name](a, b)
+    if name == "bcnt1":
+        return a.bit_count()
     if name == "not":
         return ~a
     if name == "abs":
@@ -97,8 +99,9 @@ def compile_scalar(instruction: Instruction) -> Callable[[Wave], None]:
     if base.startswith(("cmp_", "bitcmp")):
         return _compare(base, instruction)
     name, _, kind = base.rpartition("_")
-    if name == "ff1_i32":
-        name, kind, inputs = "ff1", "i32", [2]
+    if name in ("ff1_i32", "bcnt1_i32"):
+        inputs = [_BITS[kind] // 32]
+        name, kind = name.removesuffix("_i32"), "i32"
     else:
         inputs = [_BITS[kind] // 32] * (len(instruction.operands) - 1)
         if name in ("lshl", "lshr", "ashr", "bfe"):
