@@ -118,14 +118,14 @@ def test_every_code(machine: Compiled) -> None:
 
 
 # Longer ones take minutes each.
-_SHORT = [
+SHORT = [
     name for name, case in ALL_CASES.items()
     if case.dtype == torch.float32 and case.num_tokens * case.groups * max(case.lengths) <= 150_000
 ]  # fmt: skip
 
 
 @pytest.mark.kernels
-@in_turn("name", _SHORT, *DEVICES)
+@in_turn("name", SHORT, *DEVICES)
 def test_attention_in_full(name: str, machine: Compiled) -> None:
     check(ALL_CASES[name], list(ALL_CASES).index(name))
     assert machine["attention"]

@@ -28,10 +28,11 @@ class GlobalMemory:
             for start, size in zip(self.starts, self.sizes, strict=True)
         ]
 
-    def _find(self, addresses: Array, size: int) -> list[tuple[Array, Array, Array]]:
+    def _find(self, addresses: Array, size: int, unit: int | None = None) -> list[tuple[Array, Array, Array]]:
         """Which of `addresses` are in which tensor: places among them, its bytes, offsets there."""
-        if (addresses % np.uint64(size)).any():
-            raise Fault(f"{size} bytes at {_hex(addresses)}, which is not a multiple of {size}")
+        unit = unit or size
+        if (addresses % np.uint64(unit)).any():
+            raise Fault(f"{size} bytes at {_hex(addresses)}, which is not a multiple of {unit}")
         tensors = np.searchsorted(self.starts, addresses, side="right") - 1
         offsets = addresses - self.starts[tensors]
         outside = (tensors < 0) | (offsets + np.uint64(size) > self.sizes[tensors])
@@ -43,15 +44,15 @@ class GlobalMemory:
             result.append((at, self.bytes[tensor], offsets[at].astype(np.int64)[:, None] + np.arange(size)))
         return result
 
-    def read(self, addresses: Array, size: int) -> Array:
-        """`[N, size]` bytes."""
+    def read(self, addresses: Array, size: int, unit: int | None = None) -> Array:
+        """`[N, size]` bytes; addresses have to be multiples of `unit`, or else of `size`."""
         result = np.empty((len(addresses), size), dtype=np.uint8)
-        for at, memory, offsets in self._find(addresses, size):
+        for at, memory, offsets in self._find(addresses, size, unit):
             result[at] = memory[offsets]
         return result
 
-    def write(self, addresses: Array, values: Array) -> None:
-        for at, memory, offsets in self._find(addresses, values.shape[1]):
+    def write(self, addresses: Array, values: Array, unit: int | None = None) -> None:
+        for at, memory, offsets in self._find(addresses, values.shape[1], unit):
             memory[offsets] = values[at]
 
     def add(self, addresses: Array, values: Array) -> Array:
