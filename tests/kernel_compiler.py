@@ -59,8 +59,8 @@ _FACTS = (
 )  # fmt: skip
 
 
-class _Kernel:
-    """Compiles what it is asked to launch."""
+class CompiledOnly:
+    """In place of a Triton kernel: compiles what it is asked to launch."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -68,14 +68,22 @@ class _Kernel:
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
         def compile_(*arguments: Any, **options: Any) -> None:
-            self.compiled.append(self.kernel.warmup(*arguments, grid=grid, **options))
+            compiled = self.kernel.warmup(*arguments, grid=grid, **options)
+            self.compiled.append(compiled)
+            self.run(compiled, grid, arguments)
 
         return compile_
 
+    def run(self, compiled: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+        """What is done with a kernel once it is compiled."""
+
 
 @contextlib.contextmanager
-def compiling(device: Device, kernel_type: type = _Kernel) -> Iterator[dict[str, list[Any]]]:
-    """Calls of `hf_kvquant.ops.triton` with tensors on `meta` compile for `device`; yields what they compiled."""
+def compiling(device: Device, kernel_type: type = CompiledOnly) -> Iterator[dict[str, list[Any]]]:
+    """Calls of `hf_kvquant.ops.triton` compile for `device`; yields what they compiled.
+
+    With a `kernel_type` that does no more, tensors may be on `meta`.
+    """
     major_minor = device.capability
     with contextlib.ExitStack() as stack:
         patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from kernel_compiler import CompiledOnly
 from ptx.memory import GlobalMemory
 
 from .machine import run
@@ -80,22 +81,13 @@ def launch(
             run(program, waves[::-1] if backwards else waves)
 
 
-class EmulatedKernel:
-    """In place of a Triton kernel: compiles for the device that is said to be there, and runs on the machine."""
+class EmulatedKernel(CompiledOnly):
+    """Runs on the machine what it compiles for the device that is said to be there."""
 
     backwards = False
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.compiled: list[Any] = []
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        def compile_and_run(*arguments: Any, **options: Any) -> None:
-            compiled = self.kernel.warmup(*arguments, grid=grid, **options)
-            self.compiled.append(compiled)
-            launch(compiled, grid, self.kernel.arg_names, arguments, self.backwards)
-
-        return compile_and_run
+    def run(self, compiled: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+        launch(compiled, grid, self.kernel.arg_names, arguments, self.backwards)
 
 
 class BackwardsKernel(EmulatedKernel):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from kernel_compiler import CompiledOnly
 
 from .block import Block
 from .machine import run
@@ -46,17 +47,8 @@ def launch(compiled: Any, grid: tuple[int, int, int], names: list[str], argument
                     run(Block(program, parameters, memory, num_threads, shared, (x, y, z), whole))
 
 
-class EmulatedKernel:
-    """In place of a Triton kernel: compiles for the device that is said to be there, and runs on the machine."""
+class EmulatedKernel(CompiledOnly):
+    """Runs on the machine what it compiles for the device that is said to be there."""
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.compiled: list[Any] = []
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        def compile_and_run(*arguments: Any, **options: Any) -> None:
-            compiled = self.kernel.warmup(*arguments, grid=grid, **options)
-            self.compiled.append(compiled)
-            launch(compiled, grid, self.kernel.arg_names, arguments)
-
-        return compile_and_run
+    def run(self, compiled: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+        launch(compiled, grid, self.kernel.arg_names, arguments)
