@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from helpers import QUANTIZED
 from test_gpu_attention import ALL_CASES, SHORTENED, SHORTENED_CASE, SHORTENED_LENGTHS
-from test_ops import KINDS, build
+from test_ops import KINDS
 
 pytest.importorskip("triton")
 interpreted = pytest.importorskip("interpreted")
@@ -23,7 +21,7 @@ kernel_compiler = pytest.importorskip("kernel_compiler")
 from gcn import launching, memory  # noqa: E402
 from ptx.memory import Fault  # noqa: E402
 from test_triton_interpreter import QUICK, SIZES, check_numbers, check_reading, check_write  # noqa: E402
-from test_triton_ptx import PROMPT, SHORT, check, every_number, here  # noqa: E402
+from test_triton_ptx import PROMPT, SHORT, attend_with, check, check_a_page_that_is_none, every_number, here  # noqa: E402
 from triton.backends.amd.compiler import HIPBackend  # noqa: E402
 
 if hasattr(HIPBackend, "path_to_rocm_lld"):  # Triton 3.4 brings no linker
@@ -144,20 +142,6 @@ def test_pages_are_read_in_full(name: str, kind: str, machine: Compiled) -> None
 # -- what the machine finds ----------------------------------------------------------------------------------------
 
 
-def attend_with(pattern: str, replacement: str) -> None:
-    """Attention by a kernel in whose code that is replaced."""
-    parse = launching.parse
-
-    def parse_changed(text: str) -> Any:
-        changed, count = re.subn(pattern, replacement, text)
-        assert count
-        return parse(changed)
-
-    launching.parsed.cache_clear()
-    with mock.patch.object(launching, "parse", parse_changed):
-        interpreted.check_attention(PROMPT, torch.bfloat16, None, 1, False)
-
-
 @pytest.mark.parametrize(
     ("pattern", "replacement", "what"),
     [
@@ -171,7 +155,7 @@ def attend_with(pattern: str, replacement: str) -> None:
 )
 def test_faults(pattern: str, replacement: str, what: str, machine: Compiled) -> None:
     with pytest.raises(Fault, match=what):
-        attend_with(pattern, replacement)
+        attend_with(pattern, replacement, launching)
     assert machine["attention"]
 
 
@@ -186,21 +170,18 @@ def test_faults(pattern: str, replacement: str, what: str, machine: Compiled) ->
 )
 def test_wrong_results(pattern: str, replacement: str, machine: Compiled) -> None:
     with pytest.raises((AssertionError, Fault), match="output is off|outside of every tensor"):
-        attend_with(pattern, replacement)
+        attend_with(pattern, replacement, launching)
     assert machine["attention"]
 
 
 def test_an_unknown_instruction(machine: Compiled) -> None:
     with pytest.raises(NotImplementedError, match="v_cos_f32"):
-        attend_with(r"v_exp_f32_e32", "v_cos_f32_e32")
+        attend_with(r"v_exp_f32_e32", "v_cos_f32_e32", launching)
     assert machine["attention"]
 
 
 def test_a_page_that_is_none(machine: Compiled) -> None:
-    problem = build(PROMPT, poisoned=False)
-    table = torch.full_like(problem.page_table, interpreted.NO_PAGE)
-    with pytest.raises(Fault, match="outside of every tensor"):
-        interpreted.attend(dataclasses.replace(problem, page_table=table), None, 1)
+    check_a_page_that_is_none()
     assert machine["attention"]
 
 

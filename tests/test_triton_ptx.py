@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -186,18 +187,21 @@ def test_pages_are_read_in_full(name: str, kind: str, machine: Compiled) -> None
 # -- what the machine finds ----------------------------------------------------------------------------------------
 
 
-def attend_with(pattern: str, replacement: str, case: Case) -> None:
-    """Attention by a kernel in whose code that is replaced."""
-    parse = launching.parse
+def attend_with(pattern: str, replacement: str, where: ModuleType = launching) -> None:
+    """Attention by a kernel in whose code, which is parsed `where` it is launched, that is replaced."""
+    parse = where.parse
 
     def parse_changed(text: str) -> Any:
         changed, count = re.subn(pattern, replacement, text)
         assert count
         return parse(changed)
 
-    launching.parsed.cache_clear()
-    with mock.patch.object(launching, "parse", parse_changed):
-        interpreted.check_attention(case, torch.bfloat16, None, 1, False)
+    where.parsed.cache_clear()
+    try:
+        with mock.patch.object(where, "parse", parse_changed):
+            interpreted.check_attention(PROMPT, torch.bfloat16, None, 1, False)
+    finally:
+        where.parsed.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def attend_with(pattern: str, replacement: str, case: Case) -> None:
 )  # fmt: skip
 def test_faults(machine: Compiled, pattern: str, replacement: str, what: str) -> None:
     with pytest.raises(Fault, match=what):
-        attend_with(pattern, replacement, PROMPT)
+        attend_with(pattern, replacement)
     assert machine["attention"]
 
 
@@ -231,14 +235,18 @@ def test_faults(machine: Compiled, pattern: str, replacement: str, what: str) ->
 def test_wrong_results(machine: Compiled, pattern: str, replacement: str) -> None:
     """What is not waited for, or taken from the wrong place, is seen in the output, or ends in a page that is none."""
     with pytest.raises((AssertionError, Fault), match="output is off|outside of every tensor"):
-        attend_with(pattern, replacement, PROMPT)
+        attend_with(pattern, replacement)
     assert machine["attention"]
 
 
-@on("sm_90")
-def test_a_page_that_is_none(machine: Compiled) -> None:
+def check_a_page_that_is_none() -> None:
     problem = build(PROMPT, poisoned=False)
     table = torch.full_like(problem.page_table, interpreted.NO_PAGE)
     with pytest.raises(Fault, match="outside of every tensor"):
         interpreted.attend(dataclasses.replace(problem, page_table=table), None, 1)
+
+
+@on("sm_90")
+def test_a_page_that_is_none(machine: Compiled) -> None:
+    check_a_page_that_is_none()
     assert machine["attention"]
