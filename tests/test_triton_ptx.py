@@ -239,6 +239,17 @@ def test_wrong_results(machine: Compiled, pattern: str, replacement: str) -> Non
     assert machine["attention"]
 
 
+@on("sm_80")
+@pytest.mark.parametrize(
+    ("pattern", "replacement"),
+    [(r"%ctaid\.x", "%clusterid.x"), (r"ex2\.approx", "tanh.approx"), (r"cp\.async\.cg\.", "cp.async.bulk.")],
+)
+def test_what_is_not_known(pattern: str, replacement: str, machine: Compiled) -> None:
+    with pytest.raises(NotImplementedError, match=replacement):
+        attend_with(pattern, replacement)
+    assert machine["attention"]
+
+
 def check_a_page_that_is_none() -> None:
     problem = build(PROMPT, poisoned=False)
     table = torch.full_like(problem.page_table, interpreted.NO_PAGE)

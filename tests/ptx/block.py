@@ -63,16 +63,24 @@ class Block:
             bits = int(operand[2:], 16)
         elif operand.lstrip("-")[:1].isdigit():
             bits = int(operand.removesuffix("U"), 0)
-        else:  # never written: Triton fills up what inline assembly takes more of at once than a thread has
+        elif self._width(operand):  # never written: Triton fills up what inline assembly takes at once with such ones
             bits = -1
+        else:
+            raise NotImplementedError(operand)
         if dtype.kind == "b":
             return np.full(self.num_threads, bool(bits))
         return np.full(self.num_threads, bits % (1 << 8 * dtype.itemsize), dtype=f"u{dtype.itemsize}")
 
+    def _width(self, register: str) -> int:
+        """In bits; 0 if that is none that a kernel declares."""
+        return self.program.widths.get(register) or _WIDTHS.get(register.rstrip("0123456789"), 0)
+
     def put(self, register: Operand, value: Array, active: Array) -> None:
         """Numbers into a register of the active threads, extended by their sign if it is wider."""
         assert isinstance(register, str), register
-        width = self.program.widths.get(register) or _WIDTHS[register.rstrip("0123456789")]
+        width = self._width(register)
+        if not width:
+            raise NotImplementedError(register)
         if width > 1:
             value = np.ascontiguousarray(value)
             if value.dtype.kind == "i":

@@ -87,7 +87,9 @@ def copy(block: Block, instruction: Instruction, active: Array) -> None:
         while len(block.copies) - 1 > int(str(instruction.operands[0]), 0):
             for addresses, data, threads in block.copies.popleft():
                 block.shared.write(addresses, data, threads)
-    elif instruction.parts[1] == "async" and active.any():
+    elif instruction.parts[1:] not in (["async", cached, "shared", "global"] for cached in ("ca", "cg")):
+        raise NotImplementedError(".".join(instruction.parts))
+    elif active.any():
         _begin_copy(block, instruction, active)
 
 

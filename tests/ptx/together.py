@@ -17,6 +17,8 @@ Array = np.ndarray[Any, Any]
 
 def barrier(block: Block, instruction: Instruction, active: Array) -> None:
     """`bar`, when all who have to be there are."""
+    if instruction.parts[-1] != "sync":
+        raise NotImplementedError(".".join(instruction.parts))
     if "warp" in instruction.parts:
         block.shared.warp_barrier(np.flatnonzero(block.whole_warps(active)))
     elif not active.all() or len(instruction.operands) != 1:
