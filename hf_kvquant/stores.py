@@ -17,12 +17,14 @@ from .policy import SidePlan
 from .rotary import RotaryLayout
 from .scales import as_head_channel
 
-# How small a channel may look in a short first prompt, in which some happen to be quiet: not below these shares of its
-# head's largest and of its head's median channel (measured; docs/log.md). Where keys are turned in an unknown way only
-# channels far above the median may stand out.
-_SHARE_OF_LARGEST = 1 / 64
-_SHARE_OF_MEDIAN = {"key": 0.5, "value": 1.0, "unknown": 4.0}
-# The same for static scales, which cannot be widened later by a token's own scale.
+# How small a channel may look in a short first prompt, in which some happen to be quiet, beside its head's median
+# channel; and how small that may be beside the largest, where most hold nothing.
+_QUIETEST = 1 / 16
+_SMALLEST_MEDIAN = 2**-13
+# Where keys are turned in an unknown way only channels so far above the median stand out.
+_FAR_ABOVE_MEDIAN = 4.0
+# How small a channel may be beside its head's largest, and a head beside the layer's, under static scales, which cannot
+# be widened later by a token's own scale.
 _STATIC_SHARE = 1 / 16
 
 
@@ -141,12 +143,14 @@ class PageStore:
     def observe(self, x: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Take what the plan needs from the first real tokens `[B, H, T, D]`; `valid` `[B, T]` is False for padding."""
         largest = channel_absmax(x, valid)
-        if self.rotary is not None and (partners := self.rotary.partners(largest.shape[1])):
-            largest = torch.maximum(largest, largest[:, partners])
+        partners = None if self.rotary is None else self.rotary.partners(largest.shape[1])
+        partner = largest if partners is None else largest[:, partners]
         if self.plan.kind == "first_batch":
-            self._freeze(largest, x.shape[0] * x.shape[2] if valid is None else int(valid.sum()))
+            num_tokens = x.shape[0] * x.shape[2] if valid is None else int(valid.sum())
+            self._freeze(torch.maximum(largest, partner), num_tokens)
         else:
-            self.set_scale(self._equalizer(largest))
+            # Half way to the partner, in logarithms: slow pairs turn little in most contexts.
+            self.set_scale(self._equalizer(torch.maximum(largest, largest.sqrt() * partner.sqrt())))
             self.needs_tokens = False
 
     def set_scale(self, scale: torch.Tensor) -> None:
@@ -154,14 +158,21 @@ class PageStore:
         self.paged.scale = scale
 
     def _equalizer(self, largest: torch.Tensor) -> torch.Tensor:
-        """`[H, D]`, 1 for the largest channel of a head."""
-        share_of_median = _SHARE_OF_MEDIAN["value"]
-        if self.rotary is not None:
-            share_of_median = _SHARE_OF_MEDIAN["unknown" if self.rotary.kind == "unknown" else "key"]
+        """`[H, D]`, 1 for the largest channel of a head.
+
+        Evened out altogether, ordinary channels would set most tokens' scales, each by a number that is large by
+        chance, and large ones, which many models' queries read with large numbers, would be coarser than without. So
+        ratios to the median become their square roots, and those of outliers half of themselves.
+        """
         highest = largest.amax(dim=1, keepdim=True)
         relative = (largest / highest).nan_to_num(nan=1.0)  # of a head without numbers
-        lowest = (relative.median(dim=1, keepdim=True).values * share_of_median).clamp(_SHARE_OF_LARGEST, 1.0)
-        return torch.maximum(relative, lowest)
+        median = relative.median(dim=1, keepdim=True).values.clamp(min=_SMALLEST_MEDIAN)
+        above = (relative / median).clamp(min=_QUIETEST)
+        if self.rotary is not None and self.rotary.kind == "unknown":
+            factor = (above / _FAR_ABOVE_MEDIAN).clamp(min=1.0)
+        else:
+            factor = torch.maximum(above.sqrt(), above / 2)
+        return factor / factor.amax(dim=1, keepdim=True)
 
     def _freeze(self, largest: torch.Tensor, num_tokens: int) -> None:
         granularity, margin = self.plan.granularity, self.plan.margin
