@@ -43,9 +43,10 @@ def readme_table(record: dict[str, Any]) -> str:
     return (
         Table(header, lines).markdown()
         + "\nKL divergence of the predictions from those over `DynamicCache`, nats a token; windows of "
-        f"{context:,} tokens of unseen text in growing chunks, the repository's models in fp32 (trained to be "
-        "small, one of each kind); bytes as held for a model in bf16. Outlier twins compute the same function, with a "
-        "few channels or heads of K or V made large and the weights that read them small. transformers' caches with "
+        f"{context:,} tokens of held-out text in growing chunks, in fp32: SmolLM2 as others trained it (its weights "
+        "from 4 bits), and the repository's models, trained to be small, one of each kind; bytes as held for a model "
+        "in bf16. Outlier twins compute the same function, with a few channels or heads of K or V made large and the "
+        "weights that read them small. transformers' caches with "
         f"their defaults. {_provenance(record)}.\n"
     )
 
@@ -57,10 +58,11 @@ def document(record: dict[str, Any], images: dict[str, list[Picture]]) -> str:
     lines = [
         "# What each cache costs in quality",
         "",
-        "`python -m benchmarks.quality` on the repository's models and their outlier twins, which compute the same "
-        "with a few channels or heads of keys or values made large; written by `make readme`. Rows are caches: formats "
-        "of K and V (one name if they are the same), where scales come from, and for static ones how many share one. "
-        "`model` is our cache without quantization, `auto` what it does by itself with the scales of the checkpoint. "
+        "`python -m benchmarks.quality` on SmolLM2-135M-Instruct, on the repository's models and on their outlier "
+        "twins, which compute the same with a few channels or heads of keys or values made large; written by "
+        "`make readme`. Rows are caches: formats of K and V (one name if they are the same), where scales come from, "
+        "and for static ones how many share one. `model` is our cache without quantization, `auto` what it does by "
+        "itself with the scales of the checkpoint, if there are any (SmolLM2 has none). "
         "`hf-kvquant report` makes a page of the same file, with errors by layer.",
         "",
         f"{_provenance(record)}.",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import tiny_llama
 
 from hf_kvquant import QuantizedPagedCache
-
-from helpers import tiny_llama
 
 HEAD_DIM, NUM_TOKENS, FIRST = 64, 500, 8
 PAIR = [5, 37]  # channels that the model's rotary embedding turns into each other
