@@ -107,7 +107,8 @@ def _check_data(options: argparse.Namespace, model: PreTrainedModel, length: int
 
 def _eval(options: argparse.Namespace) -> None:
     def tell(row: ComparisonRow) -> None:
-        remark(f"{row.cache}: {row.failed or 'done'}")
+        if not sys.stderr.isatty():  # there is a progress bar
+            remark(f"{row.cache}: {row.failed or 'done'}")
 
     measured = {
         "formats": options.formats,

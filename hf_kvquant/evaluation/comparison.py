@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from ..calibration_data import tokenizer_beside
 from ..hosts.configuration import longest_sequence
@@ -101,14 +102,17 @@ def compare(
     if len(windows) < num_windows:
         notes.append(f"only {len(windows)} of the {num_windows} windows asked for: there is no more data")
     rows: list[ComparisonRow] = []
-    with evaluating(*models):
-        measuring = _Measuring(model, QualityRun(model, windows, new_tokens, steps), context, probes, drafting)
+    with evaluating(*models), tqdm(total=len(compared) * len(windows), unit="window", disable=None) as bar:
+        quality = QualityRun(model, windows, new_tokens, steps, on_window=bar.update)
+        measuring = _Measuring(model, quality, context, probes, drafting)
         for index, candidate in enumerate(compared):
+            bar.set_description(candidate.name)
             row = saved.get(candidate.name)
             if row is None or row.options != candidate.options:
                 row = ComparisonRow(candidate.name, candidate.options)
             row = measuring.completed(row, candidate, None if of_assistant is None else of_assistant[index])
             rows.append(row)
+            bar.update((index + 1) * len(windows) - bar.n)  # of rows that were saved, or failed
             if save is not None:
                 later = [saved[other.name] for other in compared[index + 1 :] if other.name in saved]
                 write_json(save, Comparison(setup, [*rows, *later], notes).to_dict())

@@ -62,10 +62,19 @@ class QualityRun:
         windows: token ids `[T]` each, all of the same length.
         new_tokens: length of the greedy continuations.
         steps: tokens at the end of each window that are read one by one.
+        on_window: called whenever a cache has read a window.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Sequence[torch.Tensor], new_tokens: int, steps: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Sequence[torch.Tensor],
+        new_tokens: int,
+        steps: int,
+        on_window: Callable[[], object],
+    ) -> None:
         self._model = model
+        self._on_window = on_window
         self._windows = windows
         self._new_tokens = new_tokens
         self._steps = steps
@@ -93,6 +102,7 @@ class QualityRun:
                     clipped[layer.layer] += sum(layer.clipped)
                 # Without the tensor's name, which is each layer's own.
                 scales = list(dict.fromkeys(source.split(":")[0] for layer in layers for source in layer.scales))
+            self._on_window()
         bytes_held = held_bytes(cache)
         last = self._windows[-1][:-1]
         errors = layer_errors(self._model, last.split(chunk_sizes(len(last))), make())
