@@ -77,7 +77,7 @@ def document(record: dict[str, Any], images: dict[str, list[Picture]]) -> str:
         "",
     ]
     for entry, comparison in comparisons_of(record):
-        section = quality_section(comparison, "", entry["name"], entry["description"])
+        section = quality_section(comparison, None, entry["name"], entry["description"])
         lines.append(section.markdown(images.get(entry["name"], []), folded=entry["name"] not in plain))
     return "\n".join(lines).rstrip() + "\n"
 

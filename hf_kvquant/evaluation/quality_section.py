@@ -26,12 +26,12 @@ _LEAST_KL = 1e-7  # less is rounding
 _LINEAR = 0.01  # percent of perplexity
 
 
-def quality_section(comparison: Comparison, name: str, title: str = "", about: str = "") -> Section:
+def quality_section(comparison: Comparison, name: str | None, title: str = "", about: str = "") -> Section:
     """Of `compare`, by whole windows in chunks: there all tokens count.
 
     Args:
         comparison: what is shown.
-        name: begins the names of pictures.
+        name: begins the names of pictures; None for a section without any, as drawing takes seconds.
         title: in place of the model's name.
         about: what the model is.
     """
@@ -49,7 +49,7 @@ def quality_section(comparison: Comparison, name: str, title: str = "", about: s
     for header, *lines in filter(None, (retrieval_cells(comparison.rows), acceptance_cells(comparison.rows))):
         tables.append(Table(header, lines))
     failed = [f"{row.cache}: not measured: {row.failed}" for row in comparison.rows if row.failed]
-    pictures = _pictures(rows, setup["context"], name, f"{model}: {read}. {where}")
+    pictures = [] if name is None else _pictures(rows, setup["context"], name, f"{model}: {read}. {where}")
     return Section(f"Quality: {model}", caption, tables, pictures, failed + comparison.notes)
 
 
