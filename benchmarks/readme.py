@@ -21,7 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DEMO, GPU = RESULTS / "demo-cpu.json", RESULTS / "h200-2026-11-20.json"
 CPU = RESULTS / "bench-cpu-2026-11-30.json"
 CPU_OPERATORS = (RESULTS / "cpu-xeon.json", RESULTS / "cpu-epyc.json")
-QUALITY = RESULTS / "quality-2026-11-20.json"
+QUALITY = RESULTS / "quality-2026-12-01.json"
 
 
 def demo_table(result: dict[str, Any]) -> str:

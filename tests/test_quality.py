@@ -221,4 +221,4 @@ def test_pages_name_every_machine_of_a_record(monkeypatch: pytest.MonkeyPatch) -
     record = json.loads(readme.QUALITY.read_text(encoding="utf-8"))
     record["models"][-1]["comparison"]["setup"] |= {"machine": "Another", "commit": "0123456789"}
     for page in (quality_tables.readme_table(record), quality_tables.document(record, {}).partition("##")[0]):
-        assert re.search(rf"{record['machine']}; .*{record['git_commit'][:7]}, and Another; .*0123456", page)
+        assert re.search(rf"{re.escape(record['machine'])}; .*{record['git_commit'][:7]}, and Another; .*0123456", page)

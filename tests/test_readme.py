@@ -52,18 +52,22 @@ def test_documents_are_the_committed_results(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_recent_tokens_are_said_to_give_is_in_the_record() -> None:
-    said = "`recent_tokens=16` leaves about a third of int8's KL\ndivergence, and a tenth where keys have large biases"
+    said = (
+        "`recent_tokens=16` leaves a quarter to a third of int8's KL\n"
+        "divergence, and less than a tenth where keys have large biases"
+    )
     assert said in README.read_text(encoding="utf-8")
-    record = json.loads((ROOT / "benchmarks" / "results" / "quality-2026-11-20.json").read_text(encoding="utf-8"))
+    record = json.loads((ROOT / "benchmarks" / "results" / "quality-2026-12-01.json").read_text(encoding="utf-8"))
     left = {}
     for model in record["models"]:
         rows = {row["cache"]: row["quality"] for row in model["comparison"]["rows"]}
         exact, plain = (
             rows[f"int8 dynamic{more}"]["chunks"]["kl_divergence"] for more in (", 16 recent tokens exact", "")
         )
-        left[model["name"]] = round(exact / plain, 1)
-    assert {left["tiny-python-lm"], left["tiny-python-qk-norm"]} <= {0.3, 0.4}
-    assert left["tiny-python-key-bias"] == 0.1
+        left[model["name"]] = exact / plain
+    for name in ("SmolLM2-135M-Instruct", "tiny-python-lm", "tiny-python-qk-norm"):
+        assert 0.24 < left[name] < 0.34
+    assert left["tiny-python-key-bias"] < 0.1
 
 
 def test_a_table_has_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
