@@ -21,6 +21,8 @@ from .scales import as_head_channel
 # channel; and how small that may be beside the largest, where most hold nothing.
 _QUIETEST = 1 / 16
 _SMALLEST_MEDIAN = 2**-13
+# A single token says little of the channels, so factors are not below this to the power of the number of tokens.
+_PER_TOKEN = 1 / 4
 # Where keys are turned in an unknown way only channels so far above the median stand out.
 _FAR_ABOVE_MEDIAN = 4.0
 # How small a channel may be beside its head's largest, and a head beside the layer's, under static scales, which cannot
@@ -150,7 +152,10 @@ class PageStore:
             self._freeze(torch.maximum(largest, partner), num_tokens)
         else:
             # Half way to the partner, in logarithms: slow pairs turn little in most contexts.
-            self.set_scale(self._equalizer(torch.maximum(largest, largest.sqrt() * partner.sqrt())))
+            equalizer = self._equalizer(torch.maximum(largest, largest.sqrt() * partner.sqrt()))
+            # Of the longest sequence: others often begin with the same tokens.
+            longest = x.shape[2] if valid is None else valid.sum(dim=1).amax()
+            self.set_scale(equalizer.clamp(min=_PER_TOKEN**longest))
             self.needs_tokens = False
 
     def set_scale(self, scale: torch.Tensor) -> None:
